@@ -1,0 +1,128 @@
+"""The nouns that flow between floors. Plain frozen dataclasses: parsed at the door, trusted in the corridor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+Task: TypeAlias = Literal["causal", "masked", "seq2seq", "classify", "regress"]
+"""What a loaded model computes: next tokens, masked tokens, a target text, class scores, one number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation. `weight` scales the loss of an assistant turn (None: 1.0)."""
+
+    role: Role
+    content: str
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text to continue or to fill in."""
+
+    id: str
+    text: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation; assistant turns are what is learned."""
+
+    id: str
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text (or a pair of texts) with its gold: one class name, several class names, a number, or None when unknown."""
+
+    id: str
+    text: str
+    label: str | tuple[str, ...] | float | None
+    pair: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A source and the target to produce from it: prompt and completion, sentence and translation, article and summary."""
+
+    id: str
+    source: str
+    target: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+Example: TypeAlias = Text | Chat | Labelled | Pair
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An example as the model sees it.
+
+    `ids` are token ids, `weights` one float a token: how much predicting *that* token counts (0: context only).
+    For an encoder-decoder `target` and `target_weights` hold the decoder side, and `weights` stays empty.
+    For a classifier or regressor `gold` is a class index, a multi-hot tuple, or a number; `weight` scales the row.
+    """
+
+    id: str
+    ids: tuple[int, ...]
+    weights: tuple[float, ...] = ()
+    target: tuple[int, ...] = ()
+    target_weights: tuple[float, ...] = ()
+    gold: int | float | tuple[float, ...] | None = None
+    weight: float = 1.0
+    cut: int = 0
+    """Tokens cut off to fit the context (0 unless the user asked for truncation)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number with its error bar: `value`, the interval [`low`, `high`] at `level`, from `n` items, by `method`."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    method: str
+    level: float = 0.95
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a model said of one item, kept for every item of an evaluation.
+
+    `output` is generated text, a class name, several class names, or a number; `probabilities` by class name where
+    there are classes; `nll` and `tokens` where the item was scored by likelihood (nats, and the tokens that count).
+    """
+
+    id: str
+    output: str | tuple[str, ...] | float | None
+    gold: str | tuple[str, ...] | float | None = None
+    probabilities: dict[str, float] | None = None
+    nll: float | None = None
+    tokens: int | None = None
+    bytes: int | None = None
+    input: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The answer to one generation request. `finish` is "stop" (a stop token or string) or "length"."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish: Literal["stop", "length"]
+    prompt_tokens: int

@@ -1,0 +1,139 @@
+"""Checkpoints that are whole or not there: written to the side, flushed, renamed; damaged ones are passed over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from luthier.core.errors import RunError
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where training stands between two steps: all that an interrupted run needs beside weights and optimiser."""
+
+    step: int = 0
+    tokens: int = 0
+    best_value: float | None = None
+    best_step: int = 0
+    stale: int = 0
+    """Validations since the best one."""
+    first_loss: float | None = None
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Every validation so far."""
+
+
+@dataclass(slots=True)
+class Checkpoints:
+    """The checkpoints of one run, in its `checkpoints/` directory: the newest `keep`, and the best."""
+
+    directory: Path
+    keep: int = 2
+
+    def save(self, name: str, weights: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        """Write checkpoint `name` (such as "step-00000100" or "best"); raises RunError when it cannot be written.
+
+        Files go into a directory beside the final one and are flushed to the disk; a manifest of their digests is
+        written last; then the directory takes its name. Older step checkpoints beyond `keep` are removed after that.
+        """
+        final, side = self.directory / name, self.directory / f".{name}.part"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(side, ignore_errors=True)
+            side.mkdir()
+            save_file(
+                {key: value.detach().contiguous().cpu() for key, value in weights.items()}, side / "weights.safetensors"
+            )
+            torch.save(state, side / "state.pt")
+            manifest = {file.name: _digest(file) for file in sorted(side.iterdir())}
+            (side / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+            for file in (*side.iterdir(), side):
+                _flush(file)
+            if final.exists():
+                old = self.directory / f".{name}.old"
+                shutil.rmtree(old, ignore_errors=True)
+                final.rename(old)
+                side.rename(final)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                side.rename(final)
+            _flush(self.directory)
+        except (OSError, RuntimeError) as err:
+            # torch and safetensors report a full disk as RuntimeError or their own kind of OSError.
+            shutil.rmtree(side, ignore_errors=True)
+            why = getattr(err, "strerror", None) or str(err).splitlines()[0]
+            raise RunError(
+                f"{final}: the checkpoint could not be written ({why}); earlier ones are untouched: "
+                f"make room, then go on with `luthier tune --resume run:{self.directory.parent.name}`"
+            ) from err
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return final
+
+    def steps(self) -> list[Path]:
+        """Step checkpoints, oldest first, whole or not."""
+        return sorted(self.directory.glob("step-*")) if self.directory.is_dir() else []
+
+    def newest(self) -> Iterator[tuple[Path, dict[str, Tensor], dict[str, Any]]]:
+        """Whole checkpoints, newest first; damaged ones are passed over."""
+        for path in reversed(self.steps()):
+            found = read_checkpoint(path)
+            if found is not None:
+                yield path, *found
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Weights and state of a checkpoint, or None when a file is missing or does not match its digest."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if any(_digest(path / name) != digest for name, digest in manifest.items()):
+            return None
+        # Our own file, checked against its digest; it holds plain containers, tensors and RNG state only.
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=False)
+        return load_file(path / "weights.safetensors"), state
+    except (OSError, ValueError):
+        return None
+
+
+def draw_state() -> dict[str, Any]:
+    """State of every random generator that training may draw from."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_draws(state: dict[str, Any]) -> None:
+    """Put the random generators back where `draw_state` found them."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,16 @@
+"""What is learned: how an example becomes tokens and gold, and what the loss of a batch is."""
+
+from luthier.core.catalog import Catalog
+from luthier.training.objectives.part import Objective as Objective
+
+OBJECTIVES: "Catalog[Objective]" = Catalog(
+    "objective",
+    {
+        "pretrain": ".pretrain:Pretrain",
+        "sft": ".sft:SFT",
+        "classify": ".classify:Classify",
+        "regress": ".regress:Regress",
+        "seq2seq": ".seq2seq:Seq2Seq",
+    },
+    __name__,
+)

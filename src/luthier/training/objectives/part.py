@@ -1,0 +1,107 @@
+"""The Part that an objective is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from luthier.core.catalog import Part
+from luthier.core.errors import DataError
+from luthier.core.events import Events
+from luthier.core.types import Chat, Encoded, Example, Labelled, Pair, Task, Text
+from luthier.data.batches import Batch, collate
+
+if TYPE_CHECKING:
+    from luthier.models.spec import LoadedModel, ModelSpec
+    from torch import Tensor
+
+
+@dataclass(slots=True)
+class Loss:
+    """A sum over everything that counts in a batch, and the weight it is a sum of. Never an average."""
+
+    sum: Tensor
+    weight: float
+
+
+CONVERSIONS = {
+    Text: "plain text fits `pretrain`",
+    Chat: "conversations fit `sft`",
+    Labelled: "labelled texts fit `classify` (class names) or `regress` (numbers)",
+    Pair: "pairs fit `sft` on a decoder-only model and `seq2seq` on an encoder-decoder",
+}
+
+
+class Objective(Part):
+    """What is learned from which examples. Stateless: everything a batch needs is in the batch."""
+
+    wants: ClassVar[tuple[type, ...]]
+    """The kinds of example it can learn from."""
+    task: ClassVar[Task | None] = None
+    """What the model must be loaded for; None: what it was made for."""
+    metric: ClassVar[tuple[str, int]] = ("loss", -1)
+    """The validation number that picks the best checkpoint, and whether more (+1) or less (-1) of it is better."""
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raises ConfigError when a model of this kind cannot learn this, naming what fits."""
+
+    def prepare(self, train: Sequence[Example], events: Events) -> Objective:
+        """A copy with what has to be read off the training rows filled in (class weights, mean and scale)."""
+        return self
+
+    def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
+        """Examples as the model sees them. Raises DataError that counts and names the rows that cannot be."""
+        raise NotImplementedError(f"{type(self).__name__} must define encode()")
+
+    def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
+        """Rows side by side; `seed` is for objectives that draw at random (masking)."""
+        return collate(rows, pad_id(model))
+
+    def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
+        """The loss of a batch, and the scores that validation metrics are computed from (or None)."""
+        raise NotImplementedError(f"{type(self).__name__} must define measure()")
+
+    def metrics(self, scores: Tensor, gold: Tensor, model: LoadedModel) -> dict[str, float]:
+        """Validation metrics beside the loss, from all scores [N, C] and gold."""
+        return {}
+
+    def check_examples(self, examples: Sequence[Example]) -> None:
+        """Raises DataError when an example is not of a kind that this objective learns from."""
+        for example in examples:
+            if not isinstance(example, self.wants):
+                wanted = " or ".join(kind.__name__ for kind in self.wants)
+                raise DataError(
+                    f"{example.id}: objective {self.kind!r} learns from {wanted} rows, this is {type(example).__name__}; "
+                    f"{CONVERSIONS[type(example)]}; or map the columns with `columns:`"
+                )
+
+
+def pad_id(model: LoadedModel) -> int:
+    """The id that fills padded places; any id does, since masks and weights are by position."""
+    found = model.tokenizer.pad_token_id
+    return 0 if found is None else int(found)
+
+
+def encode_rows(
+    examples: Sequence[Example], encode: Callable[[Any], Encoded], events: Events, *, show: int = 3
+) -> list[Encoded]:
+    """Encode each example; all rows that fail are reported together, the first few by name. Cut rows are counted."""
+    rows: list[Encoded] = []
+    failed: list[str] = []
+    for example in examples:
+        try:
+            rows.append(encode(example))
+        except DataError as err:
+            failed.append(str(err))
+    if failed:
+        more = f" (and {len(failed) - show} more like these)" if len(failed) > show else ""
+        raise DataError(
+            f"{len(failed)} of {len(examples)} rows cannot be learned from: " + "; ".join(failed[:show]) + more
+        )
+    cut = [row for row in rows if row.cut]
+    if cut:
+        lost = sum(row.cut for row in cut)
+        share = lost / (lost + sum(len(row.ids) + len(row.target) for row in rows))
+        events.warn(f"texts cut to the context length ({lost} tokens lost, {share:.1%} of all)", len(cut))
+    return rows

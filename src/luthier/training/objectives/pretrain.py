@@ -1,0 +1,111 @@
+"""Learn a language from plain text: the next token, or the masked one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+import torch.nn.functional as F
+from luthier.models.spec import LoadedModel, ModelSpec
+from pydantic import Field
+from torch import Tensor
+
+from luthier.core.errors import ConfigError, DataError
+from luthier.core.events import Events
+from luthier.core.types import Encoded, Example, Text
+from luthier.data.batches import Batch, collate
+from luthier.training.objectives.causal import causal_loss
+from luthier.training.objectives.part import Loss, Objective, pad_id
+
+# Tokenising in slices keeps the memory of a large corpus flat.
+SLICE = 512
+
+
+class Pretrain(Objective):
+    """Predict the next token (decoder-only) or the masked tokens (encoder).
+
+    Documents are laid end to end, each closed by the end-of-text token (or framed by the encoder's own special
+    tokens), and cut into blocks of the context length; what a document's first token follows is not learned. Masking
+    is BERT's (Devlin et al. 2019, arXiv:1810.04805): of the chosen tokens 80 % become the mask token, 10 % a random
+    one, 10 % stay; the choice is drawn anew each epoch, and is the same for every validation.
+    """
+
+    kind: ClassVar[str] = "pretrain"
+    wants: ClassVar[tuple[type, ...]] = (Text,)
+
+    mask: float = Field(0.15, gt=0, lt=1)
+    """Share of tokens to predict, for encoders."""
+
+    def check_model(self, spec: ModelSpec) -> None:
+        if spec.task not in ("causal", "masked"):
+            raise ConfigError(
+                f"objective 'pretrain' is for decoder-only models and encoders; {spec.source} is made to {spec.task}: "
+                "use 'seq2seq' for an encoder-decoder, or start from a base model"
+            )
+
+    def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
+        self.check_examples(examples)
+        tokenizer, length = model.tokenizer, model.spec.max_length
+        causal = model.spec.task == "causal"
+        end = tokenizer.eos_token_id
+        if causal and end is None:
+            raise DataError(
+                "the tokenizer has no end-of-text token, so documents would run together; set its eos_token"
+            )
+        stream: list[int] = []
+        weights: list[float] = []
+        texts = [example.text for example in examples if isinstance(example, Text)]
+        for start in range(0, len(texts), SLICE):
+            for ids in tokenizer(texts[start : start + SLICE], add_special_tokens=not causal, verbose=False)[
+                "input_ids"
+            ]:
+                document = [*ids, end] if causal else ids
+                stream += document
+                weights += [0.0] + [1.0] * (len(document) - 1)
+        blocks = []
+        for at in range(0, len(stream), length):
+            ids, learned = tuple(stream[at : at + length]), tuple(weights[at : at + length])
+            learned = (0.0, *learned[1:]) if causal else learned
+            if sum(learned) > 0:
+                blocks.append(Encoded(id=f"block {at // length}", ids=ids, weights=learned))
+        if not blocks:
+            raise DataError("the texts hold fewer than two tokens in all; there is nothing to predict")
+        return blocks
+
+    def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
+        if model.spec.task == "causal":
+            return collate(rows, pad_id(model))
+        masked, originals = zip(*(mask_tokens(row, model, self.mask, seed) for row in rows))
+        batch = collate(masked, pad_id(model))
+        batch.target_BS = collate(originals, pad_id(model)).ids_BT
+        return batch
+
+    def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
+        if model.spec.task == "causal":
+            return causal_loss(model, batch), None
+        chosen = batch.weights_BT > 0
+        logits_BTV = model.module(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits
+        assert batch.target_BS is not None
+        nll_N = F.cross_entropy(logits_BTV[chosen].float(), batch.target_BS[chosen], reduction="none")
+        return Loss((nll_N * batch.weights_BT[chosen]).sum(), batch.weight), None
+
+
+def mask_tokens(row: Encoded, model: LoadedModel, share: float, seed: tuple[int, ...]) -> tuple[Encoded, Encoded]:
+    """(row with tokens masked and weights on them, row as it was). At least one token is chosen."""
+    tokenizer = model.tokenizer
+    random = np.random.default_rng([*seed, *row.id.encode()[-8:]])
+    ids = np.array(row.ids)
+    ordinary = np.flatnonzero(~np.isin(ids, tokenizer.all_special_ids))
+    if len(ordinary) == 0:
+        return replace(row, weights=(0.0,) * len(ids)), row
+    chosen = random.permutation(ordinary)[: max(1, round(share * len(ordinary)))]
+    fate = random.random(len(chosen))
+    masked = ids.copy()
+    masked[chosen[fate < 0.8]] = tokenizer.mask_token_id
+    swapped = chosen[fate >= 0.9]
+    masked[swapped] = random.integers(0, len(tokenizer), len(swapped))
+    weights = np.zeros(len(ids))
+    weights[chosen] = 1.0
+    return replace(row, ids=tuple(masked.tolist()), weights=tuple(weights.tolist())), row

@@ -1,0 +1,10 @@
+"""How gradients move weights."""
+
+from luthier.core.catalog import Catalog
+from luthier.training.optimizers.part import Optimizer as Optimizer
+
+OPTIMIZERS: "Catalog[Optimizer]" = Catalog(
+    "optimizer",
+    {"sgd": ".sgd:SGD", "adam": ".adam:Adam", "adamw": ".adam:AdamW", "adafactor": ".adafactor:Adafactor"},
+    __name__,
+)
