@@ -1,6 +1,6 @@
 """Build mini's corpus: python examples/mini/corpus.py --data DIR --output DIR
 
-Writes train.jsonl.gz ({"text", "source"}), heldout_en.jsonl, heldout_zh.jsonl (plain text, 2 % of the documents),
+Writes train.jsonl.gz ({"text", "source"}), heldout_en.jsonl, heldout_zh.jsonl (plain text, about 2 % of the documents),
 heldout_chat.jsonl (2 % of the conversations) and sources.json. The same data give the same bytes.
 """
 
@@ -18,7 +18,6 @@ from pathlib import Path
 
 from sources import SOURCES, Source
 
-HELD_OUT = 0.02
 SEED = 0
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPECIALS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>")
@@ -61,7 +60,7 @@ def language_of(text: str, source: Source) -> str:
 def split_documents(
     documents: list[Document], dropped: dict[str, Counter[str]]
 ) -> tuple[list[Document], dict[str, list[Document]]]:
-    """Hold out 2 % of each source's documents in each language, and no translation pairs.
+    """Hold out a part of each source's documents (2 %, see Source), and no translation pairs.
 
     A sentence may stand in several documents of the sentence pairs, so training documents lose the lines that were held out.
     """
@@ -69,11 +68,13 @@ def split_documents(
     train: list[Document] = []
     held: dict[str, list[Document]] = {"en": [], "zh": [], "chat": []}
     for document in documents:
-        if document.language != "en-zh" and chance.random() < HELD_OUT:
+        if document.language != "en-zh" and chance.random() < document.source.held_out:
             held["chat" if document.source.chat else document.language].append(document)
         else:
             train.append(document)
-    lines = {line for part in ("en", "zh") for d in held[part] if d.source.name == "tatoeba" for line in d.text.split("\n")}
+    lines = {
+        line for part in ("en", "zh") for d in held[part] if d.source.name == "tatoeba" for line in d.text.split("\n")
+    }
     clean = []
     for document in train:
         if document.source.name == "tatoeba":

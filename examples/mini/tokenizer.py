@@ -65,13 +65,17 @@ def main() -> None:
     print(f"{'source':<14}{'documents':>10}{'characters':>12}{'tokens':>11}{'share':>8}  licence")
     for row in table:
         n = tokens[row["source"]]
-        print(f"{row['source']:<14}{row['documents']:>10,}{row['characters']:>12,}{n:>11,}{n / total:>8.1%}  {row['licence']}")
+        print(
+            f"{row['source']:<14}{row['documents']:>10,}{row['characters']:>12,}{n:>11,}{n / total:>8.1%}  {row['licence']}"
+        )
     # A translation pair counts half to each language.
     weight = {"en": 0.0, "en-zh": 0.5, "zh": 1.0}
     chinese = sum(weight[row["language"]] * tokens[row["source"]] for row in table) / total
     chat = sum(tokens[row["source"]] for row in table if row["chat"]) / total
     print(f"{total:,} tokens: English {1 - chinese:.1%}, Chinese {chinese:.1%}; conversations {chat:.1%}")
-    held = {part: [row["text"] for row in read_texts(options.corpus / f"heldout_{part}.jsonl")] for part in ("en", "zh")}
+    held = {
+        part: [row["text"] for row in read_texts(options.corpus / f"heldout_{part}.jsonl")] for part in ("en", "zh")
+    }
     compared: dict[str, Tokenizer | ByteLevelBPETokenizer] = {"mini": tokenizer}
     if options.gpt2:
         files = str(options.gpt2 / "vocab.json"), str(options.gpt2 / "merges.txt")

@@ -97,6 +97,10 @@ def resolve(
         origins[key] = "override"
     for item in overrides:
         path, value = _parse_override(item)
+        head, _, rest = path.partition(".")
+        default = cls.model_fields[head].default if head in cls.model_fields else None
+        if rest and head not in tree and isinstance(default, str) and default != "auto":
+            tree[head] = default  # `--set adapter.rank=8` means the adapter that is the default
         _put(tree, path, value)
         origins[path] = "override"
     where = str(file) if file is not None else cls.__name__.lower()

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 Event: TypeAlias = dict[str, Any]
 """`event` (its kind), `time` (seconds since the epoch), and the kind's own fields:
@@ -28,7 +28,8 @@ class Events:
     """Appends events to `path` (if given), hands them to the sinks, and counts warnings."""
 
     def __init__(self, path: Path | None = None, sinks: Sequence[Sink] = ()):
-        self._file = open(path, "a", encoding="utf-8") if path is not None else None  # noqa: SIM115
+        self._path = path
+        self._file: TextIO | None = None
         self._sinks = list(sinks)
         self.warnings: Counter[str] = Counter()
         self.choices: dict[str, str] = {}
@@ -36,7 +37,9 @@ class Events:
     def emit(self, kind: str, **fields: Any) -> None:
         """Record one event of `kind` and hand it to the sinks."""
         event = {"event": kind, "time": round(time.time(), 3), **fields}
-        if self._file is not None:
+        if self._path is not None:
+            if self._file is None:
+                self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
             self._file.write(json.dumps(event, ensure_ascii=False, default=str) + "\n")
             self._file.flush()
         for sink in self._sinks:
@@ -57,7 +60,7 @@ class Events:
         self.emit("choice", name=name, value=value, why=why)
 
     def close(self) -> None:
-        """Close the file; sinks stay with their owners."""
+        """Close the file (a later event opens it again); sinks stay with their owners."""
         if self._file is not None:
             self._file.close()
             self._file = None
