@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "decoder": ("gpt2", "opt", "gpt_neo", "llama", "qwen2", "qwen3", "gemma", "mistral"),
@@ -79,11 +80,13 @@ def tiny_model(family: str, task: str | None = None, seed: int = 0) -> Path:
     tokenizer = tiny_tokenizer(family)
     config = AutoConfig.for_model(family, **_settings(family, tokenizer))
     made = {"decoder": AutoModelForCausalLM, "encoder": AutoModelForMaskedLM, "encoder-decoder": AutoModelForSeq2SeqLM}
+    logging.disable_progress_bar()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = made[kind].from_config(config)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    logging.enable_progress_bar()
     return path
 
 
@@ -99,7 +102,10 @@ def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
         names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
         core = _train(list(names.values()), wordpiece=family == "bert")
         _frame(core, "[CLS]", "[SEP]", between=("[SEP]",))
-        return _wrap(core, names)
+        tokenizer = _wrap(core, names)
+        if family == "bert":
+            tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+        return tokenizer
     if family == "roberta":
         names = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>", "cls": "<s>", "sep": "</s>"}
         core = _train(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])

@@ -1,0 +1,99 @@
+"""Where a model is: a shipped name, run:<id>, a directory, or a hub id."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from luthier.core.errors import ModelError, RunError
+from luthier.core.run import find_run
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+KNOCK_SECONDS = 10
+
+
+def shipped_models() -> list[str]:
+    """Names of the models inside the package."""
+    assets = Path(str(files("luthier"))) / "assets"
+    return sorted(path.parent.name for path in assets.glob("*/config.json"))
+
+
+def resolve_source(source: str) -> Path | str:
+    """The directory of a shipped model, a run's model or a local model; a hub id comes back as it is.
+
+    Raises ModelError when a run holds no model, a path is not there, or the text is neither a path nor a hub id.
+    """
+    if source.startswith("run:"):
+        try:
+            run = find_run(source)
+        except RunError as err:
+            raise ModelError(str(err)) from None
+        path = run / "artefacts" / "model"
+        if not path.is_dir():
+            raise ModelError(f"{source}: the run holds no model ({path} is missing); only a finished `tune` leaves one")
+        return path
+    if source in shipped_models():
+        return Path(str(files("luthier"))) / "assets" / source
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ModelError(f"{source}: this is a file; a model is the directory that holds config.json and the weights")
+    if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
+        raise ModelError(f"{source}: no such directory; give a directory, run:<id>, a hub id (owner/name), or {_shipped()}")
+    return source
+
+
+def lasting_name(source: str) -> str:
+    """`source` in a form that still holds elsewhere: a local directory becomes absolute."""
+    if source.startswith("run:") or source in shipped_models():
+        return source
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.is_dir() else source
+
+
+def knock(source: str) -> dict[str, Any]:
+    """Keyword arguments for loading the hub id `source`, after one quick try to reach the hub.
+
+    The hub's own client retries for half a minute before it gives up, for each file. When the hub does not answer,
+    a model that is in the local cache is used from there; otherwise raises ModelError. So does an id that the hub
+    does not know, or does not show to this user.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    cached = isinstance(try_to_load_from_cache(source, "config.json"), str) or isinstance(
+        try_to_load_from_cache(source, "adapter_config.json"), str
+    )
+    exits = f"check the name, load it once while the network is there, give a directory, or use {_shipped()}"
+    if constants.is_offline_mode():
+        if cached:
+            return {"local_files_only": True}
+        raise ModelError(f"{source}: not in the local cache, and HF_HUB_OFFLINE forbids asking the hub; {exits}")
+    endpoint = constants.ENDPOINT
+    try:
+        answer = get_session().head(
+            f"{endpoint}/{source}/resolve/main/config.json", headers=build_hf_headers(), timeout=KNOCK_SECONDS
+        )
+    except Exception as err:  # the client's exception classes changed between its versions
+        if cached:
+            return {"local_files_only": True}
+        raise ModelError(
+            f"{source}: no such directory, and the hub at {endpoint} cannot be reached ({type(err).__name__}); "
+            f"{exits} (HF_ENDPOINT names a mirror)"
+        ) from None
+    if answer.status_code in (401, 403):
+        raise ModelError(
+            f"{source}: the hub at {endpoint} does not show this model: it does not exist, or it is gated; "
+            "check the name, accept its licence on its page, and set HF_TOKEN"
+        )
+    if answer.status_code == 404 and answer.headers.get("x-error-code") == "RepoNotFound":
+        raise ModelError(f"{source}: the hub at {endpoint} has no model of this name; {exits}")
+    return {}
+
+
+def _shipped() -> str:
+    names = shipped_models()
+    return f"a shipped model ({', '.join(names)})" if names else "a model on this machine"

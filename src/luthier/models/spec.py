@@ -1,0 +1,88 @@
+"""What a model is and is for, and the loaded thing itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from luthier.core.config import Config
+from luthier.core.errors import ModelError
+from luthier.core.types import Task
+from luthier.text.render import Renderer
+
+Kind: TypeAlias = Literal["decoder", "encoder", "encoder-decoder"]
+Pooling: TypeAlias = Literal["last", "mean", "first"]
+
+SPEC_FILE = "luthier.json"
+NATURAL_TASK: dict[Kind, Task] = {"decoder": "causal", "encoder": "masked", "encoder-decoder": "seq2seq"}
+
+
+class ModelSpec(Config):
+    """Everything about a model that its weights do not say; saved beside them as `luthier.json`."""
+
+    source: str
+    """Where it was loaded from: a shipped name, a hub id, a directory or run:<id>."""
+    kind: Kind
+    """The shape of its network."""
+    family: str
+    """The architecture's name in transformers (`model_type`)."""
+    task: Task
+    """What it computes."""
+    labels: tuple[str, ...] = ()
+    """Class names by index, for classify."""
+    multi_label: bool = False
+    """Whether a text may hold several classes at once."""
+    pooling: Pooling = "mean"
+    """How classify and regress make one vector of a text."""
+    template: dict[str, str] | None = None
+    """The chat template: its name and its source; None for models that hold no conversations."""
+    max_length: int
+    """Longest row in tokens."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a generated text."""
+    adapter: dict[str, Any] | None = None
+    """The adapter whose weights lie beside the base, with its settings; None for a whole model."""
+    base: str | None = None
+    """Source of the base that the adapter belongs to."""
+    base_fingerprint: str | None = None
+    """Fingerprint of that base's weights."""
+    target_mean: float = 0.0
+    """Mean of the numbers learned, for regress: prediction = score x target_scale + target_mean."""
+    target_scale: float = 1.0
+    """Standard deviation of the numbers learned, for regress."""
+
+
+@dataclass
+class LoadedModel:
+    """A module on its device with its tokenizer, its spec, and the renderer that turns examples into its tokens."""
+
+    module: nn.Module
+    tokenizer: Any
+    spec: ModelSpec
+    renderer: Renderer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    @property
+    def network(self) -> Any:
+        """The transformers model inside: the module itself, or the backbone under a pooling head."""
+        return getattr(self.module, "backbone", self.module)
+
+
+def read_spec(directory: Path) -> ModelSpec | None:
+    """The spec saved in `directory`; None where there is none. Raises ModelError when it cannot be understood."""
+    path = directory / SPEC_FILE
+    if not path.is_file():
+        return None
+    try:
+        return ModelSpec.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as err:
+        raise ModelError(f"{path}: cannot be read as a model's description ({type(err).__name__})") from None

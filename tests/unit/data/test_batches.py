@@ -1,0 +1,62 @@
+"""From encoded rows to tensors: positions decide, never the pad id; every row once an epoch."""
+
+import pytest
+import torch
+
+from luthier.core.types import Encoded
+from luthier.data.batches import collate, plan_steps, split_step
+
+
+def test_padding_is_known_by_position_even_where_the_pad_id_is_a_real_token():
+    rows = [Encoded("a", (0, 0, 5), (0.0, 1.0, 1.0)), Encoded("b", (7,), (0.0,), weight=2.0)]
+    batch = collate(rows, pad_id=0)
+    assert batch.mask_BT.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch.weights_BT.tolist() == [[0, 1, 1], [0, 0, 0]]
+    assert batch.weight == 2.0 and batch.tokens == 4
+
+
+def test_row_weights_scale_tokens_and_rows():
+    token = collate([Encoded("a", (1, 2, 3), (0.0, 1.0, 0.5), weight=3.0)], 0)
+    assert token.weight == pytest.approx(4.5) and token.weights_BT.tolist() == [[0, 3, 1.5]]
+    row = collate([Encoded("a", (1, 2), gold=1, weight=0.25), Encoded("b", (1,), gold=0)], 0)
+    assert row.weight == 1.25 and row.gold.dtype == torch.int64
+    several = collate([Encoded("a", (1,), gold=(1.0, 0.0))], 0)
+    assert several.gold.tolist() == [[1.0, 0.0]]
+    target = collate(
+        [
+            Encoded("a", (1,), target=(4, 5), target_weights=(1.0, 1.0)),
+            Encoded("b", (1,), target=(6,), target_weights=(1.0,)),
+        ],
+        9,
+    )
+    assert target.target_BS.tolist() == [[4, 5], [6, 9]] and target.weight == 3.0
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+def test_every_row_once_an_epoch_in_an_order_that_repeats(by_length):
+    lengths = [(at * 37) % 101 + 1 for at in range(1003)]
+    plan = plan_steps(lengths, 8, seed=1, epoch=0, by_length=by_length)
+    assert sorted(row for step in plan for row in step) == list(range(1003))
+    assert len(plan) == 126 and max(map(len, plan)) == 8
+    assert plan == plan_steps(lengths, 8, seed=1, epoch=0, by_length=by_length)
+    assert plan != plan_steps(lengths, 8, seed=1, epoch=1, by_length=by_length)
+    assert plan != plan_steps(lengths, 8, seed=2, epoch=0, by_length=by_length)
+
+
+def test_like_lengths_share_a_step():
+    lengths = [(at * 37) % 101 + 1 for at in range(4000)]
+
+    def padded(plan):
+        return sum(len(step) * max(lengths[row] for row in step) for step in plan) / sum(lengths)
+
+    alike = padded(plan_steps(lengths, 16, seed=0, epoch=0, by_length=True))
+    mixed = padded(plan_steps(lengths, 16, seed=0, epoch=0, by_length=False))
+    assert alike < 1.1 < 1.5 < mixed
+
+
+@pytest.mark.parametrize("parts", [1, 3, 8, 20])
+def test_micro_batches_hold_each_row_once_and_are_never_empty(parts):
+    lengths = [5, 1, 9, 3, 7, 2, 8, 4]
+    micro = list(split_step(range(8), lengths, parts))
+    assert sorted(row for part in micro for row in part) == list(range(8))
+    assert len(micro) == min(parts, 8) and all(micro)
