@@ -107,7 +107,15 @@ def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
             tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
         return tokenizer
     if family == "roberta":
-        names = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>", "cls": "<s>", "sep": "</s>"}
+        names = {
+            "bos": "<s>",
+            "pad": "<pad>",
+            "eos": "</s>",
+            "unk": "<unk>",
+            "mask": "<mask>",
+            "cls": "<s>",
+            "sep": "</s>",
+        }
         core = _train(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
         _frame(core, "<s>", "</s>", between=("</s>", "</s>"))
         return _wrap(core, names)
@@ -257,5 +265,10 @@ def _settings(family: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]
     settings = {**common, **layers, **widths, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
     if family == "marian":
         pad = tokenizer.pad_token_id
-        return {**settings, "decoder_start_token_id": pad, "decoder_vocab_size": len(tokenizer), "forced_eos_token_id": 1}
+        return {
+            **settings,
+            "decoder_start_token_id": pad,
+            "decoder_vocab_size": len(tokenizer),
+            "forced_eos_token_id": 1,
+        }
     return {**settings, "decoder_start_token_id": 2, "forced_eos_token_id": 2}

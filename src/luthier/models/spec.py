@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from pydantic import ValidationError
@@ -13,7 +13,9 @@ from torch import nn
 from luthier.core.config import Config
 from luthier.core.errors import ModelError
 from luthier.core.types import Task
-from luthier.text.render import Renderer
+
+if TYPE_CHECKING:
+    from luthier.text.render import Renderer
 
 Kind: TypeAlias = Literal["decoder", "encoder", "encoder-decoder"]
 Pooling: TypeAlias = Literal["last", "mean", "first"]

@@ -1,0 +1,23 @@
+"""Every weight learns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from luthier.models.adapters.part import Adapter
+
+if TYPE_CHECKING:
+    from luthier.models.spec import LoadedModel
+
+
+class Full(Adapter):
+    """Train all weights that the task uses. An adapter that the model brings is merged first."""
+
+    kind: ClassVar[str] = "full"
+
+    def apply(self, loaded: LoadedModel) -> None:
+        from luthier.models.adapters.inject import merge_adapter, used_parameters
+
+        merge_adapter(loaded)
+        for parameter in used_parameters(loaded):
+            parameter.requires_grad_(True)

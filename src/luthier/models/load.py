@@ -1,0 +1,336 @@
+"""A source and a purpose to a model that is ready to learn or to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
+
+from luthier.core.errors import ConfigError, LuthierError, MissingExtra, ModelError
+from luthier.core.events import Events
+from luthier.core.types import Task
+from luthier.models.adapters.peft_files import ADAPTER_CONFIG, attach_adapter, read_adapter_config
+from luthier.models.facts import context_of, fingerprint, kind_of
+from luthier.models.heads import Pooled, dropout_of
+from luthier.models.quiet import quiet
+from luthier.models.sources import knock, lasting_name, resolve_source
+from luthier.models.spec import NATURAL_TASK, Kind, LoadedModel, ModelSpec, Pooling, read_spec
+from luthier.text.render import Renderer
+from luthier.text.template import Template, choose_template
+
+HEAD_FILE = "head.safetensors"
+DEFAULT_LENGTH = 512
+TASKS: dict[Kind, tuple[Task, ...]] = {
+    "decoder": ("causal", "classify", "regress"),
+    "encoder": ("masked", "classify", "regress"),
+    "encoder-decoder": ("seq2seq", "classify", "regress"),
+}
+AUTO_CLASSES = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "classify": AutoModel,
+    "regress": AutoModel,
+}
+DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(
+    source: str,
+    *,
+    task: Task | None = None,
+    labels: Sequence[str] = (),
+    multi_label: bool = False,
+    pooling: Literal["auto", "last", "mean", "first"] = "auto",
+    template: str = "auto",
+    max_length: int | None = None,
+    truncate: bool = False,
+    learn: Literal["all", "last"] = "all",
+    dtype: str = "auto",
+    device: str = "auto",
+    from_scratch: bool = False,
+    events: Events | None = None,
+) -> LoadedModel:
+    """Load `source` (a shipped name, run:<id>, a directory, a hub id) for `task`, in eval mode.
+
+    `task` None: what it was saved for, else what its kind is made for. `labels` None-empty makes (or, when they are
+    the saved ones, keeps) a classification head. `dtype` auto is float32, whatever the files hold. `from_scratch`
+    takes the shape alone and draws the weights from torch's generator. A directory with a PEFT adapter loads its base
+    first. Raises ModelError (not found, unreachable, damaged, an adapter for another base), ConfigError (a task that
+    the kind cannot do, a length beyond the context) and MissingExtra.
+    """
+    events = events or Events()
+    place = resolve_source(source)
+    saved = read_spec(place) if isinstance(place, Path) else None
+    adapter = read_adapter_config(place) if isinstance(place, Path) else None
+    base: Path | str = place
+    base_name = source
+    if adapter is not None:
+        base_name = (saved.base if saved else None) or str(adapter.get("base_model_name_or_path") or "")
+        base = _base_of(source, base_name)
+    hub: dict[str, Any] = knock(base) if isinstance(base, str) else {}
+    config = read_config(base, hub)
+    kind = kind_of(config)
+    task = check_task(task or (saved.task if saved else NATURAL_TASK[kind]), kind, source)
+    network = load_network(base, config, task, hub, dtype=dtype, from_scratch=from_scratch, events=events)
+    tokenizer = load_tokenizer(place if adapter is None or saved is not None else base, hub)
+    if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
+        raise ModelError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds "
+            f"{network.get_input_embeddings().weight.shape[0]}; the two do not belong together"
+        )
+    spec = ModelSpec(
+        source=source,
+        kind=kind,
+        family=config.model_type,
+        task=task,
+        max_length=choose_length(max_length, saved, config, tokenizer),
+        pooling=choose_pooling(pooling, saved, kind),
+    )
+    network.to(_device(device))
+    found = fingerprint(network) if adapter is not None else None
+    if saved is not None and adapter is not None and saved.base_fingerprint not in (None, found):
+        raise ModelError(
+            f"{source}: this adapter is for another base: it was trained on {saved.base} (fingerprint "
+            f"{saved.base_fingerprint}), and {base_name} is now {found}; bring the old base back or tune again"
+        )
+    if adapter is not None and isinstance(place, Path):
+        settings = attach_adapter(network, place, adapter, base_name)
+        update = {"adapter": settings, "base": lasting_name(base_name), "base_fingerprint": found}
+        spec = spec.model_copy(update=update)
+    module, spec = add_head(network, tokenizer, spec, saved, tuple(labels), multi_label)
+    if isinstance(module, Pooled) and isinstance(place, Path) and keeps_head(spec, saved):
+        module.head.load_state_dict(load_file(place / HEAD_FILE, device=str(_device(device))))
+    module.eval()
+    spec, renderer = make_renderer(
+        tokenizer, spec, saved.template if saved else None, template=template, truncate=truncate, learn=learn, events=events
+    )
+    return LoadedModel(module, tokenizer, spec, renderer)
+
+
+def read_kind(source: str) -> Kind:
+    """Decoder, encoder or encoder-decoder, from the config alone. Raises ModelError as `load_model` does."""
+    place = resolve_source(source)
+    saved = read_spec(place) if isinstance(place, Path) else None
+    if saved is not None:
+        return saved.kind
+    adapter = read_adapter_config(place) if isinstance(place, Path) else None
+    if adapter is not None:
+        place = _base_of(source, str(adapter.get("base_model_name_or_path") or ""))
+    return kind_of(read_config(place, knock(place) if isinstance(place, str) else {}))
+
+
+def read_config(place: Path | str, hub: dict[str, Any]) -> Any:
+    """The transformers config at `place`. Raises ModelError."""
+    if isinstance(place, Path) and not (place / "config.json").is_file():
+        raise ModelError(f"{place}: no config.json here, so this is no model directory")
+    return _ask(place, "config", lambda: AutoConfig.from_pretrained(str(place), **hub))
+
+
+def load_tokenizer(place: Path | str, hub: dict[str, Any]) -> Any:
+    """The tokenizer at `place`. Raises ModelError, and MissingExtra when its kind needs sentencepiece."""
+    return _ask(place, "tokenizer", lambda: AutoTokenizer.from_pretrained(str(place), **hub))
+
+
+def load_network(
+    place: Path | str, config: Any, task: Task, hub: dict[str, Any], *, dtype: str, from_scratch: bool, events: Events
+) -> Any:
+    """The transformers model for `task`. Raises ModelError when weights below the head are missing or of other shapes."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: {dtype!r} is not among {', '.join(DTYPES)}")
+    factory = AUTO_CLASSES[task]
+    if from_scratch:
+        return _ask(place, "model", lambda: factory.from_config(config, dtype=DTYPES[dtype]))
+    if isinstance(place, Path) and not any((*place.glob("*.safetensors"), *place.glob("pytorch_model*.bin"))):
+        raise ModelError(
+            f"{place}: there is a config.json but no weights; ask for random ones with `from_scratch: true` "
+            "(--from-scratch), or give the directory of a trained model"
+        )
+    network, info = _ask(
+        place,
+        "weights",
+        lambda: factory.from_pretrained(str(place), dtype=DTYPES[dtype], output_loading_info=True, **hub),
+    )
+    below = network.base_model_prefix + "."
+    missing = [name for name in sorted(info["missing_keys"]) if not _is_computed(network, name)]
+    body = [name for name in missing if (name.startswith(below) or network.base_model is network) and "pooler." not in name]
+    if body or (missing and task in ("causal", "seq2seq")):
+        lost = body or missing
+        raise ModelError(
+            f"{place}: {len(lost)} weights are missing from the files, {lost[0]} first; they are damaged or of another model"
+        )
+    if missing and task == "masked":
+        events.warn(f"{place}: the files hold no head for filling in masked tokens, so it starts from random weights")
+    return network
+
+
+def check_task(task: Task, kind: Kind, source: str) -> Task:
+    """`task`, or ConfigError when a model of this kind cannot do it."""
+    if task not in TASKS[kind]:
+        fits = next(other for other, tasks in TASKS.items() if task in tasks)
+        raise ConfigError(
+            f"{source}: this is a model of the kind {kind}, which cannot be loaded for {task!r} "
+            f"(only for {', '.join(TASKS[kind])}); {task!r} needs a model of the kind {fits}"
+        )
+    return task
+
+
+def choose_length(asked: int | None, saved: ModelSpec | None, config: Any, tokenizer: Any) -> int:
+    """The longest row in tokens: what is asked, else what was saved, else the context. Raises ConfigError beyond it."""
+    context = context_of(config)
+    if asked is not None:
+        if context is not None and asked > context:
+            raise ConfigError(
+                f"max_length: {asked} tokens do not fit the model's context of {context}; ask for {context} or less"
+            )
+        return asked
+    if saved is not None:
+        return saved.max_length
+    stated = tokenizer.model_max_length
+    limits = [limit for limit in (context, stated) if limit is not None and limit < 10**9]
+    return int(min(limits, default=DEFAULT_LENGTH))
+
+
+def choose_pooling(asked: str, saved: ModelSpec | None, kind: Kind) -> Pooling:
+    """How a text becomes one vector: as asked, as saved, else the last token of a decoder and the mean of an encoder."""
+    if asked != "auto":
+        return asked  # type: ignore[return-value]
+    if saved is not None and saved.task in ("classify", "regress"):
+        return saved.pooling
+    return "last" if kind == "decoder" else "mean"
+
+
+def add_head(
+    network: Any, tokenizer: Any, spec: ModelSpec, saved: ModelSpec | None, labels: tuple[str, ...], multi_label: bool
+) -> tuple[nn.Module, ModelSpec]:
+    """A pooling head for classify and regress, and the spec with what it means; the network itself for other tasks."""
+    if spec.task not in ("classify", "regress"):
+        return network, spec
+    outputs = 1
+    if spec.task == "classify":
+        if not labels and saved is not None and saved.task == "classify":
+            labels, multi_label = saved.labels, saved.multi_label
+        if len(labels) < 2:
+            raise ModelError(f"{spec.source}: to classify, the model must be told its classes: two labels or more")
+        spec = spec.model_copy(update={"labels": labels, "multi_label": multi_label})
+        outputs = len(labels)
+    elif saved is not None and saved.task == "regress":
+        spec = spec.model_copy(update={"target_mean": saved.target_mean, "target_scale": saved.target_scale})
+    segments = "token_type_ids" in tokenizer.model_input_names and getattr(network.config, "type_vocab_size", 0) > 1
+    module = Pooled(
+        network,
+        outputs,
+        spec.pooling,
+        dropout=dropout_of(network.config),
+        separator=tokenizer.sep_token_id if segments else None,
+    )
+    return module, spec
+
+
+def keeps_head(spec: ModelSpec, saved: ModelSpec | None) -> bool:
+    """Whether the head saved with a model still means what is asked now."""
+    return (
+        saved is not None
+        and saved.task == spec.task
+        and (saved.labels, saved.multi_label) == (spec.labels, spec.multi_label)
+    )
+
+
+def make_renderer(
+    tokenizer: Any,
+    spec: ModelSpec,
+    held: dict[str, str] | None,
+    *,
+    template: str,
+    truncate: bool,
+    learn: Literal["all", "last"],
+    events: Events | None,
+) -> tuple[ModelSpec, Renderer]:
+    """The renderer of a model, and its spec with the template and the stop tokens. `held` is the template saved with it.
+
+    A template is for decoders that generate; other models take texts as they are.
+    """
+    chosen: Template | None = None
+    if spec.task == "causal":
+        if held is not None and template == "auto":
+            chosen = Template(**held)
+        else:
+            chosen, why = choose_template(tokenizer, template)
+            if events is not None:
+                events.choose("template", chosen.name, why)
+        if chosen.source:
+            tokenizer.chat_template = chosen.source
+    renderer = Renderer(
+        tokenizer, kind=spec.kind, template=chosen, max_length=spec.max_length, truncate=truncate, learn=learn
+    )
+    shown = {"name": chosen.name, "source": chosen.source} if chosen is not None else None
+    stops = tuple(renderer.stop_ids) if spec.task in ("causal", "seq2seq") else ()
+    return spec.model_copy(update={"template": shown, "stop_ids": stops}), renderer
+
+
+def _base_of(source: str, base: str) -> Path | str:
+    if not base:
+        raise ModelError(f"{source}: {ADAPTER_CONFIG} names no base model, so the adapter cannot be loaded")
+    try:
+        place = resolve_source(base)
+    except ModelError as err:
+        raise ModelError(f"{source}: the base of this adapter cannot be found: {err}") from None
+    if isinstance(place, Path) and (place / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"{source}: its base {base} is an adapter too; merge that one into a whole model first")
+    return place
+
+
+def _ask(place: Path | str, what: str, load: Any) -> Any:
+    """Run `load` quietly, and turn whatever transformers raises into one sentence."""
+    try:
+        with quiet():
+            return load()
+    except LuthierError:
+        raise
+    except ImportError as err:
+        if any(name in str(err).lower() for name in ("sentencepiece", "protobuf", "tiktoken")):
+            raise MissingExtra("sentencepiece", "sentencepiece", f"{place}: its tokenizer") from None
+        raise ModelError(f"{place}: the {what} cannot be loaded: {_first_line(err)}") from None
+    except Exception as err:  # transformers raises OSError, ValueError, KeyError, RuntimeError, safetensors' own ...
+        if "trust_remote_code" in str(err):
+            raise ModelError(
+                f"{place}: this model brings its own Python code, which is never run here; choose one that transformers knows"
+            ) from None
+        raise ModelError(f"{place}: the {what} cannot be loaded ({type(err).__name__}: {_first_line(err)})") from None
+
+
+def _first_line(err: BaseException) -> str:
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
+    return lines[0][:300] if lines else "no reason given"
+
+
+def _is_computed(network: Any, name: str) -> bool:
+    """Whether a weight is computed by its module and never saved (Marian's sinusoidal positions)."""
+    owner = network
+    for part in name.split(".")[:-1]:
+        owner = getattr(owner, part, None)
+    return "Sinusoidal" in type(owner).__name__
+
+
+def _device(asked: str) -> torch.device:
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise ConfigError(f"device: {asked!r} is no device; use auto, cpu, or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {asked!r} is asked for, but this machine shows no CUDA device; use cpu")
+    return device

@@ -1,0 +1,103 @@
+"""What every objective must hold, whatever it learns: an entry in the catalog is checked without a test of its own."""
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from luthier.core.events import Events
+from luthier.core.types import Chat, Example, Labelled, Message, Pair, Text
+from luthier.models.load import load_model
+from luthier.models.spec import LoadedModel
+from luthier.training.objectives import OBJECTIVES
+from luthier.training.objectives.part import Objective
+
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Win a free prize now!",
+    "Ok, see you at the station at seven. Do not forget the tickets.",
+    "房间很干净，服务员非常热情，下次还会来。",
+    "酒店的位置不好。",
+    "One two three four five six seven eight nine ten.",
+    "A tuned model answers briefly.",
+    "Call 0800 123 456 before midnight.",
+]
+FAMILY = {"seq2seq": "bart"}
+
+
+def examples_for(name: str) -> list[Example]:
+    if name == "pretrain":
+        return [Text(f"t:{at}", text) for at, text in enumerate(SENTENCES)]
+    if name == "sft":
+        turns = [(Message("user", text), Message("assistant", text[::-1][:12])) for text in SENTENCES]
+        return [Chat(f"t:{at}", messages) for at, messages in enumerate(turns)]
+    if name == "seq2seq":
+        return [Pair(f"t:{at}", text, text[:10]) for at, text in enumerate(SENTENCES)]
+    if name == "regress":
+        return [Labelled(f"t:{at}", text, float(len(text))) for at, text in enumerate(SENTENCES)]
+    return [Labelled(f"t:{at}", text, ("even", "odd")[at % 2]) for at, text in enumerate(SENTENCES)]
+
+
+def prepared(name: str) -> tuple[Objective, LoadedModel, list]:
+    objective = OBJECTIVES.parse(name)
+    examples = examples_for(name)
+    torch.manual_seed(0)
+    wanted = {"task": objective.task} | ({"labels": ("even", "odd")} if name == "classify" else {})
+    model = load_model(str(tiny_model(FAMILY.get(name, "llama"))), **wanted)
+    objective = objective.prepare(examples, Events())
+    objective.check_model(model.spec)
+    return objective, model, objective.encode(examples, model, Events())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.names())
+def test_sum_and_weight_add_up_over_any_split_of_the_rows(name):
+    objective, model, rows = prepared(name)
+    model.module.eval()
+
+    def measure(part):
+        batch = objective.batch(part, model, (0, 0))
+        loss, _ = objective.measure(model, batch)
+        assert loss.weight == pytest.approx(batch.weight)
+        return float(loss.sum), loss.weight
+
+    with torch.no_grad():
+        whole = measure(rows)
+        alone = [measure([row]) for row in rows]
+    assert sum(one[0] for one in alone) == pytest.approx(whole[0], rel=1e-5)
+    assert sum(one[1] for one in alone) == pytest.approx(whole[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.names())
+def test_the_pad_id_does_not_matter(name, monkeypatch):
+    objective, model, rows = prepared(name)
+    model.module.eval()
+    values = []
+    for pad in (0, 7):
+        monkeypatch.setattr(type(model.tokenizer), "pad_token_id", pad)
+        with torch.no_grad():
+            values.append(float(objective.measure(model, objective.batch(rows, model, (0, 0)))[0].sum))
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.names())
+def test_it_learns_eight_rows(name):
+    objective, model, rows = prepared(name)
+    model.module.train()
+    optimizer = torch.optim.AdamW(model.module.parameters(), lr=5e-3)
+    values = []
+    for _ in range(60):
+        loss, _ = objective.measure(model, objective.batch(rows, model, (0, 0)))
+        (loss.sum / loss.weight).backward()
+        moved = [parameter for parameter in model.module.parameters() if parameter.grad is not None]
+        assert any(float(parameter.grad.abs().max()) > 0 for parameter in moved)
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(float(loss.sum.detach()) / loss.weight)
+    assert values[-1] < 0.35 * values[0]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.names())
+def test_rows_of_another_kind_are_refused_with_a_way_out(name):
+    objective = OBJECTIVES.parse(name)
+    other = Text("x:1", "a") if name != "pretrain" else Pair("x:1", "a", "b")
+    with pytest.raises(ValueError, match=r"^x:1: objective '\w+' learns from .*; .* fit"):
+        objective.check_examples([other])
