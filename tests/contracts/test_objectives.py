@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from luthier.core.events import Events
 from luthier.core.types import Chat, Example, Labelled, Message, Pair, Text
@@ -10,6 +9,7 @@ from luthier.models.load import load_model
 from luthier.models.spec import LoadedModel
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.objectives.part import Objective
+from tiny import tiny_model
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",

@@ -1,16 +1,15 @@
 """The loop against the same thing written by hand, and against transformers.Trainer on the same batches."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
 
 from luthier.core.config import resolve
 from luthier.verbs.tune import Tune, tune
+from tiny import tiny_model
 
 STEPS = 50
 ROWS = [

@@ -26,11 +26,10 @@ from luthier.models.facts import context_of, fingerprint, kind_of
 from luthier.models.heads import Pooled, dropout_of
 from luthier.models.quiet import quiet
 from luthier.models.sources import knock, lasting_name, resolve_source
-from luthier.models.spec import NATURAL_TASK, Kind, LoadedModel, ModelSpec, Pooling, read_spec
+from luthier.models.spec import HEAD_FILE, NATURAL_TASK, Kind, LoadedModel, ModelSpec, Pooling, read_spec
 from luthier.text.render import Renderer
 from luthier.text.template import Template, choose_template
 
-HEAD_FILE = "head.safetensors"
 DEFAULT_LENGTH = 512
 TASKS: dict[Kind, tuple[Task, ...]] = {
     "decoder": ("causal", "classify", "regress"),
@@ -65,8 +64,8 @@ def load_model(
 ) -> LoadedModel:
     """Load `source` (a shipped name, run:<id>, a directory, a hub id) for `task`, in eval mode.
 
-    `task` None: what it was saved for, else what its kind is made for. `labels` None-empty makes (or, when they are
-    the saved ones, keeps) a classification head. `dtype` auto is float32, whatever the files hold. `from_scratch`
+    `task` None: what it was saved for, else what its kind is made for. `labels` makes a classification head (the
+    saved one is kept when its labels are the same, or when none are given). `dtype` auto is float32, whatever the files hold. `from_scratch`
     takes the shape alone and draws the weights from torch's generator. A directory with a PEFT adapter loads its base
     first. Raises ModelError (not found, unreachable, damaged, an adapter for another base), ConfigError (a task that
     the kind cannot do, a length beyond the context) and MissingExtra.

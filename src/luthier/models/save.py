@@ -10,9 +10,7 @@ from safetensors.torch import save_file
 from luthier.models.adapters import ADAPTERS
 from luthier.models.heads import Pooled
 from luthier.models.quiet import quiet
-from luthier.models.spec import SPEC_FILE, LoadedModel
-
-HEAD_FILE = "head.safetensors"
+from luthier.models.spec import HEAD_FILE, SPEC_FILE, LoadedModel
 
 
 def save_model(loaded: LoadedModel, directory: Path, *, dtype: str | None = None) -> None:

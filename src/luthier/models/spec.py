@@ -21,6 +21,7 @@ Kind: TypeAlias = Literal["decoder", "encoder", "encoder-decoder"]
 Pooling: TypeAlias = Literal["last", "mean", "first"]
 
 SPEC_FILE = "luthier.json"
+HEAD_FILE = "head.safetensors"
 NATURAL_TASK: dict[Kind, Task] = {"decoder": "causal", "encoder": "masked", "encoder-decoder": "seq2seq"}
 
 

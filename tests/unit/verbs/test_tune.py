@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ALL_FAMILIES, kind_of, tiny_model
 
 from luthier.core.config import resolve
 from luthier.core.errors import ConfigError, DataError, LuthierError, ModelError, RunError, TrainingError
 from luthier.core.run import read_record
 from luthier.models.load import load_model
 from luthier.verbs.tune import Tune, tune, tune_model
+from tiny import ALL_FAMILIES, kind_of, tiny_model
 
 SPAM = ["win a prize now", "free cash call now", "claim your free prize", "cash prize win win"]
 HAM = ["see you at seven", "call me when home", "are you at the station", "lunch at noon then"]
@@ -241,7 +241,7 @@ BAD = [
     ({"data": {"train": LABELLED, "columns": {"text": "txet"}}}, DataError, "txet"),
     ({"data": {"train": [{"text": "a b", "label": "x"}, {"text": "c d", "label": "x"}], **NO_SPLIT}}, DataError, "'x'"),
     ({"objective": "clasify"}, ConfigError, "did you mean 'classify'"),
-    ({"data": {"train": LABELLED + [{"text": "word " * 400, "label": "ham"}], **NO_SPLIT}}, DataError, "truncate"),
+    ({"data": {"train": [*LABELLED, {"text": "word " * 400, "label": "ham"}], **NO_SPLIT}}, DataError, "truncate"),
     ({"model": "no/such-model-here"}, ModelError, "no/such-model-here"),
     ({"learning_rate": 1e3, "optimizer": {"kind": "sgd"}, "clip": 0, "steps": 50}, TrainingError, "rows of this batch"),
     ({"data": {"train": LABELLED, "test": [{"text": "new one", "label": "eggs"}]}}, DataError, "eggs"),

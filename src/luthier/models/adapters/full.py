@@ -19,5 +19,6 @@ class Full(Adapter):
         from luthier.models.adapters.inject import merge_adapter, used_parameters
 
         merge_adapter(loaded)
-        for parameter in used_parameters(loaded):
-            parameter.requires_grad_(True)
+        used = {id(parameter) for parameter in used_parameters(loaded)}
+        for parameter in loaded.module.parameters():
+            parameter.requires_grad_(id(parameter) in used)
