@@ -102,10 +102,7 @@ def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
         names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
         core = _train(list(names.values()), wordpiece=family == "bert")
         _frame(core, "[CLS]", "[SEP]", between=("[SEP]",))
-        tokenizer = _wrap(core, names)
-        if family == "bert":
-            tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-        return tokenizer
+        return _wrap(core, names, segments=family == "bert")
     if family == "roberta":
         names = {
             "bos": "<s>",
@@ -183,10 +180,12 @@ def _frame(core: Tokenizer, first: str | None, last: str | None, between: Sequen
     )
 
 
-def _wrap(core: Tokenizer, names: dict[str, str]) -> PreTrainedTokenizerFast:
-    tokens = {f"{name}_token": token for name, token in names.items()}
+def _wrap(core: Tokenizer, names: dict[str, str], segments: bool = False) -> PreTrainedTokenizerFast:
+    settings: dict[str, Any] = {f"{name}_token": token for name, token in names.items()}
+    if segments:
+        settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, model_max_length=CONTEXT, clean_up_tokenization_spaces=False, **tokens
+        tokenizer_object=core, model_max_length=CONTEXT, clean_up_tokenization_spaces=False, **settings
     )
 
 

@@ -78,7 +78,13 @@ def context_of(config: Any) -> int | None:
         found = getattr(config, name, None)
         if isinstance(found, int) and found > 0:
             # RoBERTa and its kin number positions from just after the pad id.
-            shifted = config.model_type in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
+            shifted = config.model_type in (
+                "roberta",
+                "xlm-roberta",
+                "xlm-roberta-xl",
+                "camembert",
+                "roberta-prelayernorm",
+            )
             return found - config.pad_token_id - 1 if shifted else found
     return None
 

@@ -26,7 +26,9 @@ def describe_hardware() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction_set": isa,
         "cpu_dtypes": ["float32", "bfloat16"],
-        "bfloat16_is_fast": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False,
+        "bfloat16_is_fast": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        if torch.backends.mkldnn.is_available()
+        else False,
         "mkldnn": torch.backends.mkldnn.is_available(),
         "cuda": devices,
         "mps": torch.backends.mps.is_available(),

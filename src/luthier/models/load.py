@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from luthier.text.render import Renderer
+from luthier.text.template import Template, choose_template
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -27,8 +29,6 @@ from luthier.models.heads import Pooled, dropout_of
 from luthier.models.quiet import quiet
 from luthier.models.sources import knock, lasting_name, resolve_source
 from luthier.models.spec import HEAD_FILE, NATURAL_TASK, Kind, LoadedModel, ModelSpec, Pooling, read_spec
-from luthier.text.render import Renderer
-from luthier.text.template import Template, choose_template
 
 DEFAULT_LENGTH = 512
 TASKS: dict[Kind, tuple[Task, ...]] = {
@@ -64,11 +64,11 @@ def load_model(
 ) -> LoadedModel:
     """Load `source` (a shipped name, run:<id>, a directory, a hub id) for `task`, in eval mode.
 
-    `task` None: what it was saved for, else what its kind is made for. `labels` makes a classification head (the
-    saved one is kept when its labels are the same, or when none are given). `dtype` auto is float32, whatever the files hold. `from_scratch`
-    takes the shape alone and draws the weights from torch's generator. A directory with a PEFT adapter loads its base
-    first. Raises ModelError (not found, unreachable, damaged, an adapter for another base), ConfigError (a task that
-    the kind cannot do, a length beyond the context) and MissingExtra.
+    `task` None: what it was saved for, else what its kind is made for. `labels` makes a classification head; the saved
+    one is kept when its labels are the same, or when none are given. `dtype` auto is float32, whatever the files hold.
+    `from_scratch` takes the shape alone and draws the weights from torch's generator. A directory with a PEFT adapter
+    loads its base first. Raises ModelError (not found, unreachable, damaged, an adapter for another base), ConfigError
+    (a task that the kind cannot do, a length beyond the context) and MissingExtra.
     """
     events = events or Events()
     place = resolve_source(source)
@@ -114,7 +114,13 @@ def load_model(
         module.head.load_state_dict(load_file(place / HEAD_FILE, device=str(_device(device))))
     module.eval()
     spec, renderer = make_renderer(
-        tokenizer, spec, saved.template if saved else None, template=template, truncate=truncate, learn=learn, events=events
+        tokenizer,
+        spec,
+        saved.template if saved else None,
+        template=template,
+        truncate=truncate,
+        learn=learn,
+        events=events,
     )
     return LoadedModel(module, tokenizer, spec, renderer)
 
@@ -164,7 +170,9 @@ def load_network(
     )
     below = network.base_model_prefix + "."
     missing = [name for name in sorted(info["missing_keys"]) if not _is_computed(network, name)]
-    body = [name for name in missing if (name.startswith(below) or network.base_model is network) and "pooler." not in name]
+    body = [
+        name for name in missing if (name.startswith(below) or network.base_model is network) and "pooler." not in name
+    ]
     if body or (missing and task in ("causal", "seq2seq")):
         lost = body or missing
         raise ModelError(

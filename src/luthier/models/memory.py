@@ -13,7 +13,9 @@ KEPT_PER_UNIT = 17
 KEPT_PER_LOGIT = 3
 
 
-def estimate_memory(model: LoadedModel, *, trainable: int, batch_tokens: int, optimizer_slots: int = 2) -> dict[str, int]:
+def estimate_memory(
+    model: LoadedModel, *, trainable: int, batch_tokens: int, optimizer_slots: int = 2
+) -> dict[str, int]:
     """Predicted peak in bytes, by part and in `total`, for `batch_tokens` tokens in one forward and backward pass.
 
     `optimizer_slots` are the values an optimiser keeps beside each weight: 2 for Adam, 1 for momentum. An estimate:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from luthier.models.adapters import ADAPTERS
@@ -20,6 +22,14 @@ def save_model(loaded: LoadedModel, directory: Path, *, dtype: str | None = None
     With an adapter attached only the adapter is written, in PEFT's format. `dtype` ("bfloat16") rounds the weights on
     the disk; the model in memory stays as it is. Raises OSError when the place cannot be written.
     """
+    try:
+        _write(loaded, directory, dtype)
+    except SafetensorError as err:
+        # A full disk comes out of safetensors as its own error.
+        raise OSError(errno.EIO, str(err), str(directory)) from None
+
+
+def _write(loaded: LoadedModel, directory: Path, dtype: str | None) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if loaded.spec.adapter is not None:
         ADAPTERS.parse(loaded.spec.adapter).save(loaded, directory)

@@ -42,7 +42,9 @@ def resolve_source(source: str) -> Path | str:
     if path.is_file():
         raise ModelError(f"{source}: this is a file; a model is the directory that holds config.json and the weights")
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
-        raise ModelError(f"{source}: no such directory; give a directory, run:<id>, a hub id (owner/name), or {_shipped()}")
+        raise ModelError(
+            f"{source}: no such directory; give a directory, run:<id>, a hub id (owner/name), or {_shipped()}"
+        )
     return source
 
 
@@ -77,13 +79,16 @@ def knock(source: str) -> dict[str, Any]:
         answer = get_session().head(
             f"{endpoint}/{source}/resolve/main/config.json", headers=build_hf_headers(), timeout=KNOCK_SECONDS
         )
+        trouble = f"status {answer.status_code}" if answer.status_code >= 500 else None
     except Exception as err:  # the client's exception classes changed between its versions
-        if cached:
-            return {"local_files_only": True}
+        trouble = type(err).__name__
+    if trouble and cached:
+        return {"local_files_only": True}
+    if trouble:
         raise ModelError(
-            f"{source}: no such directory, and the hub at {endpoint} cannot be reached ({type(err).__name__}); "
+            f"{source}: no such directory, and the hub at {endpoint} cannot be reached ({trouble}); "
             f"{exits} (HF_ENDPOINT names a mirror)"
-        ) from None
+        )
     if answer.status_code in (401, 403):
         raise ModelError(
             f"{source}: the hub at {endpoint} does not show this model: it does not exist, or it is gated; "

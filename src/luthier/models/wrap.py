@@ -35,12 +35,18 @@ def wrap_model(module: Any, tokenizer: Any) -> LoadedModel:
     if config is None or not hasattr(module, "base_model"):
         raise ModelError(f"{type(module).__name__}: expected a model from luthier.load, or a transformers model")
     kind = kind_of(config)
-    task = next((task for task in ("causal", "masked", "seq2seq") if type(module) in AUTO_CLASSES[task]._model_mapping.values()), None)
+    task = NATURAL_TASK[kind]
+    factory = AUTO_CLASSES[task]
+    if not isinstance(module, factory._model_mapping[type(config)]):
+        raise ModelError(
+            f"{type(module).__name__}: a plain transformers model must come from {factory.__name__}; "
+            "for another purpose use luthier.load"
+        )
     spec = ModelSpec(
         source=str(getattr(config, "_name_or_path", "") or type(module).__name__),
         kind=kind,
         family=config.model_type,
-        task=task or NATURAL_TASK[kind],
+        task=task,
         max_length=choose_length(None, None, config, tokenizer),
         pooling=choose_pooling("auto", None, kind),
     )
@@ -69,7 +75,9 @@ def fit_model(
     task = check_task(task or old.task, old.kind, old.source)
     pooled = task in ("classify", "regress")
     if not pooled and task != old.task:
-        raise ConfigError(f"{old.source}: this model was loaded for {old.task!r}, and has no head for {task!r}; load it anew")
+        raise ConfigError(
+            f"{old.source}: this model was loaded for {old.task!r}, and has no head for {task!r}; load it anew"
+        )
     config = given.network.config
     spec = old.model_copy(
         update={

@@ -48,7 +48,9 @@ class Freeze(Adapter):
         body = {id(parameter) for parameter in loaded.network.base_model.parameters()}
         learning.update(id(parameter) for parameter in loaded.module.parameters() if id(parameter) not in body)
         if not learning:
-            raise ConfigError("adapter.layers: with 0 layers nothing is left to learn, the head shares the embedding's weights")
+            raise ConfigError(
+                "adapter.layers: with 0 layers nothing is left to learn, the head shares the embedding's weights"
+            )
         for parameter in loaded.module.parameters():
             parameter.requires_grad_(id(parameter) in learning)
 
@@ -62,6 +64,8 @@ def find_layers(loaded: LoadedModel) -> tuple[Any, ModuleList]:
         body = body.get_decoder() if loaded.spec.task == "seq2seq" else body.get_encoder()
     stacks = [(owner, child) for owner in body.modules() for child in owner.children() if isinstance(child, ModuleList)]
     if not stacks:
-        raise ConfigError(f"adapter 'freeze' finds no stack of layers in a {loaded.spec.family} model; use 'full' or 'lora'")
+        raise ConfigError(
+            f"adapter 'freeze' finds no stack of layers in a {loaded.spec.family} model; use 'full' or 'lora'"
+        )
     # Stacks inside a layer are shorter in parameters than the stack of layers itself.
     return max(stacks, key=lambda stack: sum(parameter.numel() for parameter in stack[1].parameters()))

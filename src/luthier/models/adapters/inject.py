@@ -50,7 +50,10 @@ class LoraLinear(nn.Module):
         """[..., in] to [..., out], in the base's precision."""
         y = self.base(x)
         low = self.dropout(x).to(self.lora_a.dtype) @ self.lora_a.T
-        return y + ((low @ self.lora_b.T) * self.scale).to(y.dtype)
+        if y.dtype != low.dtype:
+            return y + ((low @ self.lora_b.T) * self.scale).to(y.dtype)
+        # One fused step in place of three passes over a tensor as large as y.
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.lora_b.T, alpha=self.scale).view_as(y)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:

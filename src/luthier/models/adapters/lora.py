@@ -84,7 +84,9 @@ class Lora(Adapter):
             found = [name for name in layers if name == target or name.endswith("." + target)]
             if not found:
                 leaves = {name.rpartition(".")[2] for name in layers}
-                raise ConfigError(f"adapter.targets: no linear layer is called {target!r}; {did_you_mean(target, leaves)}")
+                raise ConfigError(
+                    f"adapter.targets: no linear layer is called {target!r}; {did_you_mean(target, leaves)}"
+                )
             chosen += found
         return list(dict.fromkeys(chosen))
 

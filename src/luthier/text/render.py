@@ -1,0 +1,281 @@
+"""Examples to token ids and weights: the one renderer of training, evaluation and inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from luthier.core.errors import DataError, ModelError
+from luthier.core.types import Chat, Encoded, Message, Pair, Text
+from luthier.text.spans import SENTINEL, Span, find_spans
+from luthier.text.template import Template
+
+# How many conversations are checked for the prompt's tokens being the first tokens of the whole.
+CHECKED = 50
+
+
+class Renderer:
+    """Turns examples into ids and weights, and prompts into the ids to go on from.
+
+    A weight says how much *predicting* its token counts. Weights are made from the characters of the rendered text
+    and the place of each token in it, never by comparing ids with the pad token. `stop_ids` are the tokens that end
+    a generated text: the end of a turn as the template writes it, and the end of text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        kind: Literal["decoder", "encoder", "encoder-decoder"],
+        template: Template | None,
+        max_length: int,
+        truncate: bool = False,
+        learn: Literal["all", "last"] = "all",
+    ):
+        self.tokenizer, self.kind, self.template = tokenizer, kind, template
+        self.max_length, self.truncate, self.learn = max_length, truncate, learn
+        plain, framed = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+        at = next((at for at in range(len(framed)) if framed[at : at + len(plain)] == plain), 0)
+        self._first = list(framed[:at]) if kind == "decoder" else []
+        self._end = tokenizer.eos_token_id
+        self.turn_end = (
+            self._find_turn_end() if template is not None and template.name != "raw" else tokenizer.eos_token
+        )
+        stops = [tokenizer.convert_tokens_to_ids(self.turn_end) if self.turn_end else None, self._end]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(int(stop) for stop in stops if stop is not None))
+        self._checked = 0
+        self.mismatches = 0
+        """Conversations whose prompt does not tokenise as the beginning of the whole: the seam between train and serve."""
+
+    # -- to learn from ------------------------------------------------------------------------------------------------
+
+    def text(self, example: Text) -> Encoded:
+        """A document: every token but the first is learned, the end-of-text token with them."""
+        if self.kind != "decoder":
+            ids = self._framed(example.text, None, example.id)
+            fitted, weights, cut = self._fit(ids, [0.0] + [1.0] * (len(ids) - 1), example.id)
+            return Encoded(example.id, fitted, weights, cut=cut)
+        ids = self._first + self._ids(example.text) + ([self._end] if self._end is not None else [])
+        return self._checked_row(example.id, ids, [0.0] + [1.0] * (len(ids) - 1))
+
+    def chat(self, example: Chat) -> Encoded:
+        """A conversation: what the assistant says is learned, with the token that ends its turn.
+
+        Raises DataError, beginning with the example's id: nothing to learn, too long, a turn without an end, two BOS.
+        """
+        if self.template is None:
+            raise ModelError("this model was loaded without a chat template, so it cannot read conversations")
+        if self.template.name == "raw":
+            return self.pair(_as_pair(example))
+        try:
+            spans = find_spans(
+                example.messages,
+                lambda some, opened: self._apply(some, example.tools, opened),
+                self.turn_end,
+                self.learn,
+            )
+            whole = self._apply(example.messages, example.tools, False)
+        except DataError as err:
+            raise DataError(f"{example.id}: {err}") from None
+        row = self._spanned(example.id, whole, spans)
+        self._compare_prompt(example, row)
+        return row
+
+    def pair(self, example: Pair) -> Encoded:
+        """A source and its target: both sides of an encoder-decoder; for a decoder one question and one answer."""
+        if self.kind == "encoder-decoder":
+            source = self._framed(example.source, None, example.id)
+            with_target = self.tokenizer(text_target=example.target, verbose=False)["input_ids"]
+            target = list(with_target)
+            if self._end is not None and (not target or target[-1] != self._end):
+                target.append(self._end)
+            ids, _, cut = self._fit(source, [0.0] * len(source), example.id, keep_last=True)
+            target_ids, weights, more = self._fit(target, [1.0] * len(target), example.id, keep_last=True)
+            return Encoded(example.id, ids, target=target_ids, target_weights=weights, cut=cut + more)
+        if self.template is not None and self.template.name != "raw":
+            turns = (Message("user", example.source), Message("assistant", example.target))
+            return self.chat(Chat(example.id, turns, meta=example.meta))
+        if self._end is None:
+            raise ModelError("the tokenizer has no end-of-text token, so the model could not learn to stop")
+        whole = example.source + example.target + self.tokenizer.eos_token
+        return self._spanned(example.id, whole, [(len(example.source), len(whole), 1.0)])
+
+    def labelled(self, text: str, pair: str | None = None, id: str = "") -> Encoded:
+        """A text, or two, as a classifier or regressor reads it: the tokenizer's own frame, or for a decoder the texts
+        on two lines with the end-of-text token after them."""
+        if self.kind != "decoder":
+            ids = self._framed(text, pair, id)
+        else:
+            whole = text if pair is None else f"{text}\n{pair}"
+            ids = self._first + self._ids(whole) + ([self._end] if self._end is not None else [])
+        fitted, _, cut = self._fit(ids, [0.0] * len(ids), id, keep_last=True)
+        return Encoded(id, fitted, cut=cut)
+
+    # -- to go on from ------------------------------------------------------------------------------------------------
+
+    def prompt(
+        self, prompt: str | Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, raw: bool = False
+    ) -> tuple[int, ...]:
+        """The ids to generate from. A text is one user turn where there is a chat template, unless `raw`.
+
+        Raises DataError when they leave no room in the context.
+        """
+        if self.kind != "decoder":
+            text = prompt if isinstance(prompt, str) else "\n".join(message.content for message in prompt)
+            ids = self._framed(text, None, "prompt")
+        elif raw or self.template is None or self.template.name == "raw":
+            text = prompt if isinstance(prompt, str) else "\n".join(message.content for message in prompt)
+            ids = self._first + self._ids(text)
+        else:
+            turns = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
+            ids = self._with_first(self._ids(self._apply(turns, tools, True)))
+        if len(ids) > self.max_length or (self.kind == "decoder" and len(ids) == self.max_length):
+            raise DataError(f"the prompt has {len(ids)} tokens, and the context is {self.max_length}; shorten it")
+        if not ids:
+            raise DataError("the prompt is empty, and this model has no token to start from; give some text")
+        return tuple(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids back to text, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def describe(self, row: Encoded) -> list[tuple[str, float]]:
+        """(text, weight) of each token, to be shown; what is not yet a whole character shows up with its last byte."""
+        weights = row.weights or (0.0,) * len(row.ids)
+        return self._pieces(row.ids, weights) + self._pieces(row.target, row.target_weights)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _framed(self, text: str, pair: str | None, id: str) -> list[int]:
+        limits = {"truncation": True, "max_length": self.max_length} if self.truncate and pair is not None else {}
+        return list(self.tokenizer(text, pair, verbose=False, **limits)["input_ids"])
+
+    def _apply(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], opened: bool) -> str:
+        assert self.template is not None
+        turns = [_as_dict(message) for message in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns,
+                tools=list(tools) or None,
+                chat_template=self.template.source,
+                tokenize=False,
+                add_generation_prompt=opened,
+            )
+        except Exception as err:  # jinja2's errors, and whatever a template's own code runs into
+            roles = " ".join(message.role for message in messages) or "nothing"
+            why = str(err).splitlines()[0] if str(err) else type(err).__name__
+            raise DataError(
+                f"the chat template {self.template.name!r} cannot render these turns ({roles}): {why}"
+            ) from None
+        return str(text)
+
+    def _find_turn_end(self) -> str:
+        """The text of the special token that the template writes after an assistant's content."""
+        text = self._apply([Message("user", "a"), Message("assistant", SENTINEL)], (), False)
+        tail = text.partition(SENTINEL)[2]
+        ids = self._ids(tail)
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        found = next((token for token in ids if token in special), None)
+        if found is None:
+            raise ModelError(
+                f"the chat template {self.template.name if self.template else ''!r} ends an assistant's turn with {tail!r}, "
+                "which is no special token: the model could not learn to stop; use another template"
+            )
+        return str(self.tokenizer.convert_ids_to_tokens(found))
+
+    def _with_first(self, ids: list[int]) -> list[int]:
+        """Put the tokenizer's own first tokens (BOS) in front of a rendered chat, unless the template wrote them."""
+        count = len(self._first)
+        return ids if not count or ids[:count] == self._first else self._first + ids
+
+    def _spanned(self, id: str, whole: str, spans: Sequence[Span]) -> Encoded:
+        """Tokens of `whole`, each weighing as the span it lies in; a token across the edge of a span is context."""
+        found = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, offsets = list(found["input_ids"]), found["offset_mapping"]
+        weights = [0.0] * len(ids)
+        for start, end, weight in spans:
+            for at, (first, last) in enumerate(offsets):
+                if start <= first < last <= end:
+                    weights[at] = weight
+        framed = self._with_first(ids)
+        weights = [0.0] * (len(framed) - len(ids)) + weights
+        if self._first and framed[1 : 1 + len(self._first)] == self._first and len(framed) > 1:
+            token = self.tokenizer.convert_ids_to_tokens(self._first[0])
+            raise DataError(
+                f"{id}: the text begins with {token} twice, once from the chat template and once more; take one out"
+            )
+        return self._checked_row(id, framed, weights)
+
+    def _checked_row(self, id: str, ids: list[int], weights: list[float]) -> Encoded:
+        if weights:
+            weights[0] = 0.0  # nothing comes before the first token, so nothing can predict it
+        if not any(weights):
+            raise DataError(f"{id}: there is nothing to learn in this row: no assistant turn with content, or no text")
+        if not any(weight and token in self.stop_ids for token, weight in zip(ids, weights)):
+            raise DataError(f"{id}: no token that ends the answer is learned, so the model would never stop")
+        fitted, kept, cut = self._fit(ids, weights, id)
+        if cut and not any(kept):
+            raise DataError(
+                f"{id}: cut to {self.max_length} tokens, nothing to learn is left; raise max_length or shorten the prompt"
+            )
+        return Encoded(id, fitted, kept, cut=cut)
+
+    def _fit(
+        self, ids: list[int], weights: list[float], id: str, *, keep_last: bool = False
+    ) -> tuple[tuple[int, ...], tuple[float, ...], int]:
+        """At most max_length tokens: (ids, weights, how many were cut). `keep_last` keeps the frame's last token."""
+        over = len(ids) - self.max_length
+        if over <= 0:
+            return tuple(ids), tuple(weights), 0
+        if not self.truncate:
+            raise DataError(
+                f"{id}: {len(ids)} tokens do not fit in {self.max_length}; shorten the text, raise max_length if the model "
+                "allows it, or set truncate: true to cut (the cuts are counted)"
+            )
+        if keep_last:
+            return (*ids[: self.max_length - 1], ids[-1]), (*weights[: self.max_length - 1], weights[-1]), over
+        return tuple(ids[: self.max_length]), tuple(weights[: self.max_length]), over
+
+    def _compare_prompt(self, example: Chat, row: Encoded) -> None:
+        """Count it when the prompt alone tokenises otherwise than as the beginning of the whole."""
+        first = next((at for at, message in enumerate(example.messages) if message.role == "assistant"), None)
+        if self._checked >= CHECKED or first is None:
+            return
+        self._checked += 1
+        alone = self._with_first(self._ids(self._apply(example.messages[:first], example.tools, True)))
+        if row.ids[: len(alone)] != tuple(alone)[: len(row.ids)]:
+            self.mismatches += 1
+
+    def _pieces(self, ids: Sequence[int], weights: Sequence[float]) -> list[tuple[str, float]]:
+        pieces: list[tuple[str, float]] = []
+        held: list[int] = []
+        for token, weight in zip(ids, weights):
+            held.append(token)
+            text = str(self.tokenizer.decode(held, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            whole = not text.endswith("\ufffd")
+            pieces.append((text if whole else "", weight))
+            if whole:
+                held = []
+        return pieces
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [dict(call) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        turn["name"] = message.name
+    return turn
+
+
+def _as_pair(example: Chat) -> Pair:
+    if len(example.messages) != 2 or example.messages[1].role != "assistant":
+        raise DataError(
+            f"{example.id}: the raw template joins one prompt and one answer; this conversation has other turns"
+        )
+    return Pair(example.id, example.messages[0].content, example.messages[1].content, example.meta)
