@@ -94,7 +94,8 @@ def knock(source: str) -> dict[str, Any]:
             f"{source}: the hub at {endpoint} does not show this model: it does not exist, or it is gated; "
             "check the name, accept its licence on its page, and set HF_TOKEN"
         )
-    if answer.status_code == 404 and answer.headers.get("x-error-code") == "RepoNotFound":
+    # A hub that has the model but not this file says so with the code EntryNotFound.
+    if answer.status_code == 404 and answer.headers.get("x-error-code") != "EntryNotFound":
         raise ModelError(f"{source}: the hub at {endpoint} has no model of this name; {exits}")
     return {}
 

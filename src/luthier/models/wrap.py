@@ -11,15 +11,8 @@ from luthier.core.errors import ConfigError, ModelError
 from luthier.core.types import Task
 from luthier.models.facts import kind_of
 from luthier.models.heads import Pooled
-from luthier.models.load import (
-    AUTO_CLASSES,
-    add_head,
-    check_task,
-    choose_length,
-    choose_pooling,
-    keeps_head,
-    make_renderer,
-)
+from luthier.models.load import AUTO_CLASSES
+from luthier.models.purpose import add_head, check_task, choose_length, choose_pooling, keeps_head, make_renderer
 from luthier.models.spec import NATURAL_TASK, LoadedModel, ModelSpec
 
 
