@@ -12,7 +12,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from luthier.models.spec import LoadedModel
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -20,6 +19,7 @@ from luthier.core.errors import TrainingError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.batches import plan_steps, split_step
+from luthier.models.spec import LoadedModel
 from luthier.training.checkpoint import Checkpoints, Progress, draw_state, read_checkpoint, restore_draws
 from luthier.training.objectives.part import Objective
 from luthier.training.optimizers.part import Optimizer

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from luthier.data.load import Data, Dataset, load_data
 from pydantic import Field
 
 from luthier.choice import defaults
@@ -20,6 +19,7 @@ from luthier.core.events import Sink
 from luthier.core.record import Record
 from luthier.core.run import Run, find_run
 from luthier.core.types import Example, Labelled
+from luthier.data.load import Data, Dataset, load_data
 from luthier.models.adapters import ADAPTERS
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.optimizers import OPTIMIZERS
@@ -27,7 +27,6 @@ from luthier.training.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from luthier.models.spec import LoadedModel
-
     from luthier.training.loop import Settings
     from luthier.training.objectives.part import Objective
 
@@ -226,8 +225,8 @@ class _Work:
     def read(self) -> None:
         """Read the data and load the model for the objective."""
         import torch
-        from luthier.models.load import load_model
 
+        from luthier.models.load import load_model
         from luthier.training.allocator import keep_freed_memory
 
         config, events = self.config, self.events

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from luthier.models.spec import LoadedModel
 from torch import Tensor
 
 from luthier.core.errors import ConfigError, DataError, did_you_mean
 from luthier.core.events import Events
 from luthier.core.types import Encoded, Example, Labelled, Task
 from luthier.data.batches import Batch
+from luthier.models.spec import LoadedModel
 from luthier.training.losses import LOSSES
 from luthier.training.losses.cross_entropy import CrossEntropy, balance
 from luthier.training.losses.part import Loss as RowLoss

@@ -13,8 +13,9 @@ from luthier.core.types import Chat, Encoded, Example, Labelled, Pair, Task, Tex
 from luthier.data.batches import Batch, collate
 
 if TYPE_CHECKING:
-    from luthier.models.spec import LoadedModel, ModelSpec
     from torch import Tensor
+
+    from luthier.models.spec import LoadedModel, ModelSpec
 
 
 @dataclass(slots=True)

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch.nn.functional as F
-from luthier.models.spec import LoadedModel, ModelSpec
 from pydantic import Field
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events
 from luthier.core.types import Encoded, Example, Text
 from luthier.data.batches import Batch, collate
+from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.causal import causal_loss
 from luthier.training.objectives.part import Loss, Objective, pad_id
 

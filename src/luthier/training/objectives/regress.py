@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
-from luthier.models.spec import LoadedModel
 from scipy.stats import spearmanr
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events
 from luthier.core.types import Encoded, Example, Labelled, Task
 from luthier.data.batches import Batch
+from luthier.models.spec import LoadedModel
 from luthier.training.losses import LOSSES
 from luthier.training.losses.part import Loss as RowLoss
 from luthier.training.objectives.part import Loss, Objective, encode_rows

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch.nn.functional as F
-from luthier.models.spec import LoadedModel, ModelSpec
 from pydantic import Field
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from luthier.core.errors import ConfigError
 from luthier.core.events import Events
 from luthier.core.types import Encoded, Example, Pair
 from luthier.data.batches import Batch
+from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.part import Loss, Objective, encode_rows
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from luthier.models.spec import LoadedModel, ModelSpec
 from torch import Tensor
 
 from luthier.core.errors import ConfigError
 from luthier.core.events import Events
 from luthier.core.types import Chat, Encoded, Example, Pair
 from luthier.data.batches import Batch
+from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.causal import causal_loss
 from luthier.training.objectives.part import Loss, Objective, encode_rows
 

@@ -1,0 +1,159 @@
+"""Examples to predictions, by what the model was made to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from luthier.core.errors import DataError
+from luthier.core.events import Events
+from luthier.core.types import Chat, Encoded, Example, Labelled, Message, Pair, Prediction, Text
+from luthier.engine.sampling import Sampling
+
+if TYPE_CHECKING:
+    from luthier.models.spec import LoadedModel
+
+
+def predict_examples(
+    model: LoadedModel,
+    examples: Sequence[Example],
+    *,
+    sampling: Sampling | None = None,
+    batch_size: int = 32,
+    likelihood: bool = False,
+    events: Events | None = None,
+) -> list[Prediction]:
+    """One prediction for each example, in order, with its gold.
+
+    Classifiers and regressors read labelled rows. Language models score plain text by likelihood; of conversations
+    and pairs they write the last answer, or, with `likelihood`, score it. Raises DataError for rows that do not fit.
+    """
+    from luthier.engine.generate import generate
+    from luthier.engine.likelihood import score
+    from luthier.engine.pooled import predict
+
+    def tell(done: int, total: int) -> None:
+        if events is not None:
+            events.emit("progress", name="judging", done=done, total=total)
+
+    task = model.spec.task
+    wanted = (Labelled,) if task in ("classify", "regress") else (Pair,) if task == "seq2seq" else (Text, Chat, Pair)
+    for example in examples:
+        if not isinstance(example, wanted):
+            names = " or ".join(kind.__name__ for kind in wanted)
+            raise DataError(
+                f"{example.id}: a model made to {task} is judged on {names} rows, this is {type(example).__name__}"
+            )
+    if task in ("classify", "regress"):
+        rows = [example for example in examples if isinstance(example, Labelled)]
+        found = predict(model, [(row.text, row.pair) for row in rows], batch_size=batch_size, on_progress=tell)
+        return [replace(one, id=row.id, gold=row.label) for one, row in zip(found, rows)]
+    if task == "masked":
+        return _score_masked(model, examples, tell)
+    if likelihood or isinstance(examples[0], Text):
+        encoded = [_encode(model, example) for example in examples]
+        scored = []
+        for example, (nll, tokens) in zip(examples, _score_parts(score, model, encoded, tell)):
+            text = _gold_of(example)
+            size = len(text.encode())
+            scored.append(
+                Prediction(example.id, None, None, nll=nll, tokens=round(tokens), bytes=size, input=text[:2000])
+            )
+        return scored
+    prompts = [_prompt_of(example) for example in examples]
+    written = generate(model, prompts, sampling, batch_size=batch_size, on_progress=tell)
+    return [
+        Prediction(example.id, one.text.strip(), _gold_of(example), input=_shown(prompt))
+        for example, prompt, one in zip(examples, prompts, written)
+    ]
+
+
+def _encode(model: LoadedModel, example: Example) -> list[Encoded]:
+    """The pieces of an example that fit the context; a long text is scored piece by piece, the first token of each
+    later piece conditioned on the last of the one before."""
+    if isinstance(example, Chat):
+        return [model.renderer.chat(example)]
+    if isinstance(example, Pair):
+        return [model.renderer.pair(example)]
+    assert isinstance(example, Text)
+    ids = list(model.tokenizer(example.text, add_special_tokens=True, verbose=False)["input_ids"])
+    end = model.tokenizer.eos_token_id
+    # A document stands after the end of another one, as in pretraining, so its first token is predicted too.
+    start = [] if end is None or (ids and ids[0] == model.tokenizer.bos_token_id) else [end]
+    stream, length = start + ids, model.spec.max_length
+    pieces = []
+    for at in range(0, max(1, len(stream) - 1), length - 1):
+        piece = tuple(stream[at : at + length])
+        pieces.append(Encoded(example.id, piece, (0.0, *[1.0] * (len(piece) - 1))))
+    return pieces
+
+
+def _score_parts(
+    score: Callable[..., list[tuple[float, float]]],
+    model: LoadedModel,
+    encoded: Sequence[Sequence[Encoded]],
+    tell: Callable[[int, int], None],
+) -> list[tuple[float, float]]:
+    flat = [piece for pieces in encoded for piece in pieces]
+    found = iter(score(model, flat, on_progress=tell))
+    totals = []
+    for pieces in encoded:
+        scored = [next(found) for _ in pieces]
+        totals.append((sum(one[0] for one in scored), sum(one[1] for one in scored)))
+    return totals
+
+
+def _score_masked(
+    model: LoadedModel, examples: Sequence[Example], tell: Callable[[int, int], None]
+) -> list[Prediction]:
+    """Pseudo-likelihood (Salazar et al. 2020, arXiv:1910.14659): each token masked in turn, the rest in sight."""
+    import torch
+    import torch.nn.functional as F
+
+    found = []
+    special = set(model.tokenizer.all_special_ids)
+    model.module.eval()
+    for number, example in enumerate(examples, 1):
+        assert isinstance(example, Text)
+        ids = torch.tensor(
+            model.tokenizer(example.text, truncation=True, max_length=model.spec.max_length)["input_ids"]
+        )
+        places = [at for at, token in enumerate(ids.tolist()) if token not in special]
+        nll = 0.0
+        for start in range(0, len(places), 32):
+            part = places[start : start + 32]
+            rows = ids.repeat(len(part), 1)
+            rows[torch.arange(len(part)), part] = model.tokenizer.mask_token_id
+            with torch.no_grad():
+                logits = (
+                    model.module(input_ids=rows.to(model.device)).logits[torch.arange(len(part)), part].float().cpu()
+                )
+            nll += float(F.cross_entropy(logits, ids[part], reduction="sum"))
+        found.append(Prediction(example.id, None, None, nll=nll, tokens=len(places), input=example.text[:2000]))
+        tell(number, len(examples))
+    return found
+
+
+def _prompt_of(example: Example) -> str | tuple[Message, ...]:
+    if isinstance(example, Pair):
+        return example.source
+    assert isinstance(example, Chat)
+    return example.messages[: _last_answer(example)]
+
+
+def _gold_of(example: Example) -> str:
+    if isinstance(example, Chat):
+        return example.messages[_last_answer(example)].content
+    if isinstance(example, Pair):
+        return example.target
+    assert isinstance(example, Text)
+    return example.text
+
+
+def _last_answer(example: Chat) -> int:
+    return max(at for at, message in enumerate(example.messages) if message.role == "assistant")
+
+
+def _shown(prompt: str | Sequence[Message]) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
