@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +39,7 @@ class Run:
     def __init__(self, path: Path, record: Record, sinks: Sequence[Sink] = ()):
         self.path, self.record = path, record
         self.events = Events(path / "events.jsonl", sinks)
+        self.discarded = False
         self._started = time.monotonic()
         self._seconds_before = record.seconds
 
@@ -106,6 +110,8 @@ class Run:
 
     def save(self) -> None:
         """Write the record as it stands, with the time, warnings and choices so far."""
+        if self.discarded:
+            return
         warnings = dict(self.record.warnings)
         for message, count in self.events.warnings.items():
             warnings[message] = max(warnings.get(message, 0), count)
@@ -207,6 +213,18 @@ def hold_lock(path: Path) -> Iterator[None]:
         except OSError:
             raise RunError(f"{path.parent}: another process is working on this run; wait for it or stop it") from None
         yield
+
+
+def discard(run: Run) -> None:
+    """Remove a run whose request was refused before any work was done, so that its name is free and nothing is left."""
+    shutil.rmtree(run.path, ignore_errors=True)
+    run.discarded = True
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Dataclass rows to `path`, one JSON object a line."""
+    lines = (json.dumps(asdict(row), ensure_ascii=False) for row in rows)
+    write_atomically(path, "".join(line + "\n" for line in lines))
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -13,6 +13,7 @@ from luthier.core.types import Estimate
 from luthier.metrics.statistics import Floats, as_floats, bootstrap, wilson
 
 Average: TypeAlias = Literal["micro", "macro", "weighted"]
+Formula: TypeAlias = Callable[[Floats, Floats, Floats], Floats]
 Bools: TypeAlias = NDArray[np.bool_]
 
 
@@ -94,14 +95,14 @@ def confusion(said: Sequence[str], meant: Sequence[str], labels: Sequence[str]) 
     return table.tolist()
 
 
-def _averaged(said_NC: Bools, meant_NC: Bools, average: Average, formula: Any) -> Estimate:
+def _averaged(said_NC: Bools, meant_NC: Bools, average: Average, formula: Formula) -> Estimate:
     classes = said_NC.shape[1]
 
     def statistic(sums: Floats) -> Floats:
         hits, alarms, misses = (sums[:, at * classes : (at + 1) * classes] for at in range(3))
         if average == "micro":
             return formula(hits.sum(1), alarms.sum(1), misses.sum(1))
-        values = formula(hits, alarms, misses)
+        values: Floats = formula(hits, alarms, misses)
         # Classes that occur neither in gold nor in answers say nothing.
         weight = hits + misses if average == "weighted" else (hits + alarms + misses > 0).astype(np.float64)
         return _over((values * weight).sum(1), weight.sum(1))

@@ -87,6 +87,7 @@ def load_model(
         kind=kind,
         family=config.model_type,
         task=task,
+        learned=saved.learned if saved else None,
         max_length=choose_length(max_length, saved, config, tokenizer),
         pooling=choose_pooling(pooling, saved, kind),
     )

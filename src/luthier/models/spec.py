@@ -36,6 +36,8 @@ class ModelSpec(Config):
     """The architecture's name in transformers (`model_type`)."""
     task: Task
     """What it computes."""
+    learned: str | None = None
+    """The objective of its last tuning here; None for models that came from elsewhere."""
     labels: tuple[str, ...] = ()
     """Class names by index, for classify."""
     multi_label: bool = False

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +16,7 @@ from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, LuthierError, RunError
 from luthier.core.events import Sink
 from luthier.core.record import Record
-from luthier.core.run import Run, find_run
+from luthier.core.run import Run, discard, find_run, write_rows
 from luthier.core.types import Example, Labelled
 from luthier.data.load import Data, Dataset, load_data
 from luthier.models.adapters import ADAPTERS
@@ -145,9 +144,7 @@ def tune_model(
             work.encode()
         except (LuthierError, KeyboardInterrupt):
             if not resume:
-                # Nothing was learned yet: a refused request leaves no directory behind.
-                shutil.rmtree(run.path, ignore_errors=True)
-                run.save = lambda: None  # type: ignore[method-assign]
+                discard(run)  # nothing was learned yet
             raise
         run.write_config(work.asked)
         work.keep_inputs(run)
@@ -203,8 +200,8 @@ def fine_tune(
     data = {"train": train_data} if val_data is None else {"train": train_data, "validation": val_data}
     asked = resolve(Tune, values={"model": loaded.spec.source, "data": data, **settings})
     record, tuned = tune_model(asked, sinks=sinks or (), model=loaded)
-    tuned.module.luthier = tuned
-    tuned.module.luthier_record = record
+    for name, value in (("luthier", tuned), ("luthier_record", record)):
+        setattr(tuned.module, name, value)
     return tuned.module
 
 
@@ -372,6 +369,7 @@ class _Work:
         from luthier.models.save import save_model
 
         run.events.stage("saving the model")
+        self.model.spec = self.model.spec.model_copy(update={"learned": self.objective.kind})
         side, final = run.artefacts / ".model.part", run.artefacts / "model"
         shutil.rmtree(side, ignore_errors=True)
         try:
@@ -404,13 +402,13 @@ class _Work:
         predictions = predict_examples(self.model, examples, events=run.events)
         metrics, details = judge(predictions, spec.task, spec.labels)
         details["evaluated_on"] = part
-        write_predictions(run.artefacts / "predictions.jsonl", predictions)
+        write_rows(run.artefacts / "predictions.jsonl", predictions)
         (run.artefacts / "details.json").write_text(json.dumps(details, ensure_ascii=False), encoding="utf-8")
         found = {}
         for baseline in baselines_for(spec.task) if self.config.baselines else ():
             run.events.stage(f"judging the baseline {baseline.kind}")
             guesses = baseline.predict(self.dataset.train, examples)
-            write_predictions(run.artefacts / f"predictions-{baseline.kind}.jsonl", guesses)
+            write_rows(run.artefacts / f"predictions-{baseline.kind}.jsonl", guesses)
             found[baseline.kind] = judge(guesses, spec.task, spec.labels)[0]
         artefacts = {"predictions": "artefacts/predictions.jsonl", "details": "artefacts/details.json"}
         run.update(metrics=metrics, baselines=found, artefacts={**run.record.artefacts, **artefacts})
@@ -440,13 +438,6 @@ def label_names(examples: Sequence[Example]) -> tuple[str, ...]:
             key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.lstrip("-").isdigit() else 0, name),
         )
     )
-
-
-def write_predictions(path: Path, predictions: Sequence[Any]) -> None:
-    """One prediction a line, as JSON."""
-    with open(path, "w", encoding="utf-8") as file:
-        for prediction in predictions:
-            file.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
 
 
 def _holds_lists(examples: Sequence[Example]) -> bool:

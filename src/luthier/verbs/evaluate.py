@@ -1,0 +1,133 @@
+"""Judge a model on held-out rows: every prediction kept, every number with its interval."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+
+from luthier.core.config import Config, Resolved, resolve
+from luthier.core.errors import ConfigError, DataError, LuthierError
+from luthier.core.events import Sink
+from luthier.core.record import Record
+from luthier.core.run import Run, discard, write_rows
+from luthier.core.types import Example, Labelled
+from luthier.data.load import Data, fingerprint_examples, load_examples
+from luthier.data.profile import profile_examples
+from luthier.engine.sampling import Sampling
+
+
+class Evaluate(Config):
+    """What to judge, and on which rows."""
+
+    model: str
+    """A shipped model, a hub id, a directory, or run:<id>."""
+    data: Data
+    """The rows to judge on: a file or a table of settings, of which `test` (else `train`) is read."""
+    train: Any = None
+    """Training rows for the plain baselines; without them none is judged."""
+    sampling: Sampling = Sampling()
+    """How answers are written, for models that write."""
+    likelihood: bool = False
+    """Score the gold answers by likelihood (perplexity) instead of writing answers."""
+    max_length: int | None = Field(None, gt=1)
+    """Longest row in tokens; by default the model's context."""
+    truncate: bool = False
+    """Cut rows that are too long (and count them) instead of refusing them."""
+    batch_size: int = Field(32, gt=0)
+    """Rows judged at a time; the numbers do not depend on it."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda ..."""
+    name: str | None = None
+    """The run's name; by default the verb and the time."""
+
+
+def evaluate(
+    asked: Resolved[Evaluate] | Evaluate | None = None, *, sinks: Sequence[Sink] = (), **settings: Any
+) -> Record:
+    """Judge a model and return the run's record; `luthier.evaluate(model=..., data=...)` from Python.
+
+    Raises LuthierError: a model or file that cannot be had, rows that do not fit the model, a label it never learned.
+    """
+    if isinstance(asked, Evaluate):
+        asked = Resolved(asked, dict.fromkeys(asked.model_fields_set, "override"))
+    asked = asked or resolve(Evaluate, values=settings)
+    run = Run.create("evaluate", asked, name=asked.config.name, sinks=sinks)
+    with run.working():
+        try:
+            _judge(run, asked.config)
+        except (LuthierError, KeyboardInterrupt):
+            discard(run)
+            raise
+    from luthier.reporting.page import write_report
+
+    write_report(run.path)
+    return run.record
+
+
+def _judge(run: Run, config: Evaluate) -> None:
+    from luthier.evals.baselines import baselines_for
+    from luthier.evals.judge import judge
+    from luthier.evals.predict import predict_examples
+    from luthier.models.load import load_model
+
+    run.events.stage("reading the data")
+    source = config.data.train if config.data.test is None else config.data.test
+    examples = load_examples(source, config.data, run.events)
+    run.events.stage(f"loading the model {config.model}")
+    model = load_model(
+        config.model, max_length=config.max_length, truncate=config.truncate, device=config.device, events=run.events
+    )
+    spec = model.spec
+    _check_labels(examples, spec.labels, config.model)
+    run.events.stage(f"judging on {len(examples)} rows")
+    predictions = predict_examples(
+        model,
+        examples,
+        sampling=config.sampling,
+        batch_size=config.batch_size,
+        likelihood=config.likelihood,
+        events=run.events,
+    )
+    metrics, details = judge(predictions, spec.task, spec.labels)
+    details["evaluated_on"] = "test"
+    write_rows(run.artefacts / "predictions.jsonl", predictions)
+    (run.artefacts / "details.json").write_text(json.dumps(details, ensure_ascii=False), encoding="utf-8")
+    profile = profile_examples(examples)
+    (run.artefacts / "profile.json").write_text(json.dumps(profile, ensure_ascii=False), encoding="utf-8")
+    found = {}
+    if config.train is not None:
+        train = load_examples(config.train, config.data, run.events)
+        baselines = baselines_for(spec.task)
+        if not baselines:
+            raise ConfigError(f"train: there is no plain baseline for a model made to {spec.task}; leave `train` out")
+        for baseline in baselines:
+            run.events.stage(f"judging the baseline {baseline.kind}")
+            guesses = baseline.predict(train, examples)
+            write_rows(run.artefacts / f"predictions-{baseline.kind}.jsonl", guesses)
+            found[baseline.kind] = judge(guesses, spec.task, spec.labels)[0]
+    artefacts = {name: f"artefacts/{name}" for name in ("predictions.jsonl", "details.json", "profile.json")}
+    run.update(
+        metrics=metrics,
+        baselines=found,
+        data={"fingerprint": fingerprint_examples(examples), "test": len(examples)},
+        lineage={"model": config.model, "data": str(config.data.model_dump(mode="json")["train"])},
+        artefacts={name.partition(".")[0]: path for name, path in artefacts.items()},
+    )
+
+
+def _check_labels(examples: Sequence[Example], labels: Sequence[str], model: str) -> None:
+    if not labels:
+        return
+    for example in examples:
+        if not isinstance(example, Labelled) or isinstance(example.label, float):
+            raise DataError(f"{example.id}: {model} was tuned to classify, and this row carries no label")
+        held = example.label if isinstance(example.label, tuple) else (str(example.label),)
+        unknown = [label for label in held if label not in labels]
+        if unknown:
+            raise DataError(
+                f"{example.id}: the label {unknown[0]!r} was never learned by {model}, which knows {', '.join(labels)}; "
+                "mend the row or tune with it"
+            )

@@ -1,0 +1,295 @@
+"""Use a model: one text, a file, a pipe; and the three names of the five-line program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from luthier.core.config import Config, Resolved, resolve
+from luthier.core.errors import ConfigError, DataError
+from luthier.core.events import Events, Sink
+from luthier.core.types import Chat, Labelled, Message, Pair, Prediction, Text
+from luthier.engine.sampling import Sampling
+
+if TYPE_CHECKING:
+    from luthier.models.spec import LoadedModel
+
+Item = str | tuple[Message, ...] | tuple[str, str | None]
+
+
+class Generate(Config):
+    """What to run through a model, and in which form the answers come."""
+
+    model: str = "mini"
+    """A shipped model, a hub id, a directory, or run:<id>."""
+    prompt: str | None = None
+    """One text."""
+    input: Path | None = None
+    """A file of rows: text, prompt or messages (jsonl, csv, txt ...)."""
+    output: Path | None = None
+    """Where the answers to `input` go, a JSON line each. Rows that stand there already are skipped."""
+    shots: Path | None = None
+    """A file of examples to put before each prompt: prompt and completion, messages, or text and label."""
+    raw: bool = False
+    """Go on from the text as it stands, without the chat template."""
+    format: Literal["text", "json", "jsonl"] = "text"
+    """How one answer is printed."""
+    sampling: Sampling = Sampling()
+    """How answers are written."""
+    max_length: int | None = Field(None, gt=1)
+    """Longest row in tokens; by default the model's context."""
+    truncate: bool = False
+    """Cut texts that are too long for a classifier instead of refusing them."""
+    batch_size: int = Field(16, gt=0)
+    """Rows at a time."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda ..."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Generate:
+        if self.prompt is not None and self.input is not None:
+            raise ValueError("give one prompt or an input file, not both")
+        if self.output is not None and self.input is None:
+            raise ValueError("output goes with input, a file of rows; a single answer is printed")
+        return self
+
+
+def generate(
+    asked: Resolved[Generate] | Generate | None = None,
+    *,
+    sinks: Sequence[Sink] = (),
+    on_text: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Run the prompt or the input file through the model; the answers as plain dicts, in order.
+
+    With an output file each answer is appended as soon as its batch is done, and a second call goes on after the last
+    whole line; the list then holds what this call added. `on_text` is handed the pieces of a single written answer as
+    they come. Answers of classifiers carry the probability of each class. Raises LuthierError.
+    """
+    from luthier.models.load import load_model
+
+    if isinstance(asked, Generate):
+        asked = Resolved(asked, dict.fromkeys(asked.model_fields_set, "override"))
+    config = (asked or resolve(Generate, values=settings)).config
+    events = Events(sinks=sinks)
+    if config.prompt is None and config.input is None:
+        raise ConfigError("there is nothing to run: give a prompt, or --input FILE")
+    items = _read_items(config, events) if config.input is not None else [("prompt", config.prompt or "")]
+    events.stage(f"loading the model {config.model}")
+    model = load_model(
+        config.model, max_length=config.max_length, truncate=config.truncate, device=config.device, events=events
+    )
+    shots = _read_shots(config.shots, events) if config.shots is not None else ()
+    if config.prompt is not None and on_text is not None and _writes(model) and config.sampling.beams == 1:
+        from luthier.engine.generate import stream
+
+        pieces = []
+        for piece in stream(
+            model, with_shots(model, config.prompt, shots, config.raw), config.sampling, raw=config.raw
+        ):
+            pieces.append(piece)
+            on_text(piece)
+        return [{"id": "prompt", "output": "".join(pieces)}]
+    answers = []
+    done = _read_done(config.output) if config.output is not None else set()
+    left = [(name, item) for name, item in items if name not in done]
+    if done:
+        events.choose("resume", f"{len(items) - len(left)} rows", f"they stand in {config.output} already")
+    total = len(left)
+    for start in range(0, total, config.batch_size):
+        part = left[start : start + config.batch_size]
+        found = _answer(model, part, config, shots)
+        answers += found
+        if config.output is not None:
+            with open(config.output, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
+        events.emit("progress", name="generating", done=start + len(part), total=total)
+    return answers
+
+
+def load(source: str, **settings: Any) -> tuple[Any, Any]:
+    """(model, tokenizer) of a shipped model, a hub id, a directory or run:<id>: a torch module and its tokenizer.
+
+    What else Luthier knows of it (template, labels) travels on the module as `.luthier`. Raises ModelError.
+    """
+    from luthier.models.load import load_model
+
+    loaded = load_model(source, **settings)
+    setattr(loaded.module, "luthier", loaded)  # noqa: B010
+    return loaded.module, loaded.tokenizer
+
+
+def inference(model: Any, tokenizer: Any, text: str | Sequence[str], **sampling: Any) -> Any:
+    """What a model says of a text, or of each of several.
+
+    Written text of a language model, a class name of a classifier, a number of a regressor. A base model goes on from
+    the text; one tuned on conversations answers it. `sampling`: the settings of Sampling (temperature, max_tokens ...).
+    """
+    from luthier.models.wrap import wrap_model
+
+    loaded = wrap_model(model, tokenizer)
+    texts = [text] if isinstance(text, str) else list(text)
+    config = Generate.make(
+        {"model": loaded.spec.source or "model", "sampling": sampling, "raw": not _answers_turns(loaded)}
+    )
+    found = [one["output"] for one in _answer(loaded, [(str(at), one) for at, one in enumerate(texts)], config, ())]
+    return found[0] if isinstance(text, str) else found
+
+
+def _answer(
+    model: LoadedModel, items: Sequence[tuple[str, Any]], config: Generate, shots: Sequence[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    if model.spec.task in ("classify", "regress"):
+        from luthier.engine.pooled import predict
+
+        pairs = [
+            item if isinstance(item, tuple) and isinstance(item[0], str) else (_flat(item), None) for _, item in items
+        ]
+        found = predict(model, pairs, batch_size=config.batch_size)
+        return [_as_row(name, one) for (name, _), one in zip(items, found)]
+    if model.spec.task == "masked":
+        return [{"id": name, "output": _fill(model, _flat(item))} for name, item in items]
+    from luthier.engine.generate import generate as write
+
+    prompts = [with_shots(model, _as_prompt(item), shots, config.raw) for _, item in items]
+    written = write(model, prompts, config.sampling, raw=config.raw, batch_size=config.batch_size)
+    return [
+        {"id": name, "output": one.text, "finish": one.finish, "tokens": len(one.ids)}
+        for (name, _), one in zip(items, written)
+    ]
+
+
+def with_shots(
+    model: LoadedModel, prompt: str | tuple[Message, ...], shots: Sequence[tuple[str, str]], raw: bool
+) -> str | tuple[Message, ...]:
+    """The prompt with worked examples before it: as turns of the conversation, or as plain text for `raw`."""
+    if not shots:
+        return prompt
+    if raw or model.spec.kind != "decoder":
+        if not isinstance(prompt, str):
+            raise ConfigError("shots as plain text (raw) go with a text prompt, not with messages")
+        return "".join(f"{question}\n{answer}\n\n" for question, answer in shots) + f"{prompt}\n"
+    turns = [turn for question, answer in shots for turn in (Message("user", question), Message("assistant", answer))]
+    own = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    head = [turn for turn in own if turn.role == "system"]
+    return (*head, *turns, *(turn for turn in own if turn.role != "system"))
+
+
+def _writes(model: LoadedModel) -> bool:
+    return model.spec.task in ("causal", "seq2seq")
+
+
+def _answers_turns(model: LoadedModel) -> bool:
+    """Whether a plain text should be a user's turn: tuned so here, or from elsewhere with a template of its own."""
+    if model.spec.learned is not None:
+        return model.spec.learned == "sft"
+    return model.spec.template is not None and model.spec.template["name"] == "own"
+
+
+def _fill(model: LoadedModel, text: str) -> str:
+    """The text with each mask token replaced by the likeliest token."""
+    import torch
+
+    mask = model.tokenizer.mask_token
+    if mask is None or mask not in text:
+        raise DataError(f"this model fills in masked tokens: put {mask} where a token is missing, or tune it first")
+    ids = torch.tensor([model.renderer.prompt(text)])
+    with torch.no_grad():
+        best = model.module(input_ids=ids.to(model.device)).logits.argmax(-1).cpu()
+    ids[ids == model.tokenizer.mask_token_id] = best[ids == model.tokenizer.mask_token_id]
+    return model.renderer.decode(ids[0].tolist())
+
+
+def _read_items(config: Generate, events: Events) -> list[tuple[str, Any]]:
+    """(id, text or messages or two texts) of each row; gold columns, if any, are left aside."""
+    from luthier.data.shapes import Columns, find_columns, to_example
+    from luthier.data.sources import read_rows
+
+    def refuse(where: str, why: str) -> None:
+        raise DataError(f"{where}: {why}")
+
+    items: list[tuple[str, Any]] = []
+    for row in read_rows(config.input, bad=refuse):
+        found = find_columns(row.values, Columns())
+        name = str(row.values.get("id", row.where))
+        if "messages" in found:
+            turns = row.values[found["messages"]]
+            filled = (
+                {"messages": [*turns, {"role": "assistant", "content": "?"}]} if isinstance(turns, list) else row.values
+            )
+            example = to_example(type(row)(filled, row.where), "messages", {"messages": "messages"})
+            assert isinstance(example, Chat)
+            items.append((name, example.messages[:-1]))
+            continue
+        role = next((role for role in ("text", "prompt", "source", "instruction") if role in found), None)
+        value = row.values.get(found[role]) if role else None
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(
+                f"{row.where}: no text here; the columns may be text, prompt, source, instruction or messages"
+            )
+        second = row.values.get(found["text_pair"]) if "text_pair" in found else None
+        items.append((name, value if second is None else (value, str(second))))
+    return items
+
+
+def _read_shots(path: Path, events: Events) -> list[tuple[str, str]]:
+    from luthier.data.load import Data, load_examples
+
+    shots = []
+    for example in load_examples(path, Data(train=str(path)), events):
+        if isinstance(example, Pair):
+            shots.append((example.source, example.target))
+        elif isinstance(example, Labelled):
+            shots.append((example.text, str(example.label)))
+        elif isinstance(example, Chat) and [turn.role for turn in example.messages][-2:] == ["user", "assistant"]:
+            shots.append((example.messages[-2].content, example.messages[-1].content))
+        else:
+            kind = "plain text" if isinstance(example, Text) else "a conversation of another form"
+            raise DataError(f"{example.id}: a shot is a question with its answer, this is {kind}")
+    return shots
+
+
+def _read_done(path: Path) -> set[str]:
+    """Ids of the answers in `path`. A last line that a crash left unfinished is taken off."""
+    if not path.exists():
+        return set()
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        path.write_bytes(whole)
+    done = set()
+    for number, line in enumerate(_lines(whole), 1):
+        try:
+            done.add(str(json.loads(line)["id"]))
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise DataError(
+                f"{path}:{number}: this is no line of answers; give another --output, or remove the file"
+            ) from None
+    return done
+
+
+def _lines(content: bytes) -> Iterator[str]:
+    yield from (line for line in content.decode("utf-8").split("\n") if line.strip())
+
+
+def _as_row(name: str, found: Prediction) -> dict[str, Any]:
+    row = {"id": name, **{key: value for key, value in asdict(found).items() if key in ("output", "probabilities")}}
+    return row if row["probabilities"] is not None else {key: row[key] for key in ("id", "output")}
+
+
+def _as_prompt(item: Any) -> str | tuple[Message, ...]:
+    if isinstance(item, str):
+        return item
+    return item if isinstance(item[0], Message) else _flat(item)
+
+
+def _flat(item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    return "\n".join(part.content if isinstance(part, Message) else str(part) for part in item if part is not None)
