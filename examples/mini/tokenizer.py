@@ -21,7 +21,7 @@ from tokenizers.implementations import ByteLevelBPETokenizer
 from luthier.text.bpe import save_tokenizer, train_bpe
 
 VOCABULARY = 8192
-CONTEXT = 1024
+CONTEXT = 512
 
 
 def read_texts(path: Path) -> list[dict[str, str]]:

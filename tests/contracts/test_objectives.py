@@ -41,10 +41,10 @@ def prepared(name: str) -> tuple[Objective, LoadedModel, list]:
     objective = OBJECTIVES.parse(name)
     examples = examples_for(name)
     torch.manual_seed(0)
-    wanted = {"task": objective.task} | ({"labels": ("even", "odd")} if name == "classify" else {})
-    model = load_model(str(tiny_model(FAMILY.get(name, "llama"))), **wanted)
+    model = load_model(str(tiny_model(FAMILY.get(name, "llama"))), **objective.load_options(examples))
     objective = objective.prepare(examples, Events())
     objective.check_model(model.spec)
+    objective.adapt(model, examples)
     return objective, model, objective.encode(examples, model, Events())
 
 

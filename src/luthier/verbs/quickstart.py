@@ -25,6 +25,15 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+def profile() -> dict[str, Any]:
+    """What the shipped data are like."""
+    from luthier.core.events import Events
+    from luthier.data.load import Data, load_examples
+    from luthier.data.profile import profile_examples
+
+    return profile_examples(load_examples("sms_spam", Data(train="sms_spam"), Events()))
+
+
 def quickstart(*, sinks: Sequence[Sink] = (), name: str | None = None) -> tuple[Record, list[Prediction]]:
     """Tune `mini` on the shipped SMS spam data, judge it on a held-out fifth, and classify three new messages."""
     from luthier.engine.pooled import predict

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -17,7 +17,6 @@ from luthier.core.errors import ConfigError, LuthierError, RunError
 from luthier.core.events import Sink
 from luthier.core.record import Record
 from luthier.core.run import Run, discard, find_run, write_rows
-from luthier.core.types import Example, Labelled
 from luthier.data.load import Data, Dataset, load_data
 from luthier.models.adapters import ADAPTERS
 from luthier.training.objectives import OBJECTIVES
@@ -45,13 +44,13 @@ class Tune(Config):
     """How gradients move weights: sgd, adam, adamw, adafactor."""
     schedule: SCHEDULES.field = "linear"  # type: ignore[name-defined]
     """How the learning rate moves: constant, linear, cosine, wsd; each with a warm-up."""
-    learning_rate: float | Literal["auto"] = Field("auto", gt=0)
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak learning rate."""
-    epochs: float | Literal["auto"] = Field("auto", gt=0)
+    epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Passes over the training rows."""
     steps: int | None = Field(None, gt=0)
     """Optimiser steps; overrides epochs."""
-    batch_size: int | Literal["auto"] = Field("auto", gt=0)
+    batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     """Rows of one optimiser step."""
     accumulate: int = Field(1, gt=0)
     """Micro-batches that a step is split into to save memory; the result is the same."""
@@ -69,11 +68,11 @@ class Tune(Config):
     """How a classifier or regressor makes one vector of a text."""
     from_scratch: bool = False
     """Start from random weights of the model's shape."""
-    validate_every: int | Literal["auto", "epoch"] = "auto"
+    validate_every: Annotated[int, Field(gt=0)] | Literal["auto", "epoch"] = "auto"
     """Steps between validations."""
     patience: int = Field(0, ge=0)
     """Stop after so many validations without a better one; 0: never."""
-    checkpoint_every: int | Literal["auto"] = "auto"
+    checkpoint_every: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     """Steps between checkpoints, beside one at every validation."""
     by_length: bool = True
     """Put rows of like length into one step, so that little is padded."""
@@ -243,13 +242,11 @@ class _Work:
         self.objective = objective.prepare(self.dataset.train, events)
         events.stage(f"loading the model {config.model}")
         wanted: dict[str, Any] = {
-            "task": objective.task,
+            **objective.load_options(self.dataset.train),
             "template": config.template,
             "max_length": config.max_length,
             "truncate": config.truncate,
         }
-        if objective.kind == "classify":
-            wanted |= {"labels": label_names(self.dataset.train), "multi_label": _holds_lists(self.dataset.train)}
         if objective.task is not None:
             wanted["pooling"] = config.pooling
         if self.given is not None:
@@ -266,8 +263,7 @@ class _Work:
                 **wanted,
             )
         self.objective.check_model(self.model.spec)
-        if objective.kind == "regress":
-            self._standardise()
+        self.objective.adapt(self.model, self.dataset.train)
         config.adapter.apply(self.model)
         self.parameters = list(config.adapter.trainable(self.model))
 
@@ -417,31 +413,6 @@ class _Work:
         self.asked = self.asked.advise(**{name: value})
         if not quiet:
             self.events.choose(name, value if shown is None else shown, why)
-
-    def _standardise(self) -> None:
-        import numpy as np
-
-        gold = np.array([example.label for example in self.dataset.train if isinstance(example, Labelled)], dtype=float)
-        update = {"target_mean": float(gold.mean()), "target_scale": float(gold.std())}
-        self.model.spec = self.model.spec.model_copy(update=update)
-
-
-def label_names(examples: Sequence[Example]) -> tuple[str, ...]:
-    """Every class that occurs, sorted (numbers by value)."""
-    found: set[str] = set()
-    for example in examples:
-        if isinstance(example, Labelled) and example.label is not None:
-            found.update(example.label if isinstance(example.label, tuple) else (str(example.label),))
-    return tuple(
-        sorted(
-            found,
-            key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.lstrip("-").isdigit() else 0, name),
-        )
-    )
-
-
-def _holds_lists(examples: Sequence[Example]) -> bool:
-    return any(isinstance(example, Labelled) and isinstance(example.label, tuple) for example in examples)
 
 
 def _as_resolved(

@@ -104,6 +104,7 @@ def test_adapters_learn_and_leave_the_rest_alone(adapter, runs):
         "adapter": adapter,
         "name": "one",
         **QUICK,
+        "learning_rate": 3e-2,
     }
     events: list[dict] = []
     _, model = tune_model(resolve(Tune, values=values), sinks=[events.append])

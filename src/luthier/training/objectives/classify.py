@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -33,6 +33,10 @@ class Classify(Objective):
 
     loss: LOSSES.field_or_auto = "auto"  # type: ignore[name-defined]
     """How wrong a row is: cross_entropy (smoothing, class_weights), focal (gamma, class_weights), or auto."""
+
+    def load_options(self, train: Sequence[Example]) -> dict[str, Any]:
+        several = any(isinstance(example, Labelled) and isinstance(example.label, tuple) for example in train)
+        return {"task": self.task, "labels": label_names(count_labels(train)), "multi_label": several}
 
     def prepare(self, train: Sequence[Example], events: Events) -> Classify:
         self.check_examples(train)
@@ -111,6 +115,16 @@ def macro_f1(guess_N: Tensor, gold_N: Tensor, *, positive_only: bool = False) ->
         total = int((guess_N == name).sum() + (gold_N == name).sum())
         each.append(2 * hits / total if total else 0.0)
     return sum(each) / len(each)
+
+
+def label_names(labels: Iterable[str]) -> tuple[str, ...]:
+    """Class names in the order of their indices: numbers by value, then the others by name."""
+
+    def key(name: str) -> tuple[bool, int, str]:
+        number = name.lstrip("-").isdigit()
+        return not number, int(name) if number else 0, name
+
+    return tuple(sorted(labels, key=key))
 
 
 def count_labels(examples: Sequence[Example]) -> dict[str, int]:

@@ -47,6 +47,13 @@ class Objective(Part):
     def check_model(self, spec: ModelSpec) -> None:
         """Raises ConfigError when a model of this kind cannot learn this, naming what fits."""
 
+    def load_options(self, train: Sequence[Example]) -> dict[str, Any]:
+        """What the model must be loaded with: the task, and what of its head depends on the training rows."""
+        return {"task": self.task}
+
+    def adapt(self, model: LoadedModel, train: Sequence[Example]) -> None:
+        """Note in the loaded model what it must remember of the training rows."""
+
     def prepare(self, train: Sequence[Example], events: Events) -> Objective:
         """A copy with what has to be read off the training rows filled in (class weights, mean and scale)."""
         return self

@@ -52,6 +52,11 @@ class Regress(Objective):
             )
         return self.model_copy(update={"loss": loss})
 
+    def adapt(self, model: LoadedModel, train: Sequence[Example]) -> None:
+        gold = read_numbers(self, train)
+        update = {"target_mean": float(gold.mean()), "target_scale": float(gold.std())}
+        model.spec = model.spec.model_copy(update=update)
+
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         read_numbers(self, examples)
         mean, scale = model.spec.target_mean, model.spec.target_scale

@@ -1,0 +1,91 @@
+"""Command-line flags made from a verb's Config: one flag a field, and --set for what lies deeper."""
+
+from __future__ import annotations
+
+import argparse
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+
+from luthier.core.config import Config, Resolved, parse_scalar, resolve
+from luthier.core.errors import ConfigError, did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: an unknown flag is met with the nearest known one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(
+            f"{self.prog.removeprefix('luthier ')}: {message}; luthier {self.prog.split()[-1]} --help lists the flags"
+        )
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        found, unknown = self.parse_known_args(arguments)
+        flags = [one.split("=")[0] for one in unknown if one.startswith("-")]
+        if flags:
+            known = [option for action in self._actions for option in action.option_strings]
+            raise ConfigError(f"there is no flag {flags[0]}; {did_you_mean(flags[0], known)}")
+        if unknown:
+            raise ConfigError(f"{unknown[0]!r} is one argument too many")
+        return found
+
+
+def make_parser(command: str, about: str) -> Parser:
+    """A parser for `luthier COMMAND`; abbreviated flags are refused, for they break when a flag is added."""
+    return Parser(prog=f"luthier {command}", description=about, allow_abbrev=False)
+
+
+def add_fields(parser: Parser, config: type[Config], skip: Sequence[str] = ()) -> None:
+    """A --kebab-case flag for each field of `config`, its help the field's own words; and --set for nested settings."""
+    group = parser.add_argument_group("settings (all of them: luthier schema)")
+    for name, field in config.model_fields.items():
+        if name in skip:
+            continue
+        flag = "--" + name.replace("_", "-")
+        text = (field.description or "").replace("%", "%%")
+        options: dict[str, Any] = {"dest": name, "default": None, "help": text}
+        if _is_bool(field.annotation):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            group.add_argument(flag, metavar=_metavar(field.annotation), **options)
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any setting by its path, such as adapter.rank=8",
+    )
+
+
+def read_fields(
+    found: argparse.Namespace, config: type[Config], *, file: str | None = None, skip: Sequence[str] = (), **values: Any
+) -> Resolved[Any]:
+    """The resolved config of a parsed command line: file, then flags, then --set."""
+    for name in config.model_fields:
+        value = None if name in skip else getattr(found, name, None)
+        if value is not None and values.get(name) is None:
+            values[name] = parse_scalar(value)
+    given = {name: value for name, value in values.items() if value is not None}
+    # `--data D --set data.split.test=0.2` means more about the same data.
+    for item in found.set:
+        head = item.partition(".")[0]
+        if "." in item.partition("=")[0] and isinstance(given.get(head), str) and head == "data":
+            given[head] = {"train": given[head]}
+    if file is not None and isinstance(given.get("data"), str):
+        given["data"] = {"train": given["data"]}
+    return resolve(config, file=file, values=given, overrides=found.set)
+
+
+def _is_bool(annotation: Any) -> bool:
+    return annotation is bool
+
+
+def _metavar(annotation: Any) -> str:
+    """What kind of value a flag takes, in a word."""
+    if get_origin(annotation) is Annotated:
+        return _metavar(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return "|".join(dict.fromkeys(_metavar(one) for one in get_args(annotation) if one is not type(None)))
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    return {int: "N", float: "X"}.get(annotation, "VALUE")

@@ -1,0 +1,104 @@
+"""Progress for people: a live bar on a terminal, a line now and then when piped. Always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from luthier.core.events import Event, Sink
+
+# Seconds between lines when nobody watches.
+QUIET_EVERY = 15.0
+
+
+@contextmanager
+def show_progress(quiet: bool = False) -> Iterator[list[Sink]]:
+    """Sinks for a verb; what they show is cleared away at the end."""
+    if quiet:
+        yield []
+    elif sys.stderr.isatty():
+        with _live() as sink:
+            yield [sink]
+    else:
+        yield [_Lines()]
+
+
+@contextmanager
+def _live() -> Iterator[Sink]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("", total=None, note="")
+
+        def sink(event: Event) -> None:
+            kind = event["event"]
+            if kind == "stage":
+                bars.update(task, description=event["name"], completed=0, total=None, note="")
+            elif kind == "step":
+                note = f"loss {event['loss']:.4f} · {event['tokens_per_second']:,.0f} tokens/s · {say_time(event['seconds_left'])} left"
+                bars.update(task, description="tuning", completed=event["step"], total=event["steps"], note=note)
+            elif kind == "progress":
+                bars.update(task, description=event["name"], completed=event["done"], total=event["total"], note="")
+            else:
+                line = say(event)
+                if line:
+                    bars.console.print(line, highlight=False, markup=False)
+
+        yield sink
+
+
+class _Lines:
+    """Plain lines for pipes and logs."""
+
+    def __init__(self) -> None:
+        self.last = 0.0
+
+    def __call__(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "step":
+            first_or_last = event["step"] in (1, event["steps"])
+            if not first_or_last and time.monotonic() - self.last < QUIET_EVERY:
+                return
+            self.last = time.monotonic()
+            text = f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s"
+            line: str | None = f"{text}  {say_time(event['seconds_left'])} left"
+        elif kind == "stage":
+            line = f"{event['name']} ..."
+        else:
+            line = say(event)
+        if line:
+            print(line, file=sys.stderr, flush=True)
+
+
+def say(event: Event) -> str | None:
+    """One event as a line, None for those that are not worth one."""
+    kind = event["event"]
+    if kind == "validate":
+        skipped = {"event", "time", "step", "best", "judged_by"}
+        values = "  ".join(f"{name} {value:.4f}" for name, value in event.items() if name not in skipped)
+        return f"step {event['step']}: validation {values}{'  (best so far)' if event['best'] else ''}"
+    if kind == "warning":
+        count = f"{event['count']} x " if event["count"] > 1 else ""
+        return f"warning: {count}{event['message']}"
+    if kind == "choice":
+        return f"{event['name']}: {event['value']} ({event['why']})"
+    return None
+
+
+def say_time(seconds: Any) -> str:
+    """Seconds as people say them."""
+    whole = round(float(seconds))
+    if whole < 90:
+        return f"{whole} s"
+    return f"{whole // 60} min" if whole < 5400 else f"{whole / 3600:.1f} h"

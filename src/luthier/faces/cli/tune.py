@@ -1,0 +1,54 @@
+"""luthier tune"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from luthier.core.errors import ConfigError
+from luthier.faces.cli.flags import add_fields, make_parser, read_fields
+from luthier.faces.cli.progress import show_progress
+from luthier.faces.cli.results import print_json, print_record
+
+
+def parser():  # type: ignore[no-untyped-def]
+    from luthier.verbs.tune import Tune
+
+    made = make_parser("tune", "Tune a model on data, and judge it beside plain baselines.")
+    made.add_argument("file", nargs="?", help="a YAML file of settings; flags go before it")
+    add_fields(made, Tune)
+    made.add_argument("--resume", metavar="RUN", help="go on with an interrupted run: run:ID")
+    made.add_argument("--dry-run", action="store_true", help="decide everything, print it, and stop")
+    made.add_argument("--json", action="store_true", help="print the record as JSON")
+    return made
+
+
+def run(arguments: Sequence[str]) -> int:
+    found = parser().parse(arguments)
+    from luthier.core.run import list_runs, read_record
+    from luthier.verbs.tune import Tune, plan, tune
+
+    if found.resume:
+        given = [name for name in Tune.model_fields if getattr(found, name, None) is not None]
+        if given or found.file or found.set:
+            raise ConfigError("--resume goes on with the run exactly as it was asked for; give no other settings")
+    with show_progress() as sinks:
+        if found.resume:
+            record = tune(resume=found.resume, sinks=sinks)
+        else:
+            if found.file is None and found.data is None:
+                raise ConfigError("tune needs a YAML file, or at least --data; luthier tune --help says more")
+            asked = read_fields(found, Tune, file=found.file)
+            if found.dry_run:
+                print_json(plan(asked, sinks=sinks))
+                return 0
+            try:
+                record = tune(asked, sinks=sinks)
+            except KeyboardInterrupt:
+                runs = list_runs()
+                if runs and read_record(runs[-1]).state == "interrupted":
+                    raise KeyboardInterrupt(f"go on with: luthier tune --resume run:{runs[-1].name}") from None
+                raise
+    print_record(record, as_json=found.json)
+    if not found.json:
+        print(f'Next: luthier generate run:{record.id} "some text"   or: luthier evaluate run:{record.id} --data FILE')
+    return 0
