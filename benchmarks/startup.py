@@ -39,9 +39,7 @@ def write_rows(path: Path) -> None:
 def until_first_step(command: list[str], environment: dict[str, str]) -> float:
     """Seconds from starting `command` until it prints a line that begins with FIRST-STEP."""
     started = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    )
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("FIRST-STEP"):

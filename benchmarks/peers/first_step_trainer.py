@@ -38,4 +38,6 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(folder, per_device_train_batch_size=8, max_steps=4, report_to=[], save_strategy="no")
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    Trainer(model, arguments, train_dataset=Rows(sys.argv[2], tokenizer), data_collator=collate, callbacks=[Note()]).train()
+    Trainer(
+        model, arguments, train_dataset=Rows(sys.argv[2], tokenizer), data_collator=collate, callbacks=[Note()]
+    ).train()

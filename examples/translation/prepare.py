@@ -33,7 +33,9 @@ def main() -> None:
         rows = [json.loads(line) for line in lines]
     tokenizer = train_bpe((row[side] for row in rows for side in ("en", "de")), VOCABULARY, [PAD, END])
     end = tokenizer.token_to_id(END)
-    tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, end)])
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, end)]
+    )
     model = options.output / "model"
     save_tokenizer(tokenizer, model, chat_template="", pad_token=PAD, eos_token=END, model_max_length=CONTEXT)
     MarianConfig(

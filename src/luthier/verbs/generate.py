@@ -113,6 +113,18 @@ def generate(
     return answers
 
 
+def answer_texts(config: Generate, texts: Sequence[str], *, sinks: Sequence[Sink] = ()) -> list[dict[str, Any]]:
+    """The answers to several texts (the lines of a pipe), in order. Raises LuthierError."""
+    from luthier.models.load import load_model
+
+    events = Events(sinks=sinks)
+    model = load_model(
+        config.model, max_length=config.max_length, truncate=config.truncate, device=config.device, events=events
+    )
+    shots = _read_shots(config.shots, events) if config.shots is not None else ()
+    return _answer(model, [(f"line {number}", text) for number, text in enumerate(texts, 1)], config, shots)
+
+
 def load(source: str, **settings: Any) -> tuple[Any, Any]:
     """(model, tokenizer) of a shipped model, a hub id, a directory or run:<id>: a torch module and its tokenizer.
 

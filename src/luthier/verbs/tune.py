@@ -14,7 +14,7 @@ from pydantic import Field
 from luthier.choice import defaults
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, LuthierError, RunError
-from luthier.core.events import Sink
+from luthier.core.events import Events, Sink
 from luthier.core.record import Record
 from luthier.core.run import Run, discard, find_run, write_rows
 from luthier.data.load import Data, Dataset, load_data
@@ -24,6 +24,7 @@ from luthier.training.optimizers import OPTIMIZERS
 from luthier.training.schedules import SCHEDULES
 
 if TYPE_CHECKING:
+    from luthier.core.types import Encoded
     from luthier.models.spec import LoadedModel
     from luthier.training.loop import Settings
     from luthier.training.objectives.part import Objective
@@ -106,8 +107,6 @@ def tune(
 
 def plan(asked: Resolved[Tune], *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Everything decided and nothing done: what `--dry-run` prints. Reads the data and loads the model."""
-    from luthier.core.events import Events
-
     work = _Work(asked, Events(sinks=sinks))
     work.read()
     work.encode()
@@ -118,6 +117,13 @@ def plan(asked: Resolved[Tune], *, sinks: Sequence[Sink] = ()) -> dict[str, Any]
         **work.numbers(),
         "memory_bytes": work.estimate_memory(),
     }
+
+
+def encode_for(asked: Resolved[Tune], events: Events, *, limit: int) -> tuple[list[Encoded], LoadedModel]:
+    """The first `limit` training rows as this tuning would encode them, and the model that would read them."""
+    work = _Work(asked, events)
+    work.read()
+    return work.objective.encode(work.dataset.train[:limit], work.model, events)[:limit], work.model
 
 
 def tune_model(
@@ -207,7 +213,7 @@ def fine_tune(
 class _Work:
     """The state of one tuning between its stages: read, encode, (train), keep, judge."""
 
-    def __init__(self, asked: Resolved[Tune], events: Any, model: LoadedModel | None = None):
+    def __init__(self, asked: Resolved[Tune], events: Events, model: LoadedModel | None = None):
         self.asked, self.events, self.given = asked, events, model
         self.model: LoadedModel
         self.dataset: Dataset

@@ -46,7 +46,8 @@ def _live() -> Iterator[Sink]:
             if kind == "stage":
                 bars.update(task, description=event["name"], completed=0, total=None, note="")
             elif kind == "step":
-                note = f"loss {event['loss']:.4f} · {event['tokens_per_second']:,.0f} tokens/s · {say_time(event['seconds_left'])} left"
+                speed, left = f"{event['tokens_per_second']:,.0f}", say_time(event["seconds_left"])
+                note = f"loss {event['loss']:.4f} · {speed} tokens/s · {left} left"
                 bars.update(task, description="tuning", completed=event["step"], total=event["steps"], note=note)
             elif kind == "progress":
                 bars.update(task, description=event["name"], completed=event["done"], total=event["total"], note="")

@@ -9,8 +9,10 @@ from luthier.core.record import Record
 from luthier.core.run import runs_root
 from luthier.core.types import Estimate
 
-SHOWN = ("macro_f1", "accuracy", "f1", "roc_auc", "spearman", "pearson", "mse", "bleu", "chrf", "rougeL", "exact_match", "token_f1",
-         "perplexity", "bits_per_byte")  # fmt: skip
+SHOWN = (
+    *("macro_f1", "accuracy", "f1", "roc_auc", "spearman", "pearson", "mse"),
+    *("bleu", "chrf", "rougeL", "exact_match", "token_f1", "perplexity", "bits_per_byte"),
+)
 
 
 def print_record(record: Record, *, as_json: bool) -> None:

@@ -31,7 +31,6 @@ def run(arguments: Sequence[str]) -> int:
         name = next((name for name in SHOWN if name in record.metrics), None)
         result = f"{name} {record.metrics[name]}" if name else "-"
         age = (datetime.now(UTC) - datetime.fromisoformat(record.created)).total_seconds() if record.created else 0
-        print(
-            f"{'run:' + record.id:<{width}}{record.state:<13}{say_time(age) + ' ago':<14}{record.lineage.get('model', '-'):<24}{result}"
-        )
+        model = record.lineage.get("model", "-")
+        print(f"{'run:' + record.id:<{width}}{record.state:<13}{say_time(age) + ' ago':<14}{model:<24}{result}")
     return 0

@@ -1,0 +1,91 @@
+"""luthier chat"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.core.errors import LuthierError, ModelError, did_you_mean
+from luthier.core.types import Message
+from luthier.faces.cli.flags import make_parser
+
+COMMANDS = ("/help", "/reset", "/undo", "/system", "/save", "/quit")
+HELP = """/system TEXT  set the system message     /undo  take back the last turn
+/reset        start over                 /save FILE  write the conversation as a messages line
+/quit         leave (or Ctrl-D)"""
+
+
+def parser():  # type: ignore[no-untyped-def]
+    made = make_parser("chat", "Talk to a model. Commands while talking: /help.")
+    made.add_argument("model", help="a shipped model, a hub id, a directory, or run:ID")
+    made.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    made.add_argument("--max-tokens", type=int, default=256, metavar="N", help="most tokens of one answer")
+    made.add_argument("--temperature", type=float, default=0.7, metavar="X", help="0: always the likeliest token")
+    made.add_argument("--top-p", type=float, metavar="X", help="draw among the likeliest tokens that hold this share")
+    made.add_argument("--seed", type=int, metavar="N", help="seed of the draw")
+    return made
+
+
+def run(arguments: Sequence[str]) -> int:
+    found = parser().parse(arguments)
+    from luthier.engine.generate import stream
+    from luthier.engine.sampling import Sampling
+    from luthier.models.load import load_model
+
+    settings: dict[str, Any] = {"max_tokens": found.max_tokens, "temperature": found.temperature}
+    settings |= {name: getattr(found, name) for name in ("top_p", "seed") if getattr(found, name) is not None}
+    sampling = Sampling.make(settings, where="chat")
+    model = load_model(found.model)
+    if model.spec.task != "causal":
+        raise ModelError(
+            f'{found.model}: this model is made to {model.spec.task} and cannot talk; try luthier generate {found.model} "text"'
+        )
+    system = [Message("system", found.system)] if found.system else []
+    turns: list[Message] = []
+    people = sys.stdin.isatty()
+    if people:
+        print(f"{found.model}. /help for commands.")
+    while True:
+        try:
+            line = input("> " if people else "").strip()
+        except EOFError:
+            return 0
+        if not line:
+            continue
+        if line.startswith("/"):
+            command, _, rest = line.partition(" ")
+            if command == "/quit":
+                return 0
+            if command == "/reset":
+                turns = []
+            elif command == "/undo":
+                turns = turns[:-2]
+            elif command == "/system":
+                system = [Message("system", rest)] if rest else []
+            elif command == "/save":
+                _save(Path(rest or "chat.jsonl"), [*system, *turns])
+            else:
+                print(HELP if command == "/help" else f"no command {command}; {did_you_mean(command, COMMANDS)}")
+            continue
+        said: list[str] = []
+        try:
+            for piece in stream(model, [*system, *turns, Message("user", line)], sampling):
+                said.append(piece)
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" (stopped)", end="")
+        except LuthierError as err:
+            print(f"{err} (/reset starts over, /undo takes back a turn)")
+            continue
+        print()
+        turns += [Message("user", line), Message("assistant", "".join(said))]
+
+
+def _save(path: Path, turns: Sequence[Message]) -> None:
+    row = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(f"added to {path}")

@@ -1,0 +1,94 @@
+"""luthier doctor"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from luthier.core.record import collect_versions, describe_machine
+from luthier.core.run import runs_root
+from luthier.faces.cli.flags import make_parser
+from luthier.faces.cli.results import print_json
+
+EXTRAS = {"parquet": ("pyarrow", "parquet files"), "hub-data": ("datasets", "data sets of the hub"),
+          "sentencepiece": ("sentencepiece", "tokenizers made with it")}  # fmt: skip
+# Under this, a run of a small model may not fit.
+LITTLE_DISK = 2 * 10**9
+
+
+def parser():  # type: ignore[no-untyped-def]
+    made = make_parser("doctor", "What this machine has, which extras are usable, and what is missing.")
+    made.add_argument("--json", action="store_true", help="print the findings as JSON")
+    return made
+
+
+def run(arguments: Sequence[str]) -> int:
+    found = parser().parse(arguments)
+    facts = examine()
+    if found.json:
+        print_json(facts)
+        return 0
+    machine, hardware = facts["machine"], facts["hardware"]
+    memory = f"{machine['memory_bytes'] / 1e9:.1f} GB" if machine["memory_bytes"] else "unknown"
+    print(f"machine     {machine['processor']}, {machine['cores']} cores, {memory} of memory, {machine['system']}")
+    for name, value in hardware.items():
+        print(f"{name:<12}{value}")
+    print("versions    " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
+    for extra, state in facts["extras"].items():
+        print(f"extra       {extra}: {state}")
+    for name, value in facts["hub"].items():
+        print(f"hub         {name}: {value}")
+    runs = facts["runs"]
+    state = "writable" if runs["writable"] else "NOT WRITABLE"
+    print(f"runs        {runs['path']}: {state}, {runs['free_bytes'] / 1e9:.1f} GB free")
+    print()
+    print("\n".join(facts["troubles"]) or "Everything that tuning and judging need is here.")
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """Every finding, as plain values; `troubles` are sentences with what to do."""
+    from luthier.models.hardware import describe_hardware
+
+    root = runs_root().absolute()
+    nearest = next(path for path in (root, *root.parents) if path.exists())
+    free = shutil.disk_usage(nearest).free
+    runs = {"path": str(root), "writable": os.access(nearest, os.W_OK), "free_bytes": free}
+    extras = {}
+    for extra, (package, purpose) in EXTRAS.items():
+        extras[extra] = (
+            f"{package} {_version(package)}"
+            if find_spec(package)
+            else f"missing ({purpose}): pip install 'luthier[{extra}]'"
+        )
+    hub = {name: os.environ.get(name, "not set") for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HOME")}
+    troubles = []
+    if not runs["writable"]:
+        troubles.append(f"Runs cannot be written to {nearest}: set LUTHIER_RUNS to a writable place.")
+    if free < LITTLE_DISK:
+        troubles.append(
+            f"Only {free / 1e9:.1f} GB are free at {nearest}: a run keeps a model and up to three checkpoints."
+        )
+    if not (Path(__file__).parents[2] / "assets" / "mini" / "model.safetensors").exists():
+        troubles.append("The shipped model is missing from the package: install it anew.")
+    return {
+        "machine": describe_machine(),
+        "hardware": describe_hardware(),
+        "versions": collect_versions(),
+        "extras": extras,
+        "hub": hub,
+        "runs": runs,
+        "troubles": troubles,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(version unknown)"
