@@ -57,7 +57,7 @@ def train(model, tokenizer, rows, steps=None):
             group["lr"] = RATE * ((step + 1) / rise if step < rise else 1 - (step - rise) / max(1, total - rise))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        yield float(loss) / count
+        yield loss.item() / count
 
 
 if __name__ == "__main__":
