@@ -1,0 +1,122 @@
+"""What is learned of a conversation: the assistant's words and the token that ends its turn, and nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from luthier.core.errors import DataError, ModelError
+from luthier.core.types import Chat, Message, Pair
+from luthier.text.render import Renderer
+from luthier.text.template import Template, choose_template
+from tiny import CHATML, FAMILIES, tiny_tokenizer
+
+TURNS = (
+    Message("system", "Be brief."),
+    Message("user", "Hi there 你好"),
+    Message("assistant", "Hello 世界"),
+    Message("user", "more?"),
+    Message("assistant", "no"),
+)
+# Drops everything up to </think> from all but the last assistant turn, as Qwen3's own template does.
+THINKING = CHATML.replace(
+    "message['content']",
+    "(message['content'].split('</think>')[-1] if message['role'] == 'assistant' and not loop.last else message['content'])",
+)
+
+
+def make(family: str = "qwen2", template: str = "auto", **settings) -> Renderer:
+    tokenizer = tiny_tokenizer(family)
+    chosen, _ = choose_template(tokenizer, template)
+    return Renderer(tokenizer, kind="decoder", template=chosen, max_length=settings.pop("max_length", 500), **settings)
+
+
+def learned(renderer: Renderer, row) -> str:
+    return "".join(text for text, weight in renderer.describe(row) if weight)
+
+
+@pytest.mark.parametrize("family", FAMILIES["decoder"])
+def test_every_assistant_turn_and_its_end_is_learned(family):
+    renderer = make(family)
+    row = renderer.chat(Chat("t:1", TURNS))
+    end = renderer.turn_end
+    assert learned(renderer, row) == f"Hello 世界{end}no{end}"
+    assert row.weights[0] == 0 and renderer.mismatches == 0
+    assert tuple(renderer.prompt(TURNS[:2])) == row.ids[: len(renderer.prompt(TURNS[:2]))]
+
+
+def test_learn_last_and_weights_of_turns():
+    assert learned(make(learn="last"), make(learn="last").chat(Chat("t:1", TURNS))) == "no<|im_end|>"
+    weighted = (*TURNS[:2], Message("assistant", "Hello", weight=0.0), TURNS[3], Message("assistant", "no", weight=0.5))
+    row = make().chat(Chat("t:1", weighted))
+    assert {weight for weight in row.weights if weight} == {0.5} and learned(make(), row) == "no<|im_end|>"
+
+
+def test_a_template_that_strips_thinking_from_earlier_turns():
+    tokenizer = tiny_tokenizer("qwen2")
+    renderer = Renderer(tokenizer, kind="decoder", template=Template("thinking", THINKING), max_length=500)
+    plain = renderer.chat(Chat("t:1", TURNS))
+    assert learned(renderer, plain) == "Hello 世界<|im_end|>no<|im_end|>"
+    thought = (*TURNS[:2], Message("assistant", "hm</think>Hello"), *TURNS[3:])
+    with pytest.raises(DataError, match=r"^t:1: .* rewrites turn 3"):
+        renderer.chat(Chat("t:1", thought))
+
+
+def test_the_stop_token_is_learned_even_where_it_is_the_pad_token():
+    renderer = make("gpt2")
+    renderer.tokenizer.pad_token = renderer.tokenizer.eos_token
+    row = renderer.pair(Pair("t:1", "question", "answer"))
+    assert learned(renderer, row).endswith("<|endoftext|>")
+
+
+def test_two_beginnings_are_an_error():
+    tokenizer = tiny_tokenizer("llama")
+    template = Template("doubled", "{{ '<s><s>' }}" + choose_template(tokenizer)[0].source)
+    with pytest.raises(DataError, match="begins with <s> twice"):
+        Renderer(tokenizer, kind="decoder", template=template, max_length=500).chat(Chat("t:1", TURNS))
+
+
+def test_a_template_without_an_end_is_refused():
+    template = Template("endless", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(ModelError, match="could not learn to stop"):
+        Renderer(tiny_tokenizer("qwen2"), kind="decoder", template=template, max_length=500)
+
+
+def test_nothing_to_learn_is_an_error_that_names_the_row():
+    with pytest.raises(DataError, match=r"^t:7: there is nothing to learn"):
+        make().chat(Chat("t:7", (Message("user", "hi"), Message("assistant", "x", weight=0.0))))
+
+
+def test_too_long_is_refused_or_cut_and_counted():
+    with pytest.raises(DataError, match=r"^t:1: \d+ tokens do not fit in 24"):
+        make(max_length=24).chat(Chat("t:1", TURNS))
+    whole = make().chat(Chat("t:1", TURNS))
+    row = make(max_length=len(whole.ids) - 3, truncate=True).chat(Chat("t:1", TURNS))
+    assert row.cut == 3 and row.ids == whole.ids[:-3]
+
+
+def test_tool_calls_are_learned_in_the_plain_template():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = (
+        Message("user", "1+1"),
+        Message("assistant", "", (call,)),
+        Message("tool", "2"),
+        Message("assistant", "two"),
+    )
+    renderer = make("llama")
+    text = learned(renderer, renderer.chat(Chat("t:1", turns, ({"name": "add"},))))
+    assert '"name": "add"' in text and text.endswith("two</s>") and "2</s>" not in text
+
+
+def test_raw_joins_prompt_and_completion():
+    renderer = make("llama", "raw")
+    row = renderer.pair(Pair("t:1", "one two", " three"))
+    assert learned(renderer, row) == " three</s>"
+
+
+def test_a_template_of_ones_own(tmp_path: Path):
+    path = tmp_path / "mine.jinja"
+    path.write_text(CHATML, encoding="utf-8")
+    chosen, why = choose_template(tiny_tokenizer("qwen2"), str(path))
+    assert chosen == Template("mine", CHATML) and why == "asked for"
+    with pytest.raises(ValueError, match="did you mean 'chatml'"):
+        choose_template(tiny_tokenizer("qwen2"), "chatlm")
