@@ -184,8 +184,10 @@ def _run(
             "min_p": sampling.min_p,
         }
     stops = StoppingCriteriaList([StopStringCriteria(model.tokenizer, list(sampling.stop))] if sampling.stop else [])
-    training = module.training
+    training, forced = module.training, module.generation_config.forced_eos_token_id
     module.eval()
+    # BART and Marian write their end token wherever max_tokens cuts: an answer that was cut would look finished.
+    module.generation_config.forced_eos_token_id = None
     try:
         with quiet():
             out = module.generate(
@@ -197,6 +199,7 @@ def _run(
             )
     finally:
         module.train(training)
+        module.generation_config.forced_eos_token_id = forced
     return [row.tolist() for row in (out[:, width:] if left else out[:, 1:]).cpu()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from luthier.engine.sampling import Sampling
 if TYPE_CHECKING:
     from luthier.models.spec import LoadedModel
 
+EMPTY = "empty, since the model ended at once; that is what it learned where training texts end in such a place"
 Item = str | tuple[Message, ...] | tuple[str, str | None]
 
 
@@ -85,7 +87,7 @@ def generate(
     model = load_model(
         config.model, max_length=config.max_length, truncate=config.truncate, device=config.device, events=events
     )
-    shots = _read_shots(config.shots, events) if config.shots is not None else ()
+    shots = _load_shots(model, config, events)
     if config.prompt is not None and on_text is not None and _writes(model) and config.sampling.beams == 1:
         from luthier.engine.generate import stream
 
@@ -95,6 +97,7 @@ def generate(
         ):
             pieces.append(piece)
             on_text(piece)
+        _warn_empty([{"output": "".join(pieces)}], events)
         return [{"id": "prompt", "output": "".join(pieces)}]
     answers = []
     done = _read_done(config.output) if config.output is not None else set()
@@ -110,6 +113,7 @@ def generate(
             with open(config.output, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
         events.emit("progress", name="generating", done=start + len(part), total=total)
+    _warn_empty(answers, events)
     return answers
 
 
@@ -121,8 +125,10 @@ def answer_texts(config: Generate, texts: Sequence[str], *, sinks: Sequence[Sink
     model = load_model(
         config.model, max_length=config.max_length, truncate=config.truncate, device=config.device, events=events
     )
-    shots = _read_shots(config.shots, events) if config.shots is not None else ()
-    return _answer(model, [(f"line {number}", text) for number, text in enumerate(texts, 1)], config, shots)
+    shots = _load_shots(model, config, events)
+    found = _answer(model, [(f"line {number}", text) for number, text in enumerate(texts, 1)], config, shots)
+    _warn_empty(found, events)
+    return found
 
 
 def load(source: str, **settings: Any) -> tuple[Any, Any]:
@@ -151,6 +157,9 @@ def inference(model: Any, tokenizer: Any, text: str | Sequence[str], **sampling:
         {"model": loaded.spec.source or "model", "sampling": sampling, "raw": not _answers_turns(loaded)}
     )
     found = [one["output"] for one in _answer(loaded, [(str(at), one) for at, one in enumerate(texts)], config, ())]
+    empty = sum(one == "" for one in found)
+    if empty:
+        warnings.warn(f"{empty} of {len(found)} answers: {EMPTY}", stacklevel=2)
     return found[0] if isinstance(text, str) else found
 
 
@@ -248,6 +257,23 @@ def _read_items(config: Generate, events: Events) -> list[tuple[str, Any]]:
         second = row.values.get(found["text_pair"]) if "text_pair" in found else None
         items.append((name, value if second is None else (value, str(second))))
     return items
+
+
+def _load_shots(model: LoadedModel, config: Generate, events: Events) -> list[tuple[str, str]]:
+    if config.shots is None:
+        return []
+    if not _writes(model):
+        raise ConfigError(
+            f"shots: {config.model} is made to {model.spec.task} and reads no worked examples; leave --shots out, "
+            "or use a language model"
+        )
+    return _read_shots(config.shots, events)
+
+
+def _warn_empty(answers: Sequence[dict[str, Any]], events: Events) -> None:
+    empty = sum(one["output"] == "" for one in answers)
+    if empty:
+        events.warn(f"answers are {EMPTY}", empty)
 
 
 def _read_shots(path: Path, events: Events) -> list[tuple[str, str]]:

@@ -42,7 +42,7 @@ class Tune(Config):
     adapter: ADAPTERS.field = "full"  # type: ignore[name-defined]
     """Which weights learn: full (all), freeze (the last layers and the head), lora (small matrices beside the weights)."""
     optimizer: OPTIMIZERS.field = "adamw"  # type: ignore[name-defined]
-    """How gradients move weights: sgd, adam, adamw, adafactor."""
+    """How gradients move weights: sgd, adam, adamw, adafactor, muon."""
     schedule: SCHEDULES.field = "linear"  # type: ignore[name-defined]
     """How the learning rate moves: constant, linear, cosine, wsd; each with a warm-up."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"

@@ -5,6 +5,12 @@ from luthier.training.optimizers.part import Optimizer as Optimizer
 
 OPTIMIZERS: "Catalog[Optimizer]" = Catalog(
     "optimizer",
-    {"sgd": ".sgd:SGD", "adam": ".adam:Adam", "adamw": ".adam:AdamW", "adafactor": ".adafactor:Adafactor"},
+    {
+        "sgd": ".sgd:SGD",
+        "adam": ".adam:Adam",
+        "adamw": ".adam:AdamW",
+        "adafactor": ".adafactor:Adafactor",
+        "muon": ".muon:Muon",
+    },
     __name__,
 )

@@ -1,0 +1,131 @@
+"""Rows in: every kind of file holds the same rows, and every mistake is named with its file and line."""
+
+import gzip
+import json
+
+import pytest
+
+from luthier.core.errors import DataError
+from luthier.core.events import Events
+from luthier.data.load import Data, load_data, load_examples
+from luthier.data.sources import read_rows
+
+ROWS = [{"text": 'win, "now"\nfree', "label": "spam"}, {"text": "你好，世界", "label": "ham"}]
+
+
+def refuse(where: str, why: str) -> None:
+    raise AssertionError(f"{where}: {why}")
+
+
+def write(path, kind: str) -> None:
+    if kind == "jsonl":
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    elif kind == "json":
+        text = json.dumps(ROWS)
+    elif kind == "parquet":
+        import pandas
+
+        pandas.DataFrame(ROWS).to_parquet(path)
+        return
+    else:
+        import pandas
+
+        text = pandas.DataFrame(ROWS).to_csv(index=False, sep="\t" if kind == "tsv" else ",")
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_every_kind_of_file_holds_the_same_rows(kind, packed, tmp_path):
+    path = tmp_path / f"rows.{kind}"
+    write(path, kind)
+    if packed:
+        whole = path.with_suffix(path.suffix + ".gz")
+        whole.write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+        path = whole
+    assert [row.values for row in read_rows(path, bad=refuse)] == ROWS
+
+
+def test_a_text_file_is_lines_or_paragraphs(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\n", encoding="utf-8")
+    assert [row.values["text"] for row in read_rows(path, bad=refuse)] == ["one", "two"]
+    path.write_text("one\ntwo\n\nthree\n", encoding="utf-8")
+    assert [(row.values["text"], row.where) for row in read_rows(path, bad=refuse)] == [
+        ("one\ntwo", "a.txt:1"),
+        ("three", "a.txt:4"),
+    ]
+
+
+def test_a_table_in_memory_is_the_same(tmp_path):
+    import pandas
+
+    assert [row.values for row in read_rows(pandas.DataFrame(ROWS), bad=refuse)] == ROWS
+    assert [row.values for row in read_rows(["a", "b"], bad=refuse)] == [{"text": "a"}, {"text": "b"}]
+
+
+BROKEN = [
+    ("a.jsonl", b"", "the file is empty"),
+    ("a.jsonl", b"  \n ", "the file is empty"),
+    ("a.jsonl", b'{"text": "x", "label": "a"}\n{"text": \n', "a.jsonl:2: broken JSON"),
+    ("a.jsonl", b'{"text": "x"}\n[1]\n', "a.jsonl:2: expected an object"),
+    ("a.json", b'{"text": ', "broken JSON"),
+    ("a.json", b'{"a": 1}', "expected a list of rows"),
+    ("a.csv", b"text,label\nx\n", "a.csv:2: 1 values for 2 columns"),
+    ("a.csv", b"text,text\nx,y\n", "stands twice"),
+    ("a.csv", b"text,label\n", "no rows"),
+    ("a.jsonl.gz", b"\x1f\x8b\x08nonsense", "the gzip file is damaged"),
+    ("a.parquet", b"PAR1 no parquet at all", "cannot be read as parquet"),
+    ("a.xlsx", b"x", "unknown kind of file"),
+    ("a.jsonl", '{"text": "房间很干净"}'.encode("gb18030"), "reads as gb18030"),
+    ("a.jsonl", b'{"body": "x"}', "no known shape fits the columns 'body'"),
+    ("a.jsonl", b'{"text": "x", "label": "a"}\n{"text": "y"}\n', "a.jsonl:2: the column 'label' is missing"),
+    ("a.jsonl", b'{"text": "", "label": "a"}', "'text' is empty"),
+    ("a.jsonl", b'{"messages": [{"role": "usr", "content": "x"}]}', "did you mean 'user'"),
+    ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}', "no turn of the assistant"),
+    ("a.jsonl", b'{"text": "x", "score": "high"}', "expected a number"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), BROKEN)
+def test_a_mistake_is_one_sentence_with_its_place(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said):
+        load_data(Data(train=str(tmp_path / name)), Events())
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}", encoding="utf-8")
+
+    def deny(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", deny)
+    with pytest.raises(DataError, match="cannot be read \\(Permission denied\\)"):
+        load_examples(str(path), Data(train=str(path)), Events())
+
+
+def test_dropped_rows_are_counted_by_reason(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"text": f"text {at}", "label": "ab"[at % 2]} for at in range(20)]
+    lines = [json.dumps(row) for row in rows] + ['{"text": "", "label": "a"}', "{", '{"text": " ", "label": "b"}']
+    path.write_text("\n".join(lines), encoding="utf-8")
+    events = Events()
+    found = load_data(Data(train=str(path), on_bad_row="drop"), events)
+    assert sum(found.dropped.values()) == 3 and found.dropped["'text' is empty"] == 2
+    assert found.profile["rows"] == 20 and sum(events.warnings.values()) == 3
+
+
+def test_a_label_of_the_test_part_alone(tmp_path):
+    train = [{"text": f"t {at}", "label": "ab"[at % 2]} for at in range(10)]
+    data = Data(train=train, test=[{"text": "z", "label": "c"}], split={"validation": 0})
+    with pytest.raises(DataError, match="the label 'c' occurs in the test part but never in training"):
+        load_data(data, Events())
+
+
+def test_one_class_only():
+    data = Data(train=[{"text": f"t {at}", "label": "a"} for at in range(10)])
+    with pytest.raises(DataError, match="all 9 training rows have the label 'a'"):
+        load_data(data, Events())
