@@ -180,7 +180,10 @@ def explain_mistake(cls: type[BaseModel], mistake: ErrorDetails) -> str:
 
 def _is_branch(part: int | str) -> bool:
     # Union branches appear in a pydantic path under the type's name, such as "str" or "list[str]": noise to a reader.
-    return isinstance(part, str) and (part in {"str", "int", "float", "bool"} or "[" in part or part[:1].isupper())
+    if not isinstance(part, str):
+        return False
+    plain = part.removeprefix("constrained-")
+    return plain in {"str", "int", "float", "bool"} or "[" in part or part[:1].isupper()
 
 
 def _owner(cls: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel]:

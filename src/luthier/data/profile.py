@@ -47,7 +47,7 @@ def profile_examples(examples: Sequence[Example]) -> dict[str, Any]:
         "conflicts": int(conflicts),
         "characters": {
             "median": int(np.median(lengths)),
-            "p95": int(np.percentile(lengths, 95)),
+            "p95": round(float(np.percentile(lengths, 95))),
             "max": int(lengths.max()),
             "total": int(lengths.sum()),
         },

@@ -10,7 +10,8 @@ from markupsafe import Markup, escape
 
 Points: TypeAlias = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 240, 56, 30, 12, 12
+# As wide as half the page: a chart is then shown about one to one, and its labels are as large as they are meant.
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 220, 66, 28, 10, 10
 # Points a curve is thinned to: more than pixels tell nothing and weigh a lot.
 MOST_POINTS = 300
 
@@ -62,8 +63,9 @@ def draw_lines(curves: dict[str, Points], *, title: str, mark: float | None = No
                     f'<circle class="dot c{number % 4}" cx="{left}" cy="{down}" r="3"><title>{escape(hint)}</title></circle>'
                 )
     parts.append("</svg>")
-    legend = "".join(f'<span class="key c{number % 4}">{escape(name)}</span>' for number, name in enumerate(curves))
-    return Markup(f"<figure>{''.join(parts)}<figcaption>{escape(title)} {legend}</figcaption></figure>")
+    keys = [f'<span class="key c{number % 4}">{escape(name)}</span>' for number, name in enumerate(curves)]
+    legend = "".join(keys) if len(keys) > 1 else ""
+    return Markup(f"<figure><figcaption>{escape(title)} {legend}</figcaption>{''.join(parts)}</figure>")
 
 
 def draw_interval(value: float, low: float, high: float, bounds: tuple[float, float]) -> Markup:
@@ -74,7 +76,7 @@ def draw_interval(value: float, low: float, high: float, bounds: tuple[float, fl
         return 4 + 152 * (min(max(x, bounds[0]), bounds[1]) - bounds[0]) / span
 
     return Markup(
-        f'<svg class="interval" viewBox="0 0 160 16" width="160" height="16" aria-hidden="true">'
+        f'<svg class="interval" viewBox="0 0 160 16" aria-hidden="true">'
         f'<line class="scale" x1="4" x2="156" y1="8" y2="8"/>'
         f'<line class="range" x1="{at(low):.1f}" x2="{at(high):.1f}" y1="8" y2="8"/>'
         f'<circle class="value" cx="{at(value):.1f}" cy="8" r="4"/></svg>'

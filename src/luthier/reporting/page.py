@@ -22,6 +22,7 @@ def write_report(path: Path) -> Path:
     details = sections.read_json(path / "artefacts" / "details.json")
     text = page.render(
         record=record,
+        time=sections.show_time(record.seconds),
         verdict=sections.say_verdict(record),
         settings=sections.read_settings(path),
         profile=sections.read_json(path / "artefacts" / "profile.json"),

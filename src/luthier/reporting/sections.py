@@ -42,6 +42,7 @@ def say_verdict(record: Record) -> str:
         )
     found = record.metrics[name]
     said = f"{label(name)} {show(found)} on {found.n:,} held-out rows"
+    said = said[0].upper() + said[1:]
     rivals = {rival: values[name] for rival, values in record.baselines.items() if name in values}
     if not rivals:
         return said + "."
@@ -77,7 +78,7 @@ def draw_curves(path: Path, record: Record) -> list[Any]:
     skipped = {"event", "time", "step", "best", "judged_by", "loss"}
     names = [name for event in looks.values() for name in event if name not in skipped]
     metrics = {
-        name: [(step, event[name]) for step, event in sorted(looks.items()) if name in event]
+        label(name): [(step, event[name]) for step, event in sorted(looks.items()) if name in event]
         for name in dict.fromkeys(names)
     }
     rates = {"learning rate": [(step, event["learning_rate"]) for step, event in sorted(steps.items())]}
@@ -151,7 +152,8 @@ def pick_examples(path: Path) -> dict[str, Any]:
         }
     right = [row for row in rows if same(row["output"], row["gold"])]
     wrong = sorted((row for row in rows if not same(row["output"], row["gold"])), key=lambda row: -(row["sure"] or 0))
-    names = (f"Right ({len(right):,})", f"Wrong ({len(wrong):,}), the surest first")
+    order = ", the surest first" if any(row["sure"] is not None for row in wrong) else ""
+    names = (f"Right ({len(right):,})", f"Wrong ({len(wrong):,}){order}")
     return {"right": right[:SHOWN_EXAMPLES], "wrong": wrong[:SHOWN_EXAMPLES], "names": names}
 
 
@@ -166,6 +168,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 def label(name: str) -> str:
     """A metric's name for people."""
     known = {"bleu": "BLEU", "chrf": "chrF", "mse": "MSE", "mae": "MAE", "roc_auc": "ROC-AUC", "f1": "F1"}
+    known |= {"spearman": "Spearman", "pearson": "Pearson"}
     return known.get(name, name.replace("_", " ").replace(" f1", " F1"))
 
 
@@ -174,10 +177,18 @@ def show(found: Estimate) -> str:
     return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
 
 
+def show_time(seconds: float) -> str:
+    """Seconds as people say them."""
+    whole = round(seconds)
+    if whole < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def show_answer(answer: Any) -> str:
     if isinstance(answer, float):
         return f"{answer:.3f}"
-    return cut(", ".join(map(str, answer)) if isinstance(answer, list) else str(answer))
+    return cut(", ".join(map(str, answer)) if isinstance(answer, list) else str(answer)) or "(empty)"
 
 
 def same(one: Any, other: Any) -> bool:

@@ -14,10 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.core.errors import RunError
+
+# With less than this many bytes free, a write that failed did so because the disk is full.
+LITTLE_DISK = 2**20
 
 
 @dataclass(slots=True)
@@ -70,10 +74,11 @@ class Checkpoints:
             else:
                 side.rename(final)
             _flush(self.directory)
-        except (OSError, RuntimeError) as err:
-            # torch and safetensors report a full disk as RuntimeError or their own kind of OSError.
+        except (OSError, RuntimeError, SafetensorError) as err:
+            # torch reports a full disk as a RuntimeError that does not say so, safetensors as an error of its own.
+            full = self.directory.is_dir() and shutil.disk_usage(self.directory).free < LITTLE_DISK
             shutil.rmtree(side, ignore_errors=True)
-            why = getattr(err, "strerror", None) or str(err).splitlines()[0]
+            why = "No space left on device" if full else getattr(err, "strerror", None) or str(err).splitlines()[0]
             raise RunError(
                 f"{final}: the checkpoint could not be written ({why}); earlier ones are untouched: "
                 f"make room, then go on with `luthier tune --resume run:{self.directory.parent.name}`"

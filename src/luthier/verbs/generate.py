@@ -110,8 +110,7 @@ def generate(
         found = _answer(model, part, config, shots)
         answers += found
         if config.output is not None:
-            with open(config.output, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in found)
+            _append(config.output, found)
         events.emit("progress", name="generating", done=start + len(part), total=total)
     _warn_empty(answers, events)
     return answers
@@ -293,9 +292,20 @@ def _read_shots(path: Path, events: Events) -> list[tuple[str, str]]:
     return shots
 
 
+def _append(path: Path, answers: Sequence[dict[str, Any]]) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in answers)
+    except OSError as err:
+        raise ConfigError(
+            f"output: {path} cannot be written ({err.strerror}); choose another file, or make room: the same command "
+            "goes on after the answers that stand there"
+        ) from None
+
+
 def _read_done(path: Path) -> set[str]:
     """Ids of the answers in `path`. A last line that a crash left unfinished is taken off."""
-    if not path.exists():
+    if not path.is_file():
         return set()
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+import sys
+import types
 
 import pytest
 
-from luthier.core.errors import DataError
+from luthier.core.errors import DataError, MissingExtra
 from luthier.core.events import Events
 from luthier.data.load import Data, load_data, load_examples
 from luthier.data.sources import read_rows
@@ -56,6 +58,35 @@ def test_a_text_file_is_lines_or_paragraphs(tmp_path):
         ("one\ntwo", "a.txt:1"),
         ("three", "a.txt:4"),
     ]
+
+
+def test_a_packed_text_file_is_the_same(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress("one\n你好\r\n".encode()))
+    assert [row.values["text"] for row in read_rows(path, bad=refuse)] == ["one", "你好"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("text,label\r\nx,a\r\n".encode("utf-8-sig"))
+    assert [row.values for row in read_rows(path, bad=refuse)] == [{"text": "x", "label": "a"}]
+
+
+def test_a_directory_is_its_files_in_order(tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"text": "second"}\n"third"', encoding="utf-8")
+    (tmp_path / "a.txt").write_text("first", encoding="utf-8")
+    (tmp_path / "README.md").write_text("no data", encoding="utf-8")
+    found = [(row.values["text"], row.where) for row in read_rows(tmp_path, bad=refuse)]
+    assert found == [("first", "a.txt:1"), ("second", "b.jsonl:1"), ("third", "b.jsonl:2")]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no data file in this directory"):
+        list(read_rows(tmp_path / "empty", bad=refuse))
+
+
+def test_a_line_of_csv_is_counted_by_lines_of_the_file(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('text,label\n"two\nlines",a\nx,b\n', encoding="utf-8")
+    assert [row.where for row in read_rows(path, bad=refuse)] == ["a.csv:2", "a.csv:4"]
 
 
 def test_a_table_in_memory_is_the_same(tmp_path):
@@ -129,3 +160,73 @@ def test_one_class_only():
     data = Data(train=[{"text": f"t {at}", "label": "a"} for at in range(10)])
     with pytest.raises(DataError, match="all 9 training rows have the label 'a'"):
         load_data(data, Events())
+
+
+def test_pandas_marks_of_what_is_missing_are_bad_rows():
+    import pandas
+
+    table = pandas.DataFrame({"text": ["a", None, "c", "d"], "label": ["x", "y", None, "y"]})
+    with pytest.raises(DataError, match="2 of 4 rows cannot be used: row 2: 'text' is missing; row 3: 'label' holds"):
+        load_data(Data(train=table), Events())
+    found = load_data(Data(train=table, on_bad_row="drop", split={"validation": 0}), Events())
+    assert len(found.train) == 2 and sum(found.dropped.values()) == 2
+
+
+@pytest.mark.parametrize("source", [{"train": []}, 3, b"text"])
+def test_what_is_no_table_is_said(source):
+    with pytest.raises(DataError, match="is no table of rows"):
+        list(read_rows(source, bad=refuse))
+
+
+def test_many_bad_rows_are_named_and_then_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x"}\n' + "{\n" * 9, encoding="utf-8")
+    with pytest.raises(
+        DataError, match=r"9 of 10 rows cannot be used: a\.jsonl:2: .*a\.jsonl:6: .*; and 4 more\. Mend them"
+    ):
+        load_data(Data(train=str(path)), Events())
+
+
+def test_a_data_set_of_the_hub_without_its_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'luthier\[hub-data\]'"):
+        list(read_rows("hub:owner/name", bad=refuse))
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("hub:owner/name", ("owner/name", None, "train")),
+        ("hub:owner/name:test", ("owner/name", None, "test")),
+        ("hub:owner/name:zh:test", ("owner/name", "zh", "test")),
+    ],
+)
+def test_a_data_set_of_the_hub(source, asked, monkeypatch):
+    seen = []
+
+    def load_dataset(name, config, *, split):
+        seen.append((name, config, split))
+        return ROWS
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    rows = list(read_rows(source, bad=refuse))
+    assert seen == [asked] and [row.values for row in rows] == ROWS and rows[1].where == f"{source}:2"
+
+
+def test_a_data_set_that_the_hub_does_not_give(monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("cannot reach the hub\nsecond line")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(DataError, match=r"cannot be had \(cannot reach the hub\); HF_ENDPOINT names a mirror"):
+        list(read_rows("hub:owner/name", bad=refuse))
+    with pytest.raises(DataError, match="write it as hub:owner/name"):
+        list(read_rows("hub:a/b:c:d:e", bad=refuse))
+
+
+def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'luthier\[parquet\]'"):
+        list(read_rows(tmp_path / "a.parquet", bad=refuse))

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.types import Message
+from luthier.engine import generate as engine
 from luthier.engine.generate import generate, stream
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
@@ -44,6 +46,89 @@ def test_greedy_tokens_are_those_of_the_naive_loop_alone_and_in_a_batch(family):
         assert alone.ids == naive, prompt
         assert one.ids == naive, prompt
         assert one.prompt_tokens == len(model.renderer.prompt(prompt, raw=True))
+
+
+@torch.no_grad()
+def write_by_transformers(model, prompt: str, **settings) -> tuple[int, ...]:
+    """What the model's own `generate` writes for one prompt, without its stop token."""
+    ids = torch.tensor([list(model.renderer.prompt(prompt, raw=True))])
+    start = getattr(model.module.config, "decoder_start_token_id", None)
+    # A fixed end at the cut (BART, Marian) is left out, as an answer that was cut should not look finished.
+    model.module.generation_config.forced_eos_token_id = None
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=12,
+        pad_token_id=model.tokenizer.pad_token_id or 0,
+        eos_token_id=list(model.spec.stop_ids),
+        decoder_start_token_id=start,
+        **settings,
+    )
+    out = model.module.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)[
+        0
+    ].tolist()
+    written = out[ids.shape[1] :] if model.spec.kind == "decoder" else out[1:]
+    end = next((at for at, token in enumerate(written) if token in model.spec.stop_ids), len(written))
+    return tuple(written[:end])
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 3}, {"repetition_penalty": 1.3}], ids=["greedy", "beams", "penalty"]
+)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "t5", "bart"])
+def test_tokens_are_those_of_transformers(family, settings):
+    model = load_model(str(tiny_model(family)))
+    ours = Sampling(
+        max_tokens=12, beams=settings.get("num_beams", 1), repetition_penalty=settings.get("repetition_penalty", 1.0)
+    )
+    together = generate(model, PROMPTS, ours, raw=True, batch_size=4)
+    for prompt, one in zip(PROMPTS, together):
+        theirs = write_by_transformers(model, prompt, **settings)
+        assert one.ids == theirs, prompt
+        assert generate(model, [prompt], ours, raw=True)[0].ids == theirs, prompt
+
+
+def write_these(monkeypatch, model, text: str) -> None:
+    """Make the model write `text`, token by token."""
+    ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def run(model, rows, sampling, streamer=None):
+        if streamer is not None:
+            streamer.put(torch.tensor([[0]]))
+            for token in ids:
+                streamer.put(torch.tensor([token]))
+        return [ids for _ in rows]
+
+    monkeypatch.setattr(engine, "_run", run)
+
+
+@pytest.mark.parametrize("text", ["服务员非常热情", "é😀 and 👩‍🔬!", "a\ufffdb", "永字八法"])
+def test_no_piece_of_a_stream_holds_half_a_character(text, monkeypatch):
+    model = load_model(str(tiny_model("gpt2")))
+    assert len(model.tokenizer(text)["input_ids"]) > len(text), "characters take several tokens"
+    write_these(monkeypatch, model, text)
+    pieces = list(stream(model, "x", raw=True))
+    assert "".join(pieces) == generate(model, ["x"], raw=True)[0].text == text
+    assert len(pieces) > 1 and sum(piece.count("\ufffd") for piece in pieces) == text.count("\ufffd")
+
+
+def test_nothing_of_a_stop_text_is_shown_before_it_is_known_to_be_none(monkeypatch):
+    model = load_model(str(tiny_model("gpt2")))
+    write_these(monkeypatch, model, "one END of EN things ENDING here")
+    pieces = []
+    for piece in stream(model, "x", Sampling(stop=("ENDING", "never")), raw=True):
+        pieces.append(piece)
+        assert not "".join(pieces).endswith(("E", "EN", "END")), "held back until it is known"
+    whole = generate(model, ["x"], Sampling(stop=("ENDING", "never")), raw=True)[0]
+    assert "".join(pieces) == whole.text == "one END of EN things " and whole.finish == "stop"
+    earliest = generate(model, ["x"], Sampling(stop=("things", "END")), raw=True)[0]
+    assert earliest.text == "one "
+
+
+def test_an_unfinished_stop_text_at_the_end_is_part_of_the_answer(monkeypatch):
+    model = load_model(str(tiny_model("gpt2")))
+    write_these(monkeypatch, model, "the EN")
+    assert "".join(stream(model, "x", Sampling(stop=("END",)), raw=True)) == "the EN"
+    assert generate(model, ["x"], Sampling(stop=("END",)), raw=True)[0].finish == "length"
 
 
 @pytest.mark.parametrize("prompt", ["The fox", "酒店的房间", "é😀 and"])
