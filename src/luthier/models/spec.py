@@ -70,6 +70,11 @@ class LoadedModel:
     tokenizer: Any
     spec: ModelSpec
     renderer: Renderer
+    packs: bool | None = None
+    """Whether it reads texts laid end to end as if each were alone; None: not tried yet (`models.packed.packs`)."""
+
+    head: Any = None
+    """Its output layer, and how logits are made with it; None: not read yet (`models.output.head_of`)."""
 
     @property
     def device(self) -> torch.device:

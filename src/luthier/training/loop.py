@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from luthier.core.errors import TrainingError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
-from luthier.data.batches import plan_steps, split_step
+from luthier.data.batches import fill_batches, plan_steps, split_step
 from luthier.models.spec import LoadedModel
 from luthier.training.checkpoint import Checkpoints, Progress, draw_state, read_checkpoint, restore_draws
 from luthier.training.objectives.part import Objective
@@ -34,7 +34,9 @@ class Settings:
     batch_size: int
     """Rows of one optimiser step."""
     accumulate: int
-    """Micro-batches a step is split into; the result does not depend on it."""
+    """Least number of micro-batches a step is split into; the result does not depend on it."""
+    micro_tokens: int
+    """Most tokens of a micro-batch; a longer row is one alone."""
     learning_rate: float
     clip: float
     """Largest norm of the gradient; 0 leaves it alone."""
@@ -158,7 +160,7 @@ def _step(
     """One optimiser step over the rows of `plan`: (mean loss, gradient norm)."""
     micro = [
         objective.batch([rows[at] for at in part], model, (settings.seed, progress.step))
-        for part in split_step(plan, lengths, settings.accumulate)
+        for part in split_step(plan, lengths, settings.accumulate, settings.micro_tokens)
     ]
     weight = sum(batch.weight for batch in micro)
     factor = schedule.factor(progress.step, settings.steps)
@@ -220,7 +222,7 @@ def _look(
     events: Events,
 ) -> None:
     """Validate; keep the weights if they are the best so far."""
-    found = validate(model, objective, validation, batch_size=settings.batch_size)
+    found = validate(model, objective, validation, tokens=settings.micro_tokens)
     name, sign = objective.metric if objective.metric[0] in found else ("loss", -1)
     value = found[name] * sign
     better = progress.best_value is None or value > progress.best_value
@@ -234,19 +236,17 @@ def _look(
 
 
 @torch.no_grad()
-def validate(model: LoadedModel, objective: Objective, rows: Sequence[Encoded], *, batch_size: int) -> dict[str, float]:
-    """Mean loss by weight, and the objective's own metrics. Independent of `batch_size` but for rounding."""
+def validate(model: LoadedModel, objective: Objective, rows: Sequence[Encoded], *, tokens: int) -> dict[str, float]:
+    """Mean loss by weight, and the objective's own metrics. Independent of `tokens`, of which so many go through the
+    model at once, but for rounding."""
     training = model.module.training
     model.module.eval()
-    order = sorted(range(len(rows)), key=lambda at: len(rows[at].ids))
     total = weight = 0.0
     scores: list[Tensor] = []
     gold: list[Tensor] = []
     try:
-        for start in range(0, len(order), batch_size):
-            batch = objective.batch([rows[at] for at in order[start : start + batch_size]], model, (0, 0)).to(
-                model.device
-            )
+        for part in fill_batches([len(row.ids) + len(row.target) for row in rows], tokens):
+            batch = objective.batch([rows[at] for at in part], model, (0, 0)).to(model.device)
             loss, seen = objective.measure(model, batch)
             total += float(loss.sum)
             weight += loss.weight

@@ -54,7 +54,9 @@ class Tune(Config):
     batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     """Rows of one optimiser step."""
     accumulate: int = Field(1, gt=0)
-    """Micro-batches that a step is split into to save memory; the result is the same."""
+    """Micro-batches that a step is split into at least, to save memory; the result is the same."""
+    micro_tokens: int = Field(8192, gt=0)
+    """Most tokens that go through the model at once: a step with more is split; the result is the same."""
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 leaves gradients alone."""
     max_length: int | None = Field(None, gt=1)
@@ -309,6 +311,7 @@ class _Work:
             steps=steps,
             batch_size=int(config.batch_size),
             accumulate=config.accumulate,
+            micro_tokens=config.micro_tokens,
             learning_rate=float(config.learning_rate),
             clip=config.clip,
             validate_every=int(config.validate_every),

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -15,9 +14,12 @@ from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events
 from luthier.core.types import Encoded, Example, Text
 from luthier.data.batches import Batch, collate
+from luthier.models.cross_entropy import token_loss
+from luthier.models.output import head_of
+from luthier.models.packed import hidden_states
 from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.causal import causal_loss
-from luthier.training.objectives.part import Loss, Objective, pad_id
+from luthier.training.objectives.part import Loss, Objective
 
 # Tokenising in slices keeps the memory of a large corpus flat.
 SLICE = 512
@@ -76,20 +78,20 @@ class Pretrain(Objective):
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         if model.spec.task == "causal":
-            return collate(rows, pad_id(model))
+            return collate(rows)
         masked, originals = zip(*(mask_tokens(row, model, self.mask, seed) for row in rows))
-        batch = collate(masked, pad_id(model))
-        batch.target_BS = collate(originals, pad_id(model)).ids_BT
+        batch = collate(masked)
+        batch.gold = collate(originals).ids_N
         return batch
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
         if model.spec.task == "causal":
             return causal_loss(model, batch), None
-        chosen = batch.weights_BT > 0
-        logits_BTV = model.module(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits
-        assert batch.target_BS is not None
-        nll_N = F.cross_entropy(logits_BTV[chosen].float(), batch.target_BS[chosen], reduction="none")
-        return Loss((nll_N * batch.weights_BT[chosen]).sum(), batch.weight), None
+        assert batch.gold is not None
+        places_M = batch.weights_N.nonzero().squeeze(1)
+        states_ME = hidden_states(model, batch.ids_N, batch.lengths)[places_M]
+        loss = token_loss(head_of(model), states_ME, batch.gold[places_M], batch.weights_N[places_M])
+        return Loss(loss, batch.weight), None
 
 
 def mask_tokens(row: Encoded, model: LoadedModel, share: float, seed: tuple[int, ...]) -> tuple[Encoded, Encoded]:
