@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
@@ -96,21 +97,48 @@ def plan_steps(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int
 def split_step(rows: Sequence[int], lengths: Sequence[int], parts: int, tokens: int) -> list[list[int]]:
     """The rows of one step in micro-batches of at most `tokens` tokens (a longer row is one alone), and at least `parts`.
 
-    Rows by falling length, each into the fullest micro-batch that has room (best fit: Johnson 1974), or, while there
-    should be several, into the emptiest. Deterministic.
+    Best fit; where there should be several, by falling length each into the emptiest that has room. Deterministic.
     """
     parts = min(parts, len(rows))
+    if parts == 1:
+        return [[rows[at] for at in one] for one in best_fit([lengths[row] for row in rows], tokens)]
     bins: list[list[int]] = [[] for _ in range(parts)]
     room = [tokens] * parts
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        fits = [at for at in range(len(bins)) if room[at] >= lengths[row] or not bins[at]]
-        if not fits:
-            fits = [len(bins)]
+        at = max(range(len(bins)), key=lambda at: (not bins[at], room[at], -at))
+        if bins[at] and room[at] < lengths[row]:
+            at = len(bins)
             bins.append([])
             room.append(tokens)
-        at = min(fits, key=lambda at: (room[at], at)) if parts == 1 else max(fits, key=lambda at: (room[at], -at))
         bins[at].append(row)
         room[at] -= lengths[row]
+    return bins
+
+
+def best_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Places of `lengths` in bins of `limit`: by falling length, each into the fullest bin that has room (Johnson 1974).
+
+    A length over the limit is alone.
+    """
+    bins: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}
+    rooms: list[int] = []
+    for at in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
+        place = bisect_left(rooms, lengths[at])
+        if place < len(rooms):
+            room = rooms[place]
+            chosen = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[place]
+            bins[chosen].append(at)
+        else:
+            room, chosen = limit, len(bins)
+            bins.append([at])
+        left = room - lengths[at]
+        if left > 0:
+            if left not in by_room:
+                insort(rooms, left)
+            by_room.setdefault(left, []).append(chosen)
     return bins
 
 
