@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from luthier.models.output import Head, OwnHead
+from luthier.native.layers import cross_entropy_, usable
 
-# Logits of one chunk, in numbers: 16 MB in fp32, which stays in a large cache.
-CHUNK = 4 * 2**20
+# Bytes of the logits of one chunk: enough rows for fast products (256 of 49,152 in bf16), few enough for a large cache.
+CHUNK = 24 * 2**20
 
 
 def token_loss(
@@ -55,7 +56,7 @@ def token_nll(head: Head | OwnHead, hidden_NE: Tensor, target_N: Tensor) -> Tens
 
 def _rows(head: Head | OwnHead, hidden_NE: Tensor) -> int:
     vocabulary = head.weight_VE.shape[0] if isinstance(head, Head) else head.module.config.vocab_size
-    return max(32, CHUNK // vocabulary)
+    return max(32, CHUNK // (vocabulary * hidden_NE.element_size()))
 
 
 def _chunk_loss(
@@ -83,17 +84,23 @@ class LinearCrossEntropy(torch.autograd.Function):
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        rows = max(32, CHUNK // weight_VE.shape[0])
+        rows = max(32, CHUNK // (weight_VE.shape[0] * hidden_NE.element_size()))
         total = hidden_NE.new_zeros((), dtype=torch.float32)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden_NE = torch.empty_like(hidden_NE) if want_hidden else None
         grad_weight_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if want_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if want_bias and bias_V is not None else None
+        plain = scale == 1.0 and softcap is None
         for start in range(0, hidden_NE.shape[0], rows):
             chunk_CE = hidden_NE[start : start + rows]
             target_C1 = target_N[start : start + rows, None]
             weight_C1 = weight_N[start : start + rows, None].float()
-            logits_CV = F.linear(chunk_CE, weight_VE, bias_V).float()
+            logits_CV = F.linear(chunk_CE, weight_VE, bias_V)
+            if plain and usable(logits_CV):
+                total += (cross_entropy_(logits_CV, target_C1[:, 0], weight_C1[:, 0]) * weight_C1[:, 0]).sum()
+                _collect(logits_CV, chunk_CE, weight_VE, start, grad_hidden_NE, grad_weight_VE, grad_bias_V)
+                continue
+            logits_CV = logits_CV.float()
             if scale != 1.0:
                 logits_CV.mul_(scale)
             slope_CV = None
@@ -115,13 +122,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_CV.mul_(slope_CV)
             if scale != 1.0:
                 grad_CV.mul_(scale)
-            if grad_bias_V is not None:
-                grad_bias_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(weight_VE.dtype)
-            if grad_hidden_NE is not None:
-                torch.mm(grad_CV, weight_VE, out=grad_hidden_NE[start : start + rows])
-            if grad_weight_VE is not None:
-                grad_weight_VE.addmm_(grad_CV.t().to(grad_weight_VE.dtype), chunk_CE.to(grad_weight_VE.dtype))
+            _collect(grad_CV, chunk_CE, weight_VE, start, grad_hidden_NE, grad_weight_VE, grad_bias_V)
         ctx.save_for_backward(grad_hidden_NE, grad_weight_VE, grad_bias_V)
         ctx.weight_dtype = weight_VE.dtype
         return total
@@ -139,3 +141,23 @@ class LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _collect(
+    grad_CV: Tensor,
+    chunk_CE: Tensor,
+    weight_VE: Tensor,
+    start: int,
+    grad_hidden_NE: Tensor | None,
+    grad_weight_VE: Tensor | None,
+    grad_bias_V: Tensor | None,
+) -> None:
+    """Add what the gradient of a chunk of logits means for the states, the weight and the bias."""
+    if grad_hidden_NE is not None:
+        torch.mm(grad_CV, weight_VE, out=grad_hidden_NE[start : start + len(grad_CV)])
+    if grad_weight_VE is not None and grad_CV.dtype == torch.float32:
+        grad_weight_VE.addmm_(grad_CV.T, chunk_CE)
+    elif grad_weight_VE is not None:
+        grad_weight_VE += grad_CV.T @ chunk_CE
+    if grad_bias_V is not None:
+        grad_bias_V += grad_CV.sum(0, dtype=torch.float32)

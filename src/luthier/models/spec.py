@@ -56,6 +56,8 @@ class ModelSpec(Config):
     """Source of the base that the adapter belongs to."""
     base_fingerprint: str | None = None
     """Fingerprint of that base's weights."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What it was tuned in, and computes in when it is loaded again."""
     target_mean: float = 0.0
     """Mean of the numbers learned, for regress: prediction = score x target_scale + target_mean."""
     target_scale: float = 1.0

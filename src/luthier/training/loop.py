@@ -21,6 +21,7 @@ from luthier.core.types import Encoded
 from luthier.data.batches import fill_batches, plan_steps, split_step
 from luthier.models.spec import LoadedModel
 from luthier.training.checkpoint import Checkpoints, Progress, draw_state, read_checkpoint, restore_draws
+from luthier.training.masters import Masters
 from luthier.training.objectives.part import Objective
 from luthier.training.optimizers.part import Optimizer
 from luthier.training.schedules.part import Schedule
@@ -85,10 +86,13 @@ def train(
     place in the data; the run goes on exactly as it would have. SIGINT and SIGTERM finish the step, write a
     checkpoint and raise KeyboardInterrupt. Raises TrainingError on a non-finite or runaway loss.
     """
+    masters = Masters(parameters)
+    parameters = masters.parameters
     engine = optimizer.build(parameters, settings.learning_rate)
     progress = Progress()
     if resume:
         progress = _restore(checkpoints, parameters, engine, events) or progress
+        masters.publish()
     lengths = [len(row.ids) + len(row.target) for row in rows]
     started, first = time.monotonic(), progress.step
     tokens_before, stopped_early = progress.tokens, False
@@ -102,6 +106,7 @@ def train(
     with _watch_signals() as asked_to_stop:
         for plan in _steps_from(progress.step, lengths, settings):
             loss, norm = _step(model, objective, rows, plan, lengths, parameters, engine, schedule, settings, progress)
+            masters.publish()
             progress.step += 1
             elapsed = time.monotonic() - started
             done = progress.step - first
@@ -141,6 +146,8 @@ def train(
             events.warn(f"the best checkpoint (step {progress.best_step}) cannot be read; the last weights are kept")
         else:
             _load_weights(parameters, best[0])
+            masters.publish()
+    masters.close()
     model.module.eval()
     return Outcome(progress, stopped_early, seconds, (progress.tokens - tokens_before) / max(seconds, 1e-9))
 
