@@ -231,8 +231,9 @@ def _look(
     """Validate; keep the weights if they are the best so far."""
     found = validate(model, objective, validation, tokens=settings.micro_tokens)
     name, sign = objective.metric if objective.metric[0] in found else ("loss", -1)
-    value = found[name] * sign
-    better = progress.best_value is None or value > progress.best_value
+    # A metric of few rows is often equal: then the lower loss is the better model.
+    value = (found[name] * sign, -found["loss"])
+    better = progress.best_value is None or value > tuple(progress.best_value)
     if better:
         progress.best_value, progress.best_step, progress.stale = value, progress.step, 0
         checkpoints.save("best", _weights(parameters), {"step": progress.step})
