@@ -6,7 +6,7 @@ from pathlib import Path
 
 FLOORS = [
     ["core"],
-    ["text", "metrics"],
+    ["text", "metrics", "native"],
     ["data", "models"],
     ["engine"],
     ["training", "evals", "choice", "reporting"],

@@ -81,6 +81,8 @@ class Encoded:
     target_weights: tuple[float, ...] = ()
     gold: int | float | tuple[float, ...] | None = None
     weight: float = 1.0
+    segments: tuple[int, ...] = ()
+    """Lengths of the texts in a row of packed text, each of which attends to itself alone; empty: the row is one."""
     cut: int = 0
     """Tokens cut off to fit the context (0 unless the user asked for truncation)."""
 

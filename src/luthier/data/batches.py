@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
@@ -15,56 +16,61 @@ from luthier.core.types import Encoded
 
 @dataclass(slots=True)
 class Batch:
-    """Rows side by side, padded on the right. B rows, T tokens, S target tokens.
+    """Rows end to end: one flat batch for every objective. N tokens, S segments, M target tokens.
 
-    Padding is known by position (`mask_BT`), never by the pad token's id. `weight` is the sum of everything that
-    counts in this batch: the loop adds it up over the whole step before it divides.
+    There is no padding. `lengths` (on the host) says where one segment ends and the next begins; a segment is a text
+    that attends to itself alone: a row, or one of the documents in a row of packed text. `weight` is the sum of
+    everything that counts in this batch: the loop adds it up over the whole step before it divides.
     """
 
     names: list[str]
-    ids_BT: Tensor
-    mask_BT: Tensor
-    weights_BT: Tensor
-    target_BS: Tensor | None = None
-    target_weights_BS: Tensor | None = None
+    ids_N: Tensor
+    lengths: tuple[int, ...]
+    weights_N: Tensor
+    """How much predicting each token counts."""
     gold: Tensor | None = None
-    row_weights_B: Tensor | None = None
+    """Class index [S], multi-hot [S, C] or number [S] of each row; the original ids [N] of masked tokens."""
+    row_weights_S: Tensor | None = None
+    target_M: Tensor | None = None
+    """The decoder's side, for an encoder-decoder."""
+    target_lengths: tuple[int, ...] = ()
+    target_weights_M: Tensor | None = None
     weight: float = 0.0
-    tokens: int = 0
-    """Real tokens, padding left out; both sides of an encoder-decoder."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of both sides."""
+        return sum(self.lengths) + sum(self.target_lengths)
 
     def to(self, device: torch.device) -> Self:
         """Move every tensor to `device`, in place."""
-        for name in ("ids_BT", "mask_BT", "weights_BT", "target_BS", "target_weights_BS", "gold", "row_weights_B"):
-            value = getattr(self, name)
-            if value is not None:
-                setattr(self, name, value.to(device, non_blocking=True))
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Tensor):
+                setattr(self, one.name, value.to(device, non_blocking=True))
         return self
 
 
-def collate(rows: Sequence[Encoded], pad_id: int) -> Batch:
-    """Lay `rows` side by side. Padded places hold `pad_id`, mask 0 and weight 0."""
-    ids_BT, mask_BT = _pad([row.ids for row in rows], pad_id)
+def collate(rows: Sequence[Encoded]) -> Batch:
+    """Lay `rows` end to end."""
     batch = Batch(
         names=[row.id for row in rows],
-        ids_BT=ids_BT,
-        mask_BT=mask_BT,
-        weights_BT=_pad_floats([row.weights for row in rows], ids_BT.shape[1]),
-        row_weights_B=torch.tensor([row.weight for row in rows], dtype=torch.float32),
-        tokens=sum(len(row.ids) + len(row.target) for row in rows),
+        ids_N=_ids([row.ids for row in rows]),
+        lengths=tuple(length for row in rows for length in row.segments or (len(row.ids),)),
+        weights_N=_floats([row.weights or (0.0,) * len(row.ids) for row in rows], rows),
+        row_weights_S=torch.tensor([row.weight for row in rows], dtype=torch.float32),
     )
-    batch.weights_BT *= batch.row_weights_B[:, None]
     if rows[0].target:
-        batch.target_BS, _ = _pad([row.target for row in rows], pad_id)
-        batch.target_weights_BS = _pad_floats([row.target_weights for row in rows], batch.target_BS.shape[1])
-        batch.target_weights_BS *= batch.row_weights_B[:, None]
-        batch.weight = float(batch.target_weights_BS.sum(dtype=torch.float64))
+        batch.target_M = _ids([row.target for row in rows])
+        batch.target_lengths = tuple(len(row.target) for row in rows)
+        batch.target_weights_M = _floats([row.target_weights for row in rows], rows)
+        batch.weight = float(batch.target_weights_M.sum(dtype=torch.float64))
     elif rows[0].gold is not None:
         dtype = torch.int64 if isinstance(rows[0].gold, int) else torch.float32
         batch.gold = torch.tensor([row.gold for row in rows], dtype=dtype)
-        batch.weight = float(batch.row_weights_B.sum(dtype=torch.float64))
+        batch.weight = float(batch.row_weights_S.sum(dtype=torch.float64))  # type: ignore[union-attr]
     else:
-        batch.weight = float(batch.weights_BT.sum(dtype=torch.float64))
+        batch.weight = float(batch.weights_N.sum(dtype=torch.float64))
     return batch
 
 
@@ -88,26 +94,72 @@ def plan_steps(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int
     return [steps[at] for at in random.permutation(len(steps))]
 
 
-def split_step(rows: Sequence[int], lengths: Sequence[int], parts: int) -> Iterator[list[int]]:
-    """The rows of one step in at most `parts` micro-batches of rows alike in length; none is empty."""
-    ordered = sorted(rows, key=lambda row: lengths[row])
-    parts = min(parts, len(ordered))
-    for part in range(parts):
-        yield ordered[part * len(ordered) // parts : (part + 1) * len(ordered) // parts]
+def split_step(rows: Sequence[int], lengths: Sequence[int], parts: int, tokens: int) -> list[list[int]]:
+    """The rows of one step in micro-batches of at most `tokens` tokens (a longer row is one alone), and at least `parts`.
+
+    Best fit; where there should be several, by falling length each into the emptiest that has room. Deterministic.
+    """
+    parts = min(parts, len(rows))
+    if parts == 1:
+        return [[rows[at] for at in one] for one in best_fit([lengths[row] for row in rows], tokens)]
+    bins: list[list[int]] = [[] for _ in range(parts)]
+    room = [tokens] * parts
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+        at = max(range(len(bins)), key=lambda at: (not bins[at], room[at], -at))
+        if bins[at] and room[at] < lengths[row]:
+            at = len(bins)
+            bins.append([])
+            room.append(tokens)
+        bins[at].append(row)
+        room[at] -= lengths[row]
+    return bins
 
 
-def _pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    for at, row in enumerate(rows):
-        ids[at, : len(row)] = row
-        mask[at, : len(row)] = 1
-    return torch.from_numpy(ids), torch.from_numpy(mask)
+def best_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
+    """Places of `lengths` in bins of `limit`: by falling length, each into the fullest bin that has room (Johnson 1974).
+
+    A length over the limit is alone.
+    """
+    bins: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}
+    rooms: list[int] = []
+    for at in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
+        place = bisect_left(rooms, lengths[at])
+        if place < len(rooms):
+            room = rooms[place]
+            chosen = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[place]
+            bins[chosen].append(at)
+        else:
+            room, chosen = limit, len(bins)
+            bins.append([at])
+        left = room - lengths[at]
+        if left > 0:
+            if left not in by_room:
+                insort(rooms, left)
+            by_room.setdefault(left, []).append(chosen)
+    return bins
 
 
-def _pad_floats(rows: Sequence[Sequence[float]], width: int) -> Tensor:
-    weights = np.zeros((len(rows), width), dtype=np.float32)
-    for at, row in enumerate(rows):
-        weights[at, : len(row)] = row
-    return torch.from_numpy(weights)
+def fill_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Rows in batches of at most `tokens` tokens (a longer row is alone), rows alike in length together."""
+    batches: list[list[int]] = []
+    held = 0
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if not batches or held + lengths[row] > tokens:
+            batches.append([])
+            held = 0
+        batches[-1].append(row)
+        held += lengths[row]
+    return batches
+
+
+def _ids(rows: Sequence[Sequence[int]]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
+
+
+def _floats(weights: Sequence[Sequence[float]], rows: Sequence[Encoded]) -> Tensor:
+    """The rows' own weights times the weight of each row, end to end."""
+    scaled = [np.asarray(one) * row.weight for one, row in zip(weights, rows)]
+    return torch.from_numpy(np.concatenate(scaled).astype(np.float32))

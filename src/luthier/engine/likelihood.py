@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from luthier.core.errors import ModelError
+from luthier.core.errors import ConfigError, ModelError
 from luthier.core.types import Encoded
-from luthier.data.batches import collate
+from luthier.data.batches import Batch, collate, fill_batches
+from luthier.models.cross_entropy import token_nll
+from luthier.models.output import decoder_states, head_of
+from luthier.models.packed import hidden_states, mask_of, pad
 from luthier.models.spec import LoadedModel
+
+# Tokens that go through the model at once.
+TOKENS = 4096
 
 
 @torch.no_grad()
@@ -18,43 +24,64 @@ def score(
     model: LoadedModel,
     rows: Sequence[Encoded],
     *,
-    batch_size: int = 8,
+    tokens: int = TOKENS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[float, float]]:
     """(sum of weight x -log p in nats, sum of weights) of each row, in order; fp32, whatever the batch.
 
-    Decoder-only models and encoder-decoders. Raises ModelError for others.
+    Decoder-only models and encoder-decoders; `tokens` go through the model at once. Raises ModelError for others.
     """
-    task = model.spec.task
-    if task not in ("causal", "seq2seq"):
-        raise ModelError(f"{model.spec.source}: this model is made to {task}, and gives no likelihood of a text")
+    if model.spec.task not in ("causal", "seq2seq"):
+        raise ModelError(
+            f"{model.spec.source}: this model is made to {model.spec.task}, and gives no likelihood of a text"
+        )
     training = model.module.training
     model.module.eval()
-    order = sorted(range(len(rows)), key=lambda at: len(rows[at].ids) + len(rows[at].target))
     found: list[tuple[float, float]] = [(0.0, 0.0)] * len(rows)
-    pad = model.tokenizer.pad_token_id or 0
+    done = 0
     try:
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            batch = collate([rows[at] for at in part], pad).to(model.device)
-            if task == "seq2seq":
-                assert batch.target_BS is not None and batch.target_weights_BS is not None
-                shifted_BS = batch.target_BS.roll(1, dims=1)
-                shifted_BS[:, 0] = model.module.config.decoder_start_token_id
-                logits_BTV = model.module(
-                    input_ids=batch.ids_BT, attention_mask=batch.mask_BT, decoder_input_ids=shifted_BS, use_cache=False
-                ).logits
-                gold_BT, weights_BT = batch.target_BS, batch.target_weights_BS
-            else:
-                logits_BTV = model.module(input_ids=batch.ids_BT, use_cache=False).logits[:, :-1]
-                gold_BT, weights_BT = batch.ids_BT[:, 1:], batch.weights_BT[:, 1:]
-            for at, logits_TV, gold_T, weights_T in zip(part, logits_BTV, gold_BT, weights_BT):
-                counted = weights_T > 0
-                nll_N = F.cross_entropy(logits_TV[counted].float(), gold_T[counted], reduction="none")
-                weight_N = weights_T[counted].double()
-                found[at] = (float((nll_N.double() * weight_N).sum()), float(weight_N.sum()))
+        for part in fill_batches([len(row.ids) + len(row.target) for row in rows], tokens):
+            batch = collate([rows[at] for at in part]).to(model.device)
+            nll_N, weights_N, sizes = _score_batch(model, batch)
+            for at, nll_T, weights_T in zip(part, nll_N.split(sizes), weights_N.split(sizes)):
+                found[at] = (float((nll_T.double() * weights_T).sum()), float(weights_T.sum()))
+            done += len(part)
             if on_progress is not None:
-                on_progress(min(start + batch_size, len(order)), len(order))
+                on_progress(done, len(rows))
     finally:
         model.module.train(training)
     return found
+
+
+def _score_batch(model: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
+    """(-log p of each token, 0 where it weighs nothing; its weight; the tokens of each row)."""
+    if batch.target_M is not None:
+        assert batch.target_weights_M is not None
+        nll_M = token_nll(head_of(model), target_states(model, batch), batch.target_M)
+        return nll_M.cpu(), batch.target_weights_M.double().cpu(), list(batch.target_lengths)
+    hidden_NE = hidden_states(model, batch.ids_N, batch.lengths)
+    places_M = batch.weights_N.nonzero().squeeze(1)
+    nll_N = torch.zeros(len(batch.ids_N), device=hidden_NE.device)
+    nll_N[places_M] = token_nll(head_of(model), hidden_NE[places_M - 1], batch.ids_N[places_M])
+    return nll_N.cpu(), batch.weights_N.double().cpu(), list(batch.lengths)
+
+
+def target_states(model: LoadedModel, batch: Batch) -> Tensor:
+    """[M, E]: the states of an encoder-decoder that predict each target token, given the source and the target so far.
+
+    Raises ConfigError for a model that does not say how its decoder starts.
+    """
+    assert batch.target_M is not None
+    config = model.network.config
+    start = config.decoder_start_token_id
+    if start is None:
+        raise ConfigError(
+            "the model's config.json has no decoder_start_token_id, so its decoder cannot be started; set it"
+        )
+    fill = model.tokenizer.pad_token_id or 0
+    # Teacher forcing: the decoder sees the target one place later, from its start token on.
+    shifted_ST = pad(batch.target_M, batch.target_lengths, fill).roll(1, dims=1)
+    shifted_ST[:, 0] = start
+    ids_ST, mask_ST = pad(batch.ids_N, batch.lengths, fill), mask_of(batch.lengths, model.device)
+    states_STE = decoder_states(model.network, ids_ST, mask_ST, shifted_ST)
+    return states_STE[mask_of(batch.target_lengths, model.device).bool()]

@@ -47,7 +47,7 @@ def predict_examples(
             )
     if task in ("classify", "regress"):
         rows = [example for example in examples if isinstance(example, Labelled)]
-        found = predict(model, [(row.text, row.pair) for row in rows], batch_size=batch_size, on_progress=tell)
+        found = predict(model, [(row.text, row.pair) for row in rows], on_progress=tell)
         return [replace(one, id=row.id, gold=row.label) for one, row in zip(found, rows)]
     if task == "masked":
         return _score_masked(model, examples, tell)
@@ -109,27 +109,31 @@ def _score_masked(
 ) -> list[Prediction]:
     """Pseudo-likelihood (Salazar et al. 2020, arXiv:1910.14659): each token masked in turn, the rest in sight."""
     import torch
-    import torch.nn.functional as F
+
+    from luthier.engine.likelihood import TOKENS
+    from luthier.models.cross_entropy import token_nll
+    from luthier.models.output import head_of
+    from luthier.models.packed import hidden_states
 
     found = []
     special = set(model.tokenizer.all_special_ids)
     model.module.eval()
     for number, example in enumerate(examples, 1):
         assert isinstance(example, Text)
-        ids = torch.tensor(
-            model.tokenizer(example.text, truncation=True, max_length=model.spec.max_length)["input_ids"]
+        ids_T = torch.tensor(
+            model.tokenizer(example.text, truncation=True, max_length=model.spec.max_length)["input_ids"],
+            device=model.device,
         )
-        places = [at for at, token in enumerate(ids.tolist()) if token not in special]
-        nll = 0.0
-        for start in range(0, len(places), 32):
-            part = places[start : start + 32]
-            rows = ids.repeat(len(part), 1)
-            rows[torch.arange(len(part)), part] = model.tokenizer.mask_token_id
+        places = [at for at, token in enumerate(ids_T.tolist()) if token not in special]
+        nll, copies = 0.0, max(1, TOKENS // len(ids_T))
+        for start in range(0, len(places), copies):
+            part_P = torch.tensor(places[start : start + copies], device=model.device)
+            rows_PT = ids_T.repeat(len(part_P), 1)
+            rows_PT[torch.arange(len(part_P)), part_P] = model.tokenizer.mask_token_id
             with torch.no_grad():
-                logits = (
-                    model.module(input_ids=rows.to(model.device)).logits[torch.arange(len(part)), part].float().cpu()
-                )
-            nll += float(F.cross_entropy(logits, ids[part], reduction="sum"))
+                hidden_NE = hidden_states(model, rows_PT.flatten(), [len(ids_T)] * len(part_P))
+            at_P = torch.arange(len(part_P), device=model.device) * len(ids_T) + part_P
+            nll += float(token_nll(head_of(model), hidden_NE[at_P], ids_T[part_P]).double().sum())
         found.append(Prediction(example.id, None, None, nll=nll, tokens=len(places), input=example.text[:2000]))
         tell(number, len(examples))
     return found

@@ -102,7 +102,8 @@ def fingerprint(network: nn.Module) -> str:
         if name.startswith("pooler."):
             continue
         flat = tensor.reshape(-1)
-        places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), device=flat.device).long()
+        # In double precision: from 2^24 on, single precision rounds the last place to one past the end.
+        places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).long().to(flat.device)
         values = flat[places].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + values)
     return digest.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ class Pooled(nn.Module):
         """Scores [B, C] in fp32 from ids [B, T] and mask [B, T] (1: token, 0: padding)."""
         return self.head(self.dropout(self.pool(input_ids, attention_mask)))
 
+    def score(self, hidden_NE: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Scores [S, C] in fp32 from the last hidden states of texts laid end to end."""
+        return self.head(self.dropout(pool_flat(hidden_NE.float(), lengths, self.pooling)))
+
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled vectors [B, E] in fp32."""
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -67,6 +72,17 @@ def pool(hidden_BTE: Tensor, mask_BT: Tensor, pooling: Pooling) -> Tensor:
     else:
         at_B = held_BT.int().argmax(1)
     return hidden_BTE[torch.arange(len(at_B), device=at_B.device), at_B]
+
+
+def pool_flat(hidden_NE: Tensor, lengths: Sequence[int], pooling: Pooling) -> Tensor:
+    """One vector [S, E] of each text's states."""
+    sizes_S = torch.tensor(lengths, device=hidden_NE.device)
+    ends_S = sizes_S.cumsum(0)
+    if pooling == "mean":
+        owner_N = torch.repeat_interleave(torch.arange(len(lengths), device=hidden_NE.device), sizes_S)
+        sums_SE = hidden_NE.new_zeros(len(lengths), hidden_NE.shape[1]).index_add_(0, owner_N, hidden_NE)
+        return sums_SE / sizes_S[:, None]
+    return hidden_NE[ends_S - 1 if pooling == "last" else ends_S - sizes_S]
 
 
 def width_of(config: Any) -> int:

@@ -57,7 +57,8 @@ def load_model(
     """Load `source` (a shipped name, run:<id>, a directory, a hub id) for `task`, in eval mode.
 
     `task` None: what it was saved for, else what its kind is made for. `labels` makes a classification head; the saved
-    one is kept when its labels are the same, or when none are given. `dtype` auto is float32, whatever the files hold.
+    one is kept when its labels are the same, or when none are given. `dtype` auto is what the model was tuned in here,
+    else float32, whatever the files hold.
     `from_scratch` takes the shape alone and draws the weights from torch's generator. A directory with a PEFT adapter
     loads its base first. Raises ModelError (not found, unreachable, damaged, an adapter for another base), ConfigError
     (a task that the kind cannot do, a length beyond the context) and MissingExtra.
@@ -75,6 +76,8 @@ def load_model(
     config = read_config(base, hub)
     kind = kind_of(config)
     task = check_task(task or (saved.task if saved else NATURAL_TASK[kind]), kind, source)
+    if dtype == "auto" and saved is not None:
+        dtype = saved.precision
     network = load_network(base, config, task, hub, dtype=dtype, from_scratch=from_scratch, events=events)
     tokenizer = load_tokenizer(place if adapter is None or saved is not None else base, hub)
     if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
@@ -90,6 +93,7 @@ def load_model(
         learned=saved.learned if saved else None,
         max_length=choose_length(max_length, saved, config, tokenizer),
         pooling=choose_pooling(pooling, saved, kind),
+        precision="bfloat16" if dtype == "bfloat16" else "float32",
     )
     network.to(_device(device))
     found = fingerprint(network) if adapter is not None else None

@@ -56,6 +56,8 @@ class ModelSpec(Config):
     """Source of the base that the adapter belongs to."""
     base_fingerprint: str | None = None
     """Fingerprint of that base's weights."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What it was tuned in, and computes in when it is loaded again."""
     target_mean: float = 0.0
     """Mean of the numbers learned, for regress: prediction = score x target_scale + target_mean."""
     target_scale: float = 1.0
@@ -70,6 +72,11 @@ class LoadedModel:
     tokenizer: Any
     spec: ModelSpec
     renderer: Renderer
+    packs: bool | None = None
+    """Whether it reads texts laid end to end as if each were alone; None: not tried yet (`models.packed.packs`)."""
+
+    head: Any = None
+    """Its output layer, and how logits are made with it; None: not read yet (`models.output.head_of`)."""
 
     @property
     def device(self) -> torch.device:

@@ -30,7 +30,8 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
-    best_value: float | None = None
+    best_value: tuple[float, float] | None = None
+    """The best validation: its metric, more being better, and minus its loss."""
     best_step: int = 0
     stale: int = 0
     """Validations since the best one."""

@@ -18,9 +18,10 @@ from torch.nn import Parameter
 from luthier.core.errors import TrainingError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
-from luthier.data.batches import plan_steps, split_step
+from luthier.data.batches import fill_batches, plan_steps, split_step
 from luthier.models.spec import LoadedModel
 from luthier.training.checkpoint import Checkpoints, Progress, draw_state, read_checkpoint, restore_draws
+from luthier.training.masters import Masters
 from luthier.training.objectives.part import Objective
 from luthier.training.optimizers.part import Optimizer
 from luthier.training.schedules.part import Schedule
@@ -34,7 +35,9 @@ class Settings:
     batch_size: int
     """Rows of one optimiser step."""
     accumulate: int
-    """Micro-batches a step is split into; the result does not depend on it."""
+    """Least number of micro-batches a step is split into; the result does not depend on it."""
+    micro_tokens: int
+    """Most tokens of a micro-batch; a longer row is one alone."""
     learning_rate: float
     clip: float
     """Largest norm of the gradient; 0 leaves it alone."""
@@ -83,10 +86,13 @@ def train(
     place in the data; the run goes on exactly as it would have. SIGINT and SIGTERM finish the step, write a
     checkpoint and raise KeyboardInterrupt. Raises TrainingError on a non-finite or runaway loss.
     """
+    masters = Masters(parameters)
+    parameters = masters.parameters
     engine = optimizer.build(parameters, settings.learning_rate)
     progress = Progress()
     if resume:
         progress = _restore(checkpoints, parameters, engine, events) or progress
+        masters.publish()
     lengths = [len(row.ids) + len(row.target) for row in rows]
     started, first = time.monotonic(), progress.step
     tokens_before, stopped_early = progress.tokens, False
@@ -100,6 +106,7 @@ def train(
     with _watch_signals() as asked_to_stop:
         for plan in _steps_from(progress.step, lengths, settings):
             loss, norm = _step(model, objective, rows, plan, lengths, parameters, engine, schedule, settings, progress)
+            masters.publish()
             progress.step += 1
             elapsed = time.monotonic() - started
             done = progress.step - first
@@ -139,6 +146,8 @@ def train(
             events.warn(f"the best checkpoint (step {progress.best_step}) cannot be read; the last weights are kept")
         else:
             _load_weights(parameters, best[0])
+            masters.publish()
+    masters.close()
     model.module.eval()
     return Outcome(progress, stopped_early, seconds, (progress.tokens - tokens_before) / max(seconds, 1e-9))
 
@@ -158,7 +167,7 @@ def _step(
     """One optimiser step over the rows of `plan`: (mean loss, gradient norm)."""
     micro = [
         objective.batch([rows[at] for at in part], model, (settings.seed, progress.step))
-        for part in split_step(plan, lengths, settings.accumulate)
+        for part in split_step(plan, lengths, settings.accumulate, settings.micro_tokens)
     ]
     weight = sum(batch.weight for batch in micro)
     factor = schedule.factor(progress.step, settings.steps)
@@ -220,10 +229,11 @@ def _look(
     events: Events,
 ) -> None:
     """Validate; keep the weights if they are the best so far."""
-    found = validate(model, objective, validation, batch_size=settings.batch_size)
+    found = validate(model, objective, validation, tokens=settings.micro_tokens)
     name, sign = objective.metric if objective.metric[0] in found else ("loss", -1)
-    value = found[name] * sign
-    better = progress.best_value is None or value > progress.best_value
+    # A metric of few rows is often equal: then the lower loss is the better model.
+    value = (found[name] * sign, -found["loss"])
+    better = progress.best_value is None or value > tuple(progress.best_value)
     if better:
         progress.best_value, progress.best_step, progress.stale = value, progress.step, 0
         checkpoints.save("best", _weights(parameters), {"step": progress.step})
@@ -234,19 +244,17 @@ def _look(
 
 
 @torch.no_grad()
-def validate(model: LoadedModel, objective: Objective, rows: Sequence[Encoded], *, batch_size: int) -> dict[str, float]:
-    """Mean loss by weight, and the objective's own metrics. Independent of `batch_size` but for rounding."""
+def validate(model: LoadedModel, objective: Objective, rows: Sequence[Encoded], *, tokens: int) -> dict[str, float]:
+    """Mean loss by weight, and the objective's own metrics. Independent of `tokens`, of which so many go through the
+    model at once, but for rounding."""
     training = model.module.training
     model.module.eval()
-    order = sorted(range(len(rows)), key=lambda at: len(rows[at].ids))
     total = weight = 0.0
     scores: list[Tensor] = []
     gold: list[Tensor] = []
     try:
-        for start in range(0, len(order), batch_size):
-            batch = objective.batch([rows[at] for at in order[start : start + batch_size]], model, (0, 0)).to(
-                model.device
-            )
+        for part in fill_batches([len(row.ids) + len(row.target) for row in rows], tokens):
+            batch = objective.batch([rows[at] for at in part], model, (0, 0)).to(model.device)
             loss, seen = objective.measure(model, batch)
             total += float(loss.sum)
             weight += loss.weight

@@ -37,7 +37,7 @@ class Evaluate(Config):
     truncate: bool = False
     """Cut rows that are too long (and count them) instead of refusing them."""
     batch_size: int = Field(32, gt=0)
-    """Rows judged at a time; the numbers do not depend on it."""
+    """Answers written at a time."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda ..."""
     name: str | None = None

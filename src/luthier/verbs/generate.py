@@ -171,7 +171,7 @@ def _answer(
         pairs = [
             item if isinstance(item, tuple) and isinstance(item[0], str) else (_flat(item), None) for _, item in items
         ]
-        found = predict(model, pairs, batch_size=config.batch_size)
+        found = predict(model, pairs)
         return [_as_row(name, one) for (name, _), one in zip(items, found)]
     if model.spec.task == "masked":
         return [{"id": name, "output": _fill(model, _flat(item))} for name, item in items]

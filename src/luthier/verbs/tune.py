@@ -54,7 +54,9 @@ class Tune(Config):
     batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     """Rows of one optimiser step."""
     accumulate: int = Field(1, gt=0)
-    """Micro-batches that a step is split into to save memory; the result is the same."""
+    """Micro-batches that a step is split into at least, to save memory; the result is the same."""
+    micro_tokens: int = Field(8192, gt=0)
+    """Most tokens that go through the model at once: a step with more is split; the result is the same."""
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 leaves gradients alone."""
     max_length: int | None = Field(None, gt=1)
@@ -79,6 +81,8 @@ class Tune(Config):
     """Put rows of like length into one step, so that little is padded."""
     baselines: bool = True
     """Judge plain baselines on the same rows."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the model computes in; what learns is kept and updated in float32 in either case."""
     seed: int = 0
     """Seed of everything drawn at random."""
     threads: int | None = Field(None, gt=0)
@@ -272,6 +276,21 @@ class _Work:
         self.objective.adapt(self.model, self.dataset.train)
         config.adapter.apply(self.model)
         self.parameters = list(config.adapter.trainable(self.model))
+        self._choose_precision()
+
+    def _choose_precision(self) -> None:
+        from luthier.models.fuse import fuse
+        from luthier.models.packed import packs
+        from luthier.models.precision import cast_weights, choose_precision
+
+        if self.config.precision == "auto":
+            count = sum(parameter.numel() for parameter in self.model.module.parameters())
+            frozen = sum(parameter.numel() for _, parameter in self.parameters) < count / 2
+            chosen, why = choose_precision(self.model.device, frozen_base=frozen, parameters=count)
+            self._advise("precision", chosen, why)
+        cast_weights(self.model, self.config.precision)  # type: ignore[arg-type]
+        if packs(self.model, self.events):
+            fuse(self.model, self.events)
 
     def encode(self) -> None:
         """Turn the rows into tokens, and decide everything that was left to us."""
@@ -309,6 +328,7 @@ class _Work:
             steps=steps,
             batch_size=int(config.batch_size),
             accumulate=config.accumulate,
+            micro_tokens=config.micro_tokens,
             learning_rate=float(config.learning_rate),
             clip=config.clip,
             validate_every=int(config.validate_every),
@@ -368,9 +388,11 @@ class _Work:
 
     def keep_model(self, run: Run) -> None:
         """Save the tuned model, whole or not at all."""
+        from luthier.models.fuse import unfuse
         from luthier.models.save import save_model
 
         run.events.stage("saving the model")
+        unfuse(self.model)
         self.model.spec = self.model.spec.model_copy(update={"learned": self.objective.kind})
         side, final = run.artefacts / ".model.part", run.artefacts / "model"
         shutil.rmtree(side, ignore_errors=True)

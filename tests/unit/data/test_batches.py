@@ -4,32 +4,37 @@ import pytest
 import torch
 
 from luthier.core.types import Encoded
-from luthier.data.batches import collate, plan_steps, split_step
+from luthier.data.batches import collate, fill_batches, plan_steps, split_step
 
 
-def test_padding_is_known_by_position_even_where_the_pad_id_is_a_real_token():
+def test_rows_lie_end_to_end_with_their_weights():
     rows = [Encoded("a", (0, 0, 5), (0.0, 1.0, 1.0)), Encoded("b", (7,), (0.0,), weight=2.0)]
-    batch = collate(rows, pad_id=0)
-    assert batch.mask_BT.tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch.weights_BT.tolist() == [[0, 1, 1], [0, 0, 0]]
+    batch = collate(rows)
+    assert batch.ids_N.tolist() == [0, 0, 5, 7] and batch.lengths == (3, 1)
+    assert batch.weights_N.tolist() == [0, 1, 1, 0]
     assert batch.weight == 2.0 and batch.tokens == 4
 
 
+def test_documents_in_a_row_stay_apart():
+    packed = Encoded("a", (1, 2, 3, 4, 5), (0.0, 1.0, 0.0, 1.0, 1.0), segments=(2, 3))
+    assert collate([packed, Encoded("b", (6, 7), (0.0, 1.0))]).lengths == (2, 3, 2)
+
+
 def test_row_weights_scale_tokens_and_rows():
-    token = collate([Encoded("a", (1, 2, 3), (0.0, 1.0, 0.5), weight=3.0)], 0)
-    assert token.weight == pytest.approx(4.5) and token.weights_BT.tolist() == [[0, 3, 1.5]]
-    row = collate([Encoded("a", (1, 2), gold=1, weight=0.25), Encoded("b", (1,), gold=0)], 0)
-    assert row.weight == 1.25 and row.gold.dtype == torch.int64
-    several = collate([Encoded("a", (1,), gold=(1.0, 0.0))], 0)
+    token = collate([Encoded("a", (1, 2, 3), (0.0, 1.0, 0.5), weight=3.0)])
+    assert token.weight == pytest.approx(4.5) and token.weights_N.tolist() == [0, 3, 1.5]
+    row = collate([Encoded("a", (1, 2), gold=1, weight=0.25), Encoded("b", (1,), gold=0)])
+    assert row.weight == 1.25 and row.gold.dtype == torch.int64 and row.lengths == (2, 1)
+    several = collate([Encoded("a", (1,), gold=(1.0, 0.0))])
     assert several.gold.tolist() == [[1.0, 0.0]]
     target = collate(
         [
             Encoded("a", (1,), target=(4, 5), target_weights=(1.0, 1.0)),
-            Encoded("b", (1,), target=(6,), target_weights=(1.0,)),
-        ],
-        9,
+            Encoded("b", (1,), target=(6,), target_weights=(1.0,), weight=2.0),
+        ]
     )
-    assert target.target_BS.tolist() == [[4, 5], [6, 9]] and target.weight == 3.0
+    assert target.target_M.tolist() == [4, 5, 6] and target.target_lengths == (2, 1)
+    assert target.target_weights_M.tolist() == [1, 1, 2] and target.weight == 4.0 and target.tokens == 5
 
 
 @pytest.mark.parametrize("by_length", [True, False])
@@ -55,8 +60,24 @@ def test_like_lengths_share_a_step():
 
 
 @pytest.mark.parametrize("parts", [1, 3, 8, 20])
-def test_micro_batches_hold_each_row_once_and_are_never_empty(parts):
+@pytest.mark.parametrize("tokens", [1, 9, 12, 1000])
+def test_micro_batches_hold_each_row_once_within_their_tokens(parts, tokens):
     lengths = [5, 1, 9, 3, 7, 2, 8, 4]
-    micro = list(split_step(range(8), lengths, parts))
+    micro = split_step(range(8), lengths, parts, tokens)
     assert sorted(row for part in micro for row in part) == list(range(8))
-    assert len(micro) == min(parts, 8) and all(micro)
+    assert len(micro) >= min(parts, 8)
+    assert all(part and (len(part) == 1 or sum(lengths[row] for row in part) <= tokens) for part in micro)
+    assert micro == split_step(range(8), lengths, parts, tokens)
+
+
+def test_best_fit_fills_micro_batches():
+    lengths = [(at * 37) % 101 + 1 for at in range(200)]
+    micro = split_step(range(200), lengths, 1, 256)
+    assert sum(lengths) / (256 * len(micro)) > 0.97
+
+
+def test_batches_to_judge_hold_each_row_once():
+    lengths = [(at * 37) % 101 + 1 for at in range(200)]
+    filled = fill_batches(lengths, 256)
+    assert sorted(row for part in filled for row in part) == list(range(200))
+    assert all(sum(lengths[row] for row in part) <= 256 for part in filled)

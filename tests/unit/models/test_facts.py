@@ -54,3 +54,9 @@ def test_hardware():
     found = describe_hardware()
     assert found["threads"] >= 1
     assert len(found["cuda"]) == torch.cuda.device_count()
+
+
+def test_fingerprint_of_a_large_table():
+    # 49,152 x 576: single precision rounds the last place past the end.
+    table = torch.nn.Embedding(49152, 576, _weight=torch.zeros(49152, 576, dtype=torch.bfloat16))
+    assert len(fingerprint(table)) == 16

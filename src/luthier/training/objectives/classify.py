@@ -13,6 +13,7 @@ from luthier.core.errors import ConfigError, DataError, did_you_mean
 from luthier.core.events import Events
 from luthier.core.types import Encoded, Example, Labelled, Task
 from luthier.data.batches import Batch
+from luthier.engine.pooled import score_batch
 from luthier.models.spec import LoadedModel
 from luthier.training.losses import LOSSES
 from luthier.training.losses.cross_entropy import CrossEntropy, balance
@@ -97,9 +98,9 @@ class Classify(Objective):
         return encode_rows(examples, encode, events)
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
-        scores_BC = model.module(batch.ids_BT, batch.mask_BT)
-        assert isinstance(self.loss, RowLoss) and batch.row_weights_B is not None
-        return Loss((self.loss.rows(scores_BC, batch.gold) * batch.row_weights_B).sum(), batch.weight), scores_BC
+        scores_SC = score_batch(model, batch)
+        assert isinstance(self.loss, RowLoss) and batch.row_weights_S is not None
+        return Loss((self.loss.rows(scores_SC, batch.gold) * batch.row_weights_S).sum(), batch.weight), scores_SC
 
     def metrics(self, scores: Tensor, gold: Tensor, model: LoadedModel) -> dict[str, float]:
         if gold.ndim == 2:

@@ -63,8 +63,8 @@ class Objective(Part):
         raise NotImplementedError(f"{type(self).__name__} must define encode()")
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
-        """Rows side by side; `seed` is for objectives that draw at random (masking)."""
-        return collate(rows, pad_id(model))
+        """Rows end to end; `seed` is for objectives that draw at random (masking)."""
+        return collate(rows)
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
         """The loss of a batch, and the scores that validation metrics are computed from (or None)."""
@@ -83,12 +83,6 @@ class Objective(Part):
                     f"{example.id}: objective {self.kind!r} learns from {wanted} rows, this is {type(example).__name__}; "
                     f"{CONVERSIONS[type(example)]}; or map the columns with `columns:`"
                 )
-
-
-def pad_id(model: LoadedModel) -> int:
-    """The id that fills padded places; any id does, since masks and weights are by position."""
-    found = model.tokenizer.pad_token_id
-    return 0 if found is None else int(found)
 
 
 def encode_rows(

@@ -7,17 +7,19 @@ from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events
 from luthier.core.types import Encoded, Example, Text
-from luthier.data.batches import Batch, collate
+from luthier.data.batches import Batch, collate, split_step
+from luthier.models.cross_entropy import token_loss
+from luthier.models.output import head_of
+from luthier.models.packed import hidden_states
 from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.causal import causal_loss
-from luthier.training.objectives.part import Loss, Objective, pad_id
+from luthier.training.objectives.part import Loss, Objective
 
 # Tokenising in slices keeps the memory of a large corpus flat.
 SLICE = 512
@@ -26,8 +28,9 @@ SLICE = 512
 class Pretrain(Objective):
     """Predict the next token (decoder-only) or the masked tokens (encoder).
 
-    Documents are laid end to end, each closed by the end-of-text token (or framed by the encoder's own special
-    tokens), and cut into blocks of the context length; what a document's first token follows is not learned. Masking
+    Documents, each closed by the end-of-text token (or framed by the encoder's own special tokens), are cut to the
+    context length, and packed by best fit into rows of that length, in which each attends to itself alone. In a
+    decoder's later pieces of a long document the first token is given, not learned. Masking
     is BERT's (Devlin et al. 2019, arXiv:1810.04805): of the chosen tokens 80 % become the mask token, 10 % a random
     one, 10 % stay; the choice is drawn anew each epoch, and is the same for every validation.
     """
@@ -54,42 +57,45 @@ class Pretrain(Objective):
             raise DataError(
                 "the tokenizer has no end-of-text token, so documents would run together; set its eos_token"
             )
-        stream: list[int] = []
-        weights: list[float] = []
+        pieces: list[list[int]] = []
         texts = [example.text for example in examples if isinstance(example, Text)]
         for start in range(0, len(texts), SLICE):
             for ids in tokenizer(texts[start : start + SLICE], add_special_tokens=not causal, verbose=False)[
                 "input_ids"
             ]:
                 document = [*ids, end] if causal else ids
-                stream += document
-                weights += [0.0] + [1.0] * (len(document) - 1)
-        blocks = []
-        for at in range(0, len(stream), length):
-            ids, learned = tuple(stream[at : at + length]), tuple(weights[at : at + length])
-            learned = (0.0, *learned[1:]) if causal else learned
-            if sum(learned) > 0:
-                blocks.append(Encoded(id=f"block {at // length}", ids=ids, weights=learned))
-        if not blocks:
+                # Pieces overlap by one token, so that every token but a document's first is predicted once.
+                step = length - 1 if causal else length
+                cut = [document[at : at + length] for at in range(0, len(document), step)]
+                pieces += [piece for piece in cut if len(piece) > 1 or not causal]
+        if not pieces:
             raise DataError("the texts hold fewer than two tokens in all; there is nothing to predict")
-        return blocks
+        packed = split_step(range(len(pieces)), [len(piece) for piece in pieces], 1, length)
+        return [_lay(f"block {at}", [pieces[one] for one in row]) for at, row in enumerate(packed)]
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         if model.spec.task == "causal":
-            return collate(rows, pad_id(model))
+            return collate(rows)
         masked, originals = zip(*(mask_tokens(row, model, self.mask, seed) for row in rows))
-        batch = collate(masked, pad_id(model))
-        batch.target_BS = collate(originals, pad_id(model)).ids_BT
+        batch = collate(masked)
+        batch.gold = collate(originals).ids_N
         return batch
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
         if model.spec.task == "causal":
             return causal_loss(model, batch), None
-        chosen = batch.weights_BT > 0
-        logits_BTV = model.module(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits
-        assert batch.target_BS is not None
-        nll_N = F.cross_entropy(logits_BTV[chosen].float(), batch.target_BS[chosen], reduction="none")
-        return Loss((nll_N * batch.weights_BT[chosen]).sum(), batch.weight), None
+        assert batch.gold is not None
+        places_M = batch.weights_N.nonzero().squeeze(1)
+        states_ME = hidden_states(model, batch.ids_N, batch.lengths)[places_M]
+        loss = token_loss(head_of(model), states_ME, batch.gold[places_M], batch.weights_N[places_M])
+        return Loss(loss, batch.weight), None
+
+
+def _lay(name: str, pieces: Sequence[Sequence[int]]) -> Encoded:
+    """Pieces end to end in one row; all but the first token of each is learned."""
+    ids = tuple(token for piece in pieces for token in piece)
+    weights = tuple(float(at > 0) for piece in pieces for at in range(len(piece)))
+    return Encoded(name, ids, weights, segments=tuple(len(piece) for piece in pieces))
 
 
 def mask_tokens(row: Encoded, model: LoadedModel, share: float, seed: tuple[int, ...]) -> tuple[Encoded, Encoded]:

@@ -14,6 +14,7 @@ from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events
 from luthier.core.types import Encoded, Example, Labelled, Task
 from luthier.data.batches import Batch
+from luthier.engine.pooled import score_batch
 from luthier.models.spec import LoadedModel
 from luthier.training.losses import LOSSES
 from luthier.training.losses.part import Loss as RowLoss
@@ -69,9 +70,9 @@ class Regress(Objective):
         return encode_rows(examples, encode, events)
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
-        scores_B1 = model.module(batch.ids_BT, batch.mask_BT)
-        assert isinstance(self.loss, RowLoss) and batch.row_weights_B is not None
-        return Loss((self.loss.rows(scores_B1, batch.gold) * batch.row_weights_B).sum(), batch.weight), scores_B1
+        scores_S1 = score_batch(model, batch)
+        assert isinstance(self.loss, RowLoss) and batch.row_weights_S is not None
+        return Loss((self.loss.rows(scores_S1, batch.gold) * batch.row_weights_S).sum(), batch.weight), scores_S1
 
     def metrics(self, scores: Tensor, gold: Tensor, model: LoadedModel) -> dict[str, float]:
         guess_N, gold_N = scores.squeeze(-1).double(), gold.double()

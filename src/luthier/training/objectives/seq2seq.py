@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -13,6 +12,9 @@ from luthier.core.errors import ConfigError
 from luthier.core.events import Events
 from luthier.core.types import Encoded, Example, Pair
 from luthier.data.batches import Batch
+from luthier.engine.likelihood import target_states
+from luthier.models.cross_entropy import token_loss
+from luthier.models.output import head_of
 from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.part import Loss, Objective, encode_rows
 
@@ -39,20 +41,7 @@ class Seq2Seq(Objective):
         return encode_rows(examples, model.renderer.pair, events)
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
-        assert batch.target_BS is not None and batch.target_weights_BS is not None
-        start = model.module.config.decoder_start_token_id
-        if start is None:
-            raise ConfigError(
-                "the model's config.json has no decoder_start_token_id, so its decoder cannot be started; set it"
-            )
-        # Teacher forcing: the decoder sees the target one place later, from its start token on.
-        shifted_BS = batch.target_BS.roll(1, dims=1)
-        shifted_BS[:, 0] = start
-        logits_BSV = model.module(
-            input_ids=batch.ids_BT, attention_mask=batch.mask_BT, decoder_input_ids=shifted_BS, use_cache=False
-        ).logits
-        learned = batch.target_weights_BS > 0
-        nll_N = F.cross_entropy(
-            logits_BSV[learned].float(), batch.target_BS[learned], reduction="none", label_smoothing=self.smoothing
-        )
-        return Loss((nll_N * batch.target_weights_BS[learned]).sum(), batch.weight), None
+        assert batch.target_M is not None and batch.target_weights_M is not None
+        states_ME = target_states(model, batch)
+        loss = token_loss(head_of(model), states_ME, batch.target_M, batch.target_weights_M, self.smoothing)
+        return Loss(loss, batch.weight), None

@@ -1,0 +1,24 @@
+"""Each peer in an environment of its own, made at its first use under build/peers/."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {"trl": ["trl>=1", "peft", "datasets", "accelerate"]}
+
+
+def peer_python(name: str) -> str:
+    """The interpreter of the peer's environment; installs it (minutes, and the network) when it is not there yet."""
+    folder = ROOT / "build" / "peers" / name
+    python = folder / "bin" / "python"
+    done = folder / ".installed"
+    if not done.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
+        subprocess.run([*pip, "torch", "numpy"], cwd=ROOT, check=True)
+        subprocess.run([*pip, *PACKAGES[name]], cwd=ROOT, check=True)
+        done.touch()
+    return str(python)

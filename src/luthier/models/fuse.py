@@ -1,0 +1,141 @@
+"""Faster forms of the parts of a layer, put into an unmodified transformers model for as long as it is trained.
+
+Recognised by what they hold, and kept only if they give what the part's own forward gives: RMS norms, gated MLPs, and
+attention with rotary positions. All else runs as the family wrote it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.core.events import Events
+from luthier.models.attention import NAME, Rules, Segments, attend_flat
+from luthier.models.spec import LoadedModel
+from luthier.native.layers import RMSNorm, Rotate, SwiGLU, usable
+
+# What a faster form may differ by, relative to the largest value: rounding in another place.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+TRIED = 6
+
+
+def fuse(model: LoadedModel, events: Events | None = None) -> int:
+    """Put faster forms into `model`, in place; returns how many. They are of use on the CPU, in bf16 or fp32."""
+    weight = next(model.network.parameters())
+    if not usable(weight):
+        return 0
+    found: Counter[str] = Counter()
+    for module in model.network.modules():
+        for name, recognise in (("norms", _norm), ("MLPs", _mlp), ("attentions", _attention)):
+            forward = recognise(module)
+            if forward is not None:
+                module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+                found[name] += 1
+    if found and events is not None:
+        shown = ", ".join(f"{count} {name}" for name, count in found.items())
+        events.choose("fused", shown, "they give what the model's own parts give, in fewer passes")
+    return found.total()
+
+
+def unfuse(model: LoadedModel) -> None:
+    """Give every part its own forward back."""
+    for module in model.network.modules():
+        forward = vars(module).get("forward")
+        if getattr(forward, "__func__", None) in (norm_forward, mlp_forward, attention_forward):
+            del module.forward
+
+
+def norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """RMS norm in one pass."""
+    return RMSNorm.apply(hidden_states, self.weight, self.luthier_eps, self.luthier_shift)  # type: ignore[no-any-return]
+
+
+def mlp_forward(self: Any, x: Tensor) -> Tensor:
+    """down(silu(gate(x)) up(x)) without the tensors between."""
+    return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+
+
+def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """Attention over segments with positions turned in place; as the family wrote it where there are none."""
+    segments: Segments | None = kwargs.get("segments")
+    if segments is None or args or self.config._attn_implementation != NAME:
+        return type(self).forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+    cosine, sine = kwargs["position_embeddings"]
+    size, flat_NE = self.head_dim, hidden_states[0]
+    q_NHD, k_NKD, v_NKD = (
+        layer(flat_NE).view(len(flat_NE), -1, size) for layer in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    if hasattr(self, "q_norm"):
+        q_NHD, k_NKD = self.q_norm(q_NHD), self.k_norm(k_NKD)
+    q_NHD, k_NKD = (Rotate.apply(one, cosine[0], sine[0]) for one in (q_NHD, k_NKD))
+    rules = Rules(True, self.scaling, getattr(self, "sliding_window", None))
+    out_NHD = attend_flat(q_NHD, k_NKD, v_NKD, segments, rules)
+    return self.o_proj(out_NHD.reshape(len(flat_NE), -1))[None], None
+
+
+def _norm(module: nn.Module) -> Callable[..., Any] | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    parts = dict(module.named_parameters(recurse=False))
+    if "RMSNorm" not in type(module).__name__ or set(parts) != {"weight"} or not isinstance(eps, float):
+        return None
+    x = torch.randn(TRIED, len(parts["weight"]), generator=torch.Generator().manual_seed(0)).to(parts["weight"].dtype)
+    for shift in (0.0, 1.0):  # Gemma's weights are kept as their distance from one
+        with torch.no_grad():
+            if _close(RMSNorm.apply(x, weight, eps, shift), module(x)):
+                vars(module).update(luthier_eps=eps, luthier_shift=shift)
+                return norm_forward
+    return None
+
+
+def _mlp(module: Any) -> Callable[..., Any] | None:
+    children = {name for name, _ in module.named_children()}
+    if not {"gate_proj", "up_proj", "down_proj"} <= children or not children <= {
+        "gate_proj", "up_proj", "down_proj", "act_fn"
+    }:  # fmt: skip
+        return None
+    x = torch.randn(TRIED, _width(module.gate_proj), generator=torch.Generator().manual_seed(0))
+    x = x.to(module.gate_proj.weight.dtype)
+    with torch.no_grad():
+        return mlp_forward if _close(mlp_forward(module, x), type(module).forward(module, x)) else None
+
+
+def _attention(module: Any) -> Callable[..., Any] | None:
+    """An attention with four projections, rotary positions in halves, and nothing else but norms of q and k."""
+    children = {name for name, _ in module.named_children()}
+    needed = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    if not needed <= children or not children <= needed | {"q_norm", "k_norm"}:
+        return None
+    if getattr(module, "attention_dropout", 0.0) or not hasattr(module, "scaling") or not hasattr(module, "head_dim"):
+        return None
+    if not getattr(module, "is_causal", False) or getattr(module, "attn_logit_softcapping", None) is not None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    weight = module.q_proj.weight
+    x = torch.randn(1, TRIED, _width(module.q_proj), generator=generator).to(weight.dtype)
+    angle = torch.randn(1, TRIED, module.head_dim // 2, generator=generator)
+    positions = tuple(torch.cat([one, one], -1).to(weight.dtype) for one in (angle.cos(), angle.sin()))
+    kwargs = {"position_embeddings": positions, "attention_mask": None, "segments": Segments((TRIED - 2, 2))}
+    config, own = module.config, module.config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        with torch.no_grad():
+            alike = _close(attention_forward(module, x, **kwargs)[0], type(module).forward(module, x, **kwargs)[0])
+    except (TypeError, KeyError, AttributeError, RuntimeError):
+        return None
+    finally:
+        config._attn_implementation = own
+    return attention_forward if alike else None
+
+
+def _close(ours: Tensor, own: Tensor) -> bool:
+    return float((ours - own).float().abs().max()) <= TOLERANCE[own.dtype] * float(own.float().abs().max())
+
+
+def _width(linear: Any) -> int:
+    return int(linear.weight.shape[1])

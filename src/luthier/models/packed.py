@@ -1,0 +1,113 @@
+"""A flat batch through a model: packed where the family allows it, side by side with padding where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from luthier.core.events import Events
+from luthier.models.attention import Segments, packed_attention
+from luthier.models.heads import Pooled
+from luthier.models.spec import LoadedModel
+
+# Families that number positions from just after the pad id.
+SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
+# What packed and separate may differ by, relative to the size of the states: rounding in another order.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def hidden_states(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The last hidden states [N, E] of segments laid end to end, each read as if it were alone.
+
+    Of an encoder-decoder, those of its encoder.
+    """
+    if packs(model):
+        return _packed(model, ids_N, lengths)
+    return _padded(model, ids_N, lengths)
+
+
+def packs(model: LoadedModel, events: Events | None = None) -> bool:
+    """Whether packed equals separate for this model: tried once, on two short texts, and remembered.
+
+    Where it does not (an attention of the family's own, positions that cannot be given), a notice goes to `events`, and
+    segments are padded instead.
+    """
+    if model.packs is None:
+        model.packs = _try(model)
+    if events is not None and not model.packs and model.spec.kind != "encoder-decoder":
+        events.choose("packing", "off", f"{model.spec.family} models do not read texts laid end to end; rows are padded")
+    return model.packs
+
+
+@torch.no_grad()
+def _try(model: LoadedModel) -> bool:
+    if model.spec.kind == "encoder-decoder":
+        return False
+    vocabulary = model.network.get_input_embeddings().weight.shape[0]
+    lengths = (5, 11)
+    ids_N = (torch.arange(sum(lengths), device=model.device) * 7 + 3) % min(vocabulary, 1000)
+    training = model.module.training
+    model.module.eval()
+    try:
+        packed, alone = _packed(model, ids_N, lengths).float(), _padded(model, ids_N, lengths).float()
+    except (TypeError, ValueError, KeyError, AttributeError):
+        # The family's attention takes no segments, or its forward no positions.
+        return False
+    finally:
+        model.module.train(training)
+    return float((packed - alone).abs().max()) <= TOLERANCE[model.network.dtype] * float(alone.abs().max())
+
+
+def _packed(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
+    network = model.network
+    places_N = torch.cat([torch.arange(length) for length in lengths]).to(ids_N.device)
+    if network.config.model_type in SHIFTED:
+        places_N += network.config.pad_token_id + 1
+    inputs: dict[str, Any] = {"input_ids": ids_N[None], "position_ids": places_N[None]}
+    inputs["segments"] = Segments(lengths, ids_N.device)
+    separator = getattr(model.module, "separator", None)
+    if separator is not None:
+        inputs["token_type_ids"] = torch.cat([text_of_pair(part, separator) for part in ids_N.split(list(lengths))])[None]
+    if hasattr(network.config, "use_cache"):
+        inputs["use_cache"] = False
+    with packed_attention(network):
+        return network.base_model(**inputs).last_hidden_state[0]
+
+
+def _padded(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
+    network: Any = model.network
+    body = network.get_encoder() if model.spec.kind == "encoder-decoder" else network.base_model
+    fill = model.tokenizer.pad_token_id or 0
+    ids_ST = pad(ids_N, lengths, fill)
+    mask_ST = mask_of(lengths, ids_N.device)
+    inputs: dict[str, Any] = {"input_ids": ids_ST}
+    if model.spec.kind != "decoder":
+        # A causal model never looks to the right, where the padding is.
+        inputs["attention_mask"] = mask_ST
+    elif hasattr(network.config, "use_cache"):
+        inputs["use_cache"] = False
+    separator = getattr(model.module, "separator", None)
+    if separator is not None:
+        inputs["token_type_ids"] = torch.stack([text_of_pair(row, separator) for row in ids_ST]) * mask_ST
+    return body(**inputs).last_hidden_state[mask_ST.bool()]
+
+
+def pad(flat_N: Tensor, lengths: Sequence[int], fill: int | float) -> Tensor:
+    """[S, T]: segments side by side, `fill` to their right."""
+    return pad_sequence(list(flat_N.split(list(lengths))), batch_first=True, padding_value=fill)
+
+
+def mask_of(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """[S, T]: 1 on the tokens of each segment, 0 on what pads it."""
+    sizes_S1 = torch.tensor(lengths, device=device)[:, None]
+    return (torch.arange(max(lengths), device=device) < sizes_S1).long()
+
+
+def text_of_pair(ids_T: Tensor, separator: int) -> Tensor:
+    """[T]: 0 up to the first separator, 1 after it."""
+    ends = (ids_T == separator).long()
+    return (ends.cumsum(0) - ends).clamp(max=1)

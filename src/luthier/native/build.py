@@ -1,0 +1,76 @@
+"""The C files beside this one to a library for this processor: compiled at first use, kept for the next."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# What -ffast-math would add beyond these breaks non-finite numbers, which must stay visible.
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
+         "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math", "-fno-semantic-interposition")  # fmt: skip
+SECONDS = 120
+
+
+class NoLibrary(Exception):
+    """Why there is no library: a sentence."""
+
+
+@cache
+def load_library() -> ctypes.CDLL:
+    """The library, compiled if need be. Raises NoLibrary: switched off, no compiler, or it failed."""
+    if os.environ.get("LUTHIER_NATIVE") == "off":
+        raise NoLibrary("switched off by LUTHIER_NATIVE=off")
+    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if compiler is None or shutil.which(compiler) is None:
+        raise NoLibrary("there is no C compiler; install gcc or clang")
+    sources = sorted([*HERE.glob("*.c"), *HERE.glob("*.h")])
+    digest = hashlib.sha256(" ".join((compiler, *FLAGS, _processor())).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    path = cache_directory() / f"kernels-{digest.hexdigest()[:16]}.so"
+    if not path.exists():
+        _compile(compiler, [str(one) for one in sources if one.suffix == ".c"], path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as err:
+        raise NoLibrary(f"{path} cannot be loaded ({err})") from None
+
+
+def cache_directory() -> Path:
+    """Where compiled libraries are kept: $LUTHIER_CACHE, else luthier/ in the user's cache."""
+    own = os.environ.get("LUTHIER_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luthier"
+
+
+def _compile(compiler: str, sources: list[str], path: Path) -> None:
+    """Compile to the side and rename, so that several processes may do it at once."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            side = Path(folder) / path.name
+            command = [compiler, *FLAGS, *sources, "-o", str(side), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+            if done.returncode != 0:
+                lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+                raise NoLibrary(f"{compiler} failed: {lines[0] if lines else 'no reason given'}")
+            os.replace(side, path)
+    except (OSError, subprocess.TimeoutExpired) as err:
+        raise NoLibrary(f"the kernels could not be compiled ({err})") from None
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache shared by several machines must not mix them up."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            facts = {line.partition(":")[2].strip() for line in lines if line.startswith(("flags", "Features", "model name"))}
+        return " ".join(sorted(facts))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"

@@ -1,0 +1,68 @@
+"""Packed equals separate: texts laid end to end are read as if each were alone, in every family that lets us."""
+
+import pytest
+import torch
+
+from luthier.core.events import Events
+from luthier.models.attention import SHORT, Rules, Segments, _attend_plainly, attend_flat
+from luthier.models.load import load_model
+from luthier.models.packed import hidden_states, packs
+from tiny import ALL_FAMILIES, tiny_model
+
+LENGTHS = [(1,), (5, 5, 5), (3, 5, 4, 5), (40, 41, 39, 3, SHORT + 80), (SHORT + 80, SHORT + 180)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 4, 64])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_groups_and_fused_kernel_equal_plain_operations(lengths, causal, window, heads):
+    torch.manual_seed(0)
+    made = [torch.randn(sum(lengths), h, 16, dtype=torch.float64, requires_grad=True) for h in (heads[0], *heads[1:] * 2)]
+    segments, rules = Segments(lengths), Rules(causal, 0.25, window)
+    ours, plain = attend_flat(*made, segments, rules), _attend_plainly(*made, segments, rules)
+    torch.testing.assert_close(ours, plain)
+    grad = torch.randn_like(ours)
+    for mine, theirs in zip(torch.autograd.grad(ours, made, grad), torch.autograd.grad(plain, made, grad)):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_plain_operations_keep_segments_apart_and_honour_caps_and_sinks():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(9, 2, 8) for _ in range(3))
+    rules = Rules(True, 0.3, 3, softcap=2.0, sinks=torch.tensor([0.5, -1.0]))
+    found = attend_flat(q, k, v, Segments((4, 5)), rules)
+    for head in range(2):
+        for at in range(9):
+            start = 0 if at < 4 else 4
+            seen = range(max(start, at - 2), at + 1)
+            scores = [2.0 * torch.tanh(0.3 * q[at, head] @ k[other, head] / 2.0) for other in seen]
+            shares = torch.stack([*scores, rules.sinks[head]]).softmax(0)[:-1]
+            expected = sum(share * v[other, head] for share, other in zip(shares, seen))
+            torch.testing.assert_close(found[at, head], expected)
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("task", [None, "classify"])
+def test_packed_equals_separate(family, task):
+    model = load_model(str(tiny_model(family)), task=task, labels=("a", "b") if task else ())
+    events = Events()
+    packed = packs(model, events)
+    unable = {"gpt_neo", "deberta-v2", "t5", "bart", "marian"}
+    assert packed == (family not in unable)
+    assert ("packing" in events.choices) == (family in {"gpt_neo", "deberta-v2"})
+    ids, lengths = torch.arange(8, 68) % 50 + 8, (8, 1, 20, 31)
+    with torch.no_grad():
+        together = hidden_states(model, ids, lengths)
+        alone = torch.cat([hidden_states(model, part, (len(part),)) for part in ids.split(lengths)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_family_that_would_mix_segments_is_found_out(monkeypatch):
+    from luthier.models import packed
+
+    model = load_model(str(tiny_model("llama")))
+    monkeypatch.setattr(packed, "Segments", lambda lengths, device: Segments((sum(lengths),), device))
+    events = Events()
+    assert not packs(model, events)
+    assert "padded" in events.choices["packing"]
