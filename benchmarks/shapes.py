@@ -33,7 +33,12 @@ def make_model(shape: str, folder: Path) -> Path:
     torch.manual_seed(0)
     settings = dict(SHAPES[shape])
     config = AutoConfig.for_model(
-        settings.pop("model_type"), max_position_embeddings=2048, pad_token_id=0, bos_token_id=None, eos_token_id=1, **settings
+        settings.pop("model_type"),
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        **settings,
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
     mini = Path(str(files("luthier"))) / "assets" / "mini"

@@ -5,6 +5,7 @@ import os
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("LUTHIER_LANG", "en")
 
 
 @pytest.fixture(autouse=True, scope="session")

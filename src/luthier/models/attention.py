@@ -192,9 +192,7 @@ class ShortAttention(torch.autograd.Function):
         return gq, gk, gv, None, None
 
 
-def _shares(
-    flat_q: Tensor, flat_k: Tensor, segments: Segments, at: int, heads: int, kv: int, rules: Rules
-) -> Tensor:
+def _shares(flat_q: Tensor, flat_k: Tensor, segments: Segments, at: int, heads: int, kv: int, rules: Rules) -> Tensor:
     """Softmax of the scores of group `at`: [S * KV, (H / KV) * T, T]."""
     group, size = segments.short[at], flat_q.shape[-1]
     width = group.width

@@ -11,7 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from luthier.core.events import Events
 from luthier.models.attention import Segments, packed_attention
-from luthier.models.heads import Pooled
 from luthier.models.spec import LoadedModel
 
 # Families that number positions from just after the pad id.
@@ -39,7 +38,9 @@ def packs(model: LoadedModel, events: Events | None = None) -> bool:
     if model.packs is None:
         model.packs = _try(model)
     if events is not None and not model.packs and model.spec.kind != "encoder-decoder":
-        events.choose("packing", "off", f"{model.spec.family} models do not read texts laid end to end; rows are padded")
+        events.choose(
+            "packing", "off", f"{model.spec.family} models do not read texts laid end to end; rows are padded"
+        )
     return model.packs
 
 
@@ -71,7 +72,9 @@ def _packed(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor
     inputs["segments"] = Segments(lengths, ids_N.device)
     separator = getattr(model.module, "separator", None)
     if separator is not None:
-        inputs["token_type_ids"] = torch.cat([text_of_pair(part, separator) for part in ids_N.split(list(lengths))])[None]
+        inputs["token_type_ids"] = torch.cat([text_of_pair(part, separator) for part in ids_N.split(list(lengths))])[
+            None
+        ]
     if hasattr(network.config, "use_cache"):
         inputs["use_cache"] = False
     with packed_attention(network):

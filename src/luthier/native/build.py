@@ -70,7 +70,9 @@ def _processor() -> str:
     """What -march=native depends on: a cache shared by several machines must not mix them up."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            facts = {line.partition(":")[2].strip() for line in lines if line.startswith(("flags", "Features", "model name"))}
+            facts = {
+                line.partition(":")[2].strip() for line in lines if line.startswith(("flags", "Features", "model name"))
+            }
         return " ".join(sorted(facts))
     except OSError:
         return f"{platform.machine()} {platform.processor()}"

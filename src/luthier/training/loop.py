@@ -123,8 +123,8 @@ def train(
                 seconds_left=round(elapsed / done * (settings.steps - progress.step), 1),
             )
             last = progress.step == settings.steps
-            due = settings.validate_every and progress.step % settings.validate_every == 0
-            if validation and (due or last):
+            due = validation and settings.validate_every and progress.step % settings.validate_every == 0
+            if due or (validation and last):
                 _look(model, objective, validation, settings, progress, parameters, checkpoints, events)
                 stopped_early = bool(settings.patience) and progress.stale >= settings.patience and not last
             periodic = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0

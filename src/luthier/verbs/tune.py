@@ -134,9 +134,6 @@ def tune_model(
     asked: Resolved[Tune], *, sinks: Sequence[Sink] = (), resume: str | None = None, model: LoadedModel | None = None
 ) -> tuple[Record, LoadedModel]:
     """Tune, and return the record and the tuned model. `model` is used as it stands instead of loading one."""
-    from luthier.training.checkpoint import Checkpoints
-    from luthier.training.loop import train
-
     run = Run.open(resume, sinks) if resume else Run.create("tune", asked, name=asked.config.name, sinks=sinks)
     if resume and run.record.state == "finished":
         raise RunError(
@@ -155,38 +152,49 @@ def tune_model(
             if not resume:
                 discard(run)  # nothing was learned yet
             raise
-        run.write_config(work.asked)
-        work.keep_inputs(run)
-        outcome = train(
-            work.model,
-            work.objective,
-            work.rows,
-            work.validation,
-            parameters=work.parameters,
-            optimizer=asked.config.optimizer,
-            schedule=asked.config.schedule,
-            settings=work.settings,
-            checkpoints=Checkpoints(run.path / "checkpoints"),
-            events=run.events,
-            resume=resume is not None,
-        )
-        run.update(
-            numbers={
-                **run.record.numbers,
-                "steps": outcome.progress.step,
-                "best_step": outcome.progress.best_step or outcome.progress.step,
-                "tokens": outcome.progress.tokens,
-                "tokens_per_second": round(outcome.tokens_per_second, 1),
-                "training_seconds": round(run.record.numbers.get("training_seconds", 0.0) + outcome.seconds, 1),
-                "stopped_early": outcome.stopped_early,
-            }
-        )
-        work.keep_model(run)
-        work.judge(run)
-        for checkpoint in Checkpoints(run.path / "checkpoints").steps():
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        try:
+            _learn_and_judge(run, work, resume=resume is not None)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"go on with: luthier tune --resume run:{run.id}") from None
     _write_report(run.path)
     return run.record, work.model
+
+
+def _learn_and_judge(run: Run, work: _Work, *, resume: bool) -> None:
+    from luthier.training.checkpoint import Checkpoints
+    from luthier.training.loop import train
+
+    run.write_config(work.asked)
+    work.keep_inputs(run)
+    checkpoints = Checkpoints(run.path / "checkpoints")
+    outcome = train(
+        work.model,
+        work.objective,
+        work.rows,
+        work.validation,
+        parameters=work.parameters,
+        optimizer=work.config.optimizer,
+        schedule=work.config.schedule,
+        settings=work.settings,
+        checkpoints=checkpoints,
+        events=run.events,
+        resume=resume,
+    )
+    run.update(
+        numbers={
+            **run.record.numbers,
+            "steps": outcome.progress.step,
+            "best_step": outcome.progress.best_step or outcome.progress.step,
+            "tokens": outcome.progress.tokens,
+            "tokens_per_second": round(outcome.tokens_per_second, 1),
+            "training_seconds": round(run.record.numbers.get("training_seconds", 0.0) + outcome.seconds, 1),
+            "stopped_early": outcome.stopped_early,
+        }
+    )
+    work.keep_model(run)
+    work.judge(run)
+    for checkpoint in checkpoints.steps():
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def fine_tune(

@@ -166,6 +166,9 @@ def test_a_conversation_through_a_pipe(monkeypatch, capsys, tmp_path):
 
 def test_a_conversation_begins_with_the_system_message_and_knows_its_commands(monkeypatch, capsys, tmp_path):
     path = tmp_path / "a.jsonl"
-    said = talk(["/hepl", "/help", f"/save {path}"], monkeypatch, capsys, "--system", "Be brief.")
+    lines = ["/hepl", "/help", f"/save {path}", "hello", f"/save {tmp_path}", f"/save {path}"]
+    said = talk(lines, monkeypatch, capsys, "--system", "Be brief.")
     assert said[0] == "no command /hepl; did you mean '/help'?" and "/undo  take back the last turn" in said[1]
-    assert read_turns(path) == [("system", "Be brief.")]
+    assert "nothing was said yet, so there is nothing to save" in said
+    assert any(line.startswith(f"{tmp_path}: cannot be written (Is a directory)") for line in said)
+    assert read_turns(path)[:2] == [("system", "Be brief."), ("user", "hello")]

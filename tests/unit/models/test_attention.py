@@ -18,7 +18,9 @@ LENGTHS = [(1,), (5, 5, 5), (3, 5, 4, 5), (40, 41, 39, 3, SHORT + 80), (SHORT + 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 def test_groups_and_fused_kernel_equal_plain_operations(lengths, causal, window, heads):
     torch.manual_seed(0)
-    made = [torch.randn(sum(lengths), h, 16, dtype=torch.float64, requires_grad=True) for h in (heads[0], *heads[1:] * 2)]
+    made = [
+        torch.randn(sum(lengths), h, 16, dtype=torch.float64, requires_grad=True) for h in (heads[0], *heads[1:] * 2)
+    ]
     segments, rules = Segments(lengths), Rules(causal, 0.25, window)
     ours, plain = attend_flat(*made, segments, rules), _attend_plainly(*made, segments, rules)
     torch.testing.assert_close(ours, plain)

@@ -10,6 +10,7 @@ from typing import Any
 
 from luthier.core.errors import LuthierError, ModelError, did_you_mean
 from luthier.core.types import Message
+from luthier.faces.cli.chinese import say
 from luthier.faces.cli.flags import make_parser
 
 COMMANDS = ("/help", "/reset", "/undo", "/system", "/save", "/quit")
@@ -47,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     turns: list[Message] = []
     people = sys.stdin.isatty()
     if people:
-        print(f"{found.model}. /help for commands.")
+        print(say(f"{found.model}. /help for commands."))
     while True:
         try:
             line = input("> " if people else "").strip()
@@ -68,7 +69,7 @@ def run(arguments: Sequence[str]) -> int:
             elif command == "/save":
                 _save(Path(rest or "chat.jsonl"), [*system, *turns])
             else:
-                print(HELP if command == "/help" else f"no command {command}; {did_you_mean(command, COMMANDS)}")
+                print(say(HELP if command == "/help" else f"no command {command}; {did_you_mean(command, COMMANDS)}"))
             continue
         said: list[str] = []
         try:
@@ -76,16 +77,23 @@ def run(arguments: Sequence[str]) -> int:
                 said.append(piece)
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
-            print(" (stopped)", end="")
+            print(say(" (stopped)"), end="")
         except LuthierError as err:
-            print(f"{err} (/reset starts over, /undo takes back a turn)")
+            print(say(f"{err} (/reset starts over, /undo takes back a turn)"))
             continue
         print()
         turns += [Message("user", line), Message("assistant", "".join(said))]
 
 
 def _save(path: Path, turns: Sequence[Message]) -> None:
+    if not any(turn.role == "assistant" for turn in turns):
+        print(say("nothing was said yet, so there is nothing to save"))
+        return
     row = {"messages": [{"role": turn.role, "content": turn.content} for turn in turns]}
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print(f"added to {path}")
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as err:
+        print(say(f"{path}: cannot be written ({err.strerror}); give /save another file"))
+    else:
+        print(say(f"added to {path}"))

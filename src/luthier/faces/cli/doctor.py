@@ -12,6 +12,7 @@ from typing import Any
 
 from luthier.core.record import collect_versions, describe_machine
 from luthier.core.run import runs_root
+from luthier.faces.cli.chinese import pad, say
 from luthier.faces.cli.flags import make_parser
 from luthier.faces.cli.results import print_json
 
@@ -34,20 +35,25 @@ def run(arguments: Sequence[str]) -> int:
         print_json(facts)
         return 0
     machine, hardware = facts["machine"], facts["hardware"]
-    memory = f"{machine['memory_bytes'] / 1e9:.1f} GB" if machine["memory_bytes"] else "unknown"
-    print(f"machine     {machine['processor']}, {machine['cores']} cores, {memory} of memory, {machine['system']}")
+    memory = f"{machine['memory_bytes'] / 1e9:.1f} GB" if machine["memory_bytes"] else say("unknown")
+    print(
+        say(
+            f"machine           {machine['processor']}, {machine['cores']} cores, {memory} of memory, {machine['system']}"
+        )
+    )
     for name, value in hardware.items():
-        print(f"{name:<12}{value}")
-    print("versions    " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
+        print(f"{name:<18}{value}")
+    print(say("versions          " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items())))
+    print(say(f"kernels           {facts['kernels']}"))
     for extra, state in facts["extras"].items():
-        print(f"extra       {extra}: {state}")
+        print(pad(say("extra"), 18) + f"{extra}: {say(state)}")
     for name, value in facts["hub"].items():
-        print(f"hub         {name}: {value}")
+        print(f"hub               {name}: {say(value)}")
     runs = facts["runs"]
-    state = "writable" if runs["writable"] else "NOT WRITABLE"
-    print(f"runs        {runs['path']}: {state}, {runs['free_bytes'] / 1e9:.1f} GB free")
+    state = say("writable" if runs["writable"] else "NOT WRITABLE")
+    print(say(f"runs              {runs['path']}: {state}, {runs['free_bytes'] / 1e9:.1f} GB free"))
     print()
-    print("\n".join(facts["troubles"]) or "Everything that tuning and judging need is here.")
+    print(say("\n".join(facts["troubles"]) or "Everything that tuning and judging need is here."))
     return 0
 
 
@@ -62,9 +68,7 @@ def examine() -> dict[str, Any]:
     extras = {}
     for extra, (package, purpose) in EXTRAS.items():
         extras[extra] = (
-            f"{package} {_version(package)}"
-            if find_spec(package)
-            else f"missing ({purpose}): pip install 'luthier[{extra}]'"
+            _version(package) if find_spec(package) else f"missing ({purpose}): pip install 'luthier[{extra}]'"
         )
     hub = {name: os.environ.get(name, "not set") for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HOME")}
     troubles = []
@@ -80,6 +84,7 @@ def examine() -> dict[str, Any]:
         "machine": describe_machine(),
         "hardware": describe_hardware(),
         "versions": collect_versions(),
+        "kernels": _kernels(),
         "extras": extras,
         "hub": hub,
         "runs": runs,
@@ -87,8 +92,18 @@ def examine() -> dict[str, Any]:
     }
 
 
+def _kernels() -> str:
+    """Whether layers run in compiled kernels on this processor, and why not."""
+    from luthier.native.build import NoLibrary, load_library
+
+    try:
+        return f"compiled for this processor, {load_library().threads()} threads"
+    except NoLibrary as why:
+        return f"none, torch does it all, slower: {why}"
+
+
 def _version(package: str) -> str:
     try:
-        return version(package)
+        return f"{package} {version(package)}"
     except PackageNotFoundError:
-        return "(version unknown)"
+        return f"{package} (version unknown)"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from luthier.faces.cli.chinese import say
 from luthier.faces.cli.flags import add_fields, make_parser, read_fields
 from luthier.faces.cli.progress import show_progress
 
@@ -72,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
         else:
             answers = generate(asked, sinks=sinks)
     if config.output is not None:
-        print(f"{len(answers)} answers written to {config.output}", file=sys.stderr)
+        print(say(f"{len(answers)} answers written to {config.output}"), file=sys.stderr)
         return 0
     for one in answers:
         print(

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from luthier.faces.cli.chinese import say
+
 HELP = """luthier: one workshop for the whole life of a fine-tuned language model
 
   luthier quickstart                 the whole way once, on shipped data
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for a refused request, 3 for stopped training, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
+        print(say(HELP), end="")
         return 0
     if arguments[0] in ("-V", "--version"):
         from luthier import __version__
@@ -55,16 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     try:
         if name not in COMMANDS:
-            print(f"luthier: there is no command {name!r}; {did_you_mean(name, COMMANDS)}", file=sys.stderr)
+            print(say(f"luthier: there is no command {name!r}; {did_you_mean(name, COMMANDS)}"), file=sys.stderr)
             return 2
         code = import_module(COMMANDS[name]).run(rest)
         sys.stdout.flush()
         return int(code)
     except LuthierError as err:
-        print(f"luthier: {err}", file=sys.stderr)
+        print(f"luthier: {say(err)}", file=sys.stderr)
         return err.exit_code
     except KeyboardInterrupt as err:
-        print(f"\nluthier: stopped{'; ' + str(err) if str(err) else ''}", file=sys.stderr)
+        print(say(f"\nluthier: stopped{'; ' + str(err) if str(err) else ''}"), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output went away; say nothing, and keep Python from complaining at exit.
@@ -74,8 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("LUTHIER_DEBUG"):
             raise
         print(
-            f"luthier: this is a bug in Luthier: {type(err).__name__}: {err}\n"
-            "Set LUTHIER_DEBUG=1 to see where, and please report it.",
+            say(
+                f"luthier: this is a bug in Luthier: {type(err).__name__}: {err}\n"
+                "Set LUTHIER_DEBUG=1 to see where, and please report it."
+            ),
             file=sys.stderr,
         )
         return 1

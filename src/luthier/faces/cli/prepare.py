@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from luthier.core.errors import ConfigError, did_you_mean
+from luthier.faces.cli.chinese import say
 from luthier.faces.cli.flags import add_fields, make_parser, read_fields
 from luthier.faces.cli.results import print_json
 
@@ -45,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     for row in rows:
         learned = sum(1 for _, weight in row["tokens"] if weight)
         gold = "" if row["gold"] is None else f", gold {row['gold']}"
-        print(f"-- {row['id']}: {len(row['tokens'])} tokens, {learned} learned{gold}")
+        print(say(f"-- {row['id']}: {len(row['tokens'])} tokens, {learned} learned{gold}"))
         open_mark = False
         text = ""
         for piece, weight in row["tokens"]:

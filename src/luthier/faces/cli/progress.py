@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from luthier.core.events import Event, Sink
+from luthier.faces.cli.chinese import say
 
 # Seconds between lines when nobody watches.
 QUIET_EVERY = 15.0
@@ -44,15 +45,16 @@ def _live() -> Iterator[Sink]:
         def sink(event: Event) -> None:
             kind = event["event"]
             if kind == "stage":
-                bars.update(task, description=event["name"], completed=0, total=None, note="")
+                bars.update(task, description=say(event["name"]), completed=0, total=None, note="")
             elif kind == "step":
                 speed, left = f"{event['tokens_per_second']:,.0f}", say_time(event["seconds_left"])
-                note = f"loss {event['loss']:.4f} · {speed} tokens/s · {left} left"
-                bars.update(task, description="tuning", completed=event["step"], total=event["steps"], note=note)
+                note = say(f"loss {event['loss']:.4f} · {speed} tokens/s · {left} left")
+                bars.update(task, description=say("tuning"), completed=event["step"], total=event["steps"], note=note)
             elif kind == "progress":
-                bars.update(task, description=event["name"], completed=event["done"], total=event["total"], note="")
+                name = say(event["name"])
+                bars.update(task, description=name, completed=event["done"], total=event["total"], note="")
             else:
-                line = say(event)
+                line = describe(event)
                 if line:
                     bars.console.print(line, highlight=False, markup=False)
 
@@ -72,28 +74,30 @@ class _Lines:
             if not first_or_last and time.monotonic() - self.last < QUIET_EVERY:
                 return
             self.last = time.monotonic()
-            text = f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  {event['tokens_per_second']:,.0f} tokens/s"
-            line: str | None = f"{text}  {say_time(event['seconds_left'])} left"
+            line: str | None = say(
+                f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  "
+                f"{event['tokens_per_second']:,.0f} tokens/s  {say_time(event['seconds_left'])} left"
+            )
         elif kind == "stage":
-            line = f"{event['name']} ..."
+            line = f"{say(event['name'])} ..."
         else:
-            line = say(event)
+            line = describe(event)
         if line:
             print(line, file=sys.stderr, flush=True)
 
 
-def say(event: Event) -> str | None:
-    """One event as a line, None for those that are not worth one."""
+def describe(event: Event) -> str | None:
+    """One event as a line in the reader's language, None for those that are not worth one."""
     kind = event["event"]
     if kind == "validate":
         skipped = {"event", "time", "step", "best", "judged_by"}
         values = "  ".join(f"{name} {value:.4f}" for name, value in event.items() if name not in skipped)
-        return f"step {event['step']}: validation {values}{'  (best so far)' if event['best'] else ''}"
+        return say(f"step {event['step']}: validation {values}{'  (best so far)' if event['best'] else ''}")
     if kind == "warning":
-        count = f"{event['count']} x " if event["count"] > 1 else ""
-        return f"warning: {count}{event['message']}"
+        count = event["count"]
+        return say(f"warning: {count} x {event['message']}" if count > 1 else f"warning: {event['message']}")
     if kind == "choice":
-        return f"{event['name']}: {event['value']} ({event['why']})"
+        return say(f"{event['name']}: {event['value']} ({event['why']})")
     return None
 
 
@@ -101,5 +105,5 @@ def say_time(seconds: Any) -> str:
     """Seconds as people say them."""
     whole = round(float(seconds))
     if whole < 90:
-        return f"{whole} s"
-    return f"{whole // 60} min" if whole < 5400 else f"{whole / 3600:.1f} h"
+        return say(f"{whole} s")
+    return say(f"{whole // 60} min" if whole < 5400 else f"{whole / 3600:.1f} h")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from luthier.faces.cli.chinese import say
 from luthier.faces.cli.flags import make_parser
 from luthier.faces.cli.progress import say_time, show_progress
 from luthier.faces.cli.results import print_json, print_record
@@ -26,13 +27,11 @@ def run(arguments: Sequence[str]) -> int:
         facts = profile()
         labels = ", ".join(f"{count:,} {name}" for name, count in facts["labels"].items())
         print("SMS Spam Collection (Almeida and Gomez Hidalgo; UCI; CC BY 4.0)")
-        print(
-            f"{facts['rows']:,} text messages: {labels}. Half are shorter than {facts['characters']['median']} characters."
-        )
-        print(
-            f"{facts['duplicates']} rows repeat an earlier one; equal rows will stay on one side of the split.\n",
-            flush=True,
-        )
+        half = facts["characters"]["median"]
+        print(say(f"{facts['rows']:,} text messages: {labels}. Half are shorter than {half} characters."))
+        repeated = facts["duplicates"]
+        print(say(f"{repeated} rows repeat an earlier one; equal rows will stay on one side of the split."))
+        print(flush=True)
     with show_progress() as sinks:
         record, said = quickstart(sinks=sinks, name=found.name)
     if found.json:
@@ -43,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     for one in said:
         share = (one.probabilities or {}).get(str(one.output), 0.0)
         print(f"  {one.output:<5} {share:>6.1%}  {one.input}")
-    print(f"\nDone in {say_time(record.seconds)}. Try next:")
+    print(say(f"\nDone in {say_time(record.seconds)}. Try next:"))
     print(f'  luthier generate run:{record.id} "Your parcel is waiting, pay 2.99 here"')
     print(f"  luthier evaluate run:{record.id} --data FILE.jsonl")
     print("  luthier tune --model mini --data YOUR.jsonl")

@@ -8,6 +8,7 @@ import sys
 from luthier.core.record import Record
 from luthier.core.run import runs_root
 from luthier.core.types import Estimate
+from luthier.faces.cli.chinese import pad, say
 
 SHOWN = (
     *("macro_f1", "accuracy", "f1", "roc_auc", "spearman", "pearson", "mse"),
@@ -21,16 +22,16 @@ def print_record(record: Record, *, as_json: bool) -> None:
         print(record.model_dump_json(indent=2))
         return
     names = [name for name in SHOWN if name in record.metrics][:5]
-    rows = {"this model": record.metrics, **record.baselines}
+    rows = {say("this model"): record.metrics, **record.baselines}
     if names:
         print()
         print(f"{'':<12}" + "".join(f"{name:<28}" for name in names))
         for who, found in rows.items():
-            print(f"{who:<12}" + "".join(f"{show(found.get(name)):<28}" for name in names))
+            print(pad(who, 12) + "".join(f"{show(found.get(name)):<28}" for name in names))
         n = record.metrics[names[0]].n
-        print(f"(95 % intervals, {n:,} held-out rows)")
+        print(say(f"(95 % intervals, {n:,} held-out rows)"))
     path = runs_root() / record.id
-    print(f"\nrun:{record.id} is in {path}; its page is {path / 'report.html'}")
+    print(say(f"\nrun:{record.id} is in {path}; its page is {path / 'report.html'}"))
 
 
 def show(found: Estimate | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from luthier.core.run import list_runs, read_record, runs_root
+from luthier.faces.cli.chinese import pad, say
 from luthier.faces.cli.flags import make_parser
 from luthier.faces.cli.progress import say_time
 from luthier.faces.cli.results import SHOWN, print_json
@@ -24,7 +25,7 @@ def run(arguments: Sequence[str]) -> int:
         print_json([record.model_dump(mode="json") for record in records])
         return 0
     if not records:
-        print(f"no runs in {runs_root()} yet; `luthier quickstart` or `luthier tune` makes one")
+        print(say(f"no runs in {runs_root()} yet; `luthier quickstart` or `luthier tune` makes one"))
         return 0
     width = max(len(record.id) for record in records) + 6
     for record in records:
@@ -32,5 +33,6 @@ def run(arguments: Sequence[str]) -> int:
         result = f"{name} {record.metrics[name]}" if name else "-"
         age = (datetime.now(UTC) - datetime.fromisoformat(record.created)).total_seconds() if record.created else 0
         model = record.lineage.get("model", "-")
-        print(f"{'run:' + record.id:<{width}}{record.state:<13}{say_time(age) + ' ago':<14}{model:<24}{result}")
+        state, since = pad(say(record.state), 13), pad(say(f"{say_time(age)} ago"), 14)
+        print(f"{'run:' + record.id:<{width}}{state}{since}{model:<24}{result}")
     return 0

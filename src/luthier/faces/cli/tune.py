@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from luthier.core.errors import ConfigError
+from luthier.faces.cli.chinese import say
 from luthier.faces.cli.flags import add_fields, make_parser, read_fields
 from luthier.faces.cli.progress import show_progress
 from luthier.faces.cli.results import print_json, print_record
@@ -24,7 +25,6 @@ def parser():  # type: ignore[no-untyped-def]
 
 def run(arguments: Sequence[str]) -> int:
     found = parser().parse(arguments)
-    from luthier.core.run import list_runs, read_record
     from luthier.verbs.tune import Tune, plan, tune
 
     if found.resume:
@@ -41,14 +41,9 @@ def run(arguments: Sequence[str]) -> int:
             if found.dry_run:
                 print_json(plan(asked, sinks=sinks))
                 return 0
-            try:
-                record = tune(asked, sinks=sinks)
-            except KeyboardInterrupt:
-                runs = list_runs()
-                if runs and read_record(runs[-1]).state == "interrupted":
-                    raise KeyboardInterrupt(f"go on with: luthier tune --resume run:{runs[-1].name}") from None
-                raise
+            record = tune(asked, sinks=sinks)
     print_record(record, as_json=found.json)
     if not found.json:
-        print(f'Next: luthier generate run:{record.id} "some text"   or: luthier evaluate run:{record.id} --data FILE')
+        one, many = f'generate run:{record.id} "some text"', f"evaluate run:{record.id} --data FILE"
+        print(say(f"Next: luthier {one}   or: luthier {many}"))
     return 0

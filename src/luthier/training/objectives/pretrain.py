@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
@@ -58,20 +59,23 @@ class Pretrain(Objective):
                 "the tokenizer has no end-of-text token, so documents would run together; set its eos_token"
             )
         pieces: list[list[int]] = []
-        texts = [example.text for example in examples if isinstance(example, Text)]
-        for start in range(0, len(texts), SLICE):
-            for ids in tokenizer(texts[start : start + SLICE], add_special_tokens=not causal, verbose=False)[
-                "input_ids"
-            ]:
+        owners: list[str] = []
+        for start in range(0, len(examples), SLICE):
+            part = [example for example in examples[start : start + SLICE] if isinstance(example, Text)]
+            texts = [example.text for example in part]
+            found = tokenizer(texts, add_special_tokens=not causal, verbose=False)["input_ids"]
+            for example, ids in zip(part, found):
                 document = [*ids, end] if causal else ids
                 # Pieces overlap by one token, so that every token but a document's first is predicted once.
                 step = length - 1 if causal else length
                 cut = [document[at : at + length] for at in range(0, len(document), step)]
-                pieces += [piece for piece in cut if len(piece) > 1 or not causal]
+                kept = [piece for piece in cut if len(piece) > 1 or not causal]
+                pieces += kept
+                owners += [example.id] * len(kept)
         if not pieces:
             raise DataError("the texts hold fewer than two tokens in all; there is nothing to predict")
         packed = split_step(range(len(pieces)), [len(piece) for piece in pieces], 1, length)
-        return [_lay(f"block {at}", [pieces[one] for one in row]) for at, row in enumerate(packed)]
+        return [_lay([owners[one] for one in row], [pieces[one] for one in row]) for row in packed]
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         if model.spec.task == "causal":
@@ -91,8 +95,9 @@ class Pretrain(Objective):
         return Loss(loss, batch.weight), None
 
 
-def _lay(name: str, pieces: Sequence[Sequence[int]]) -> Encoded:
-    """Pieces end to end in one row; all but the first token of each is learned."""
+def _lay(owners: Sequence[str], pieces: Sequence[Sequence[int]]) -> Encoded:
+    """Pieces end to end in one row, named after the document of the first; all but the first token of each is learned."""
+    name = owners[0] + (f" with {len(owners) - 1} more" if len(owners) > 1 else "")
     ids = tuple(token for piece in pieces for token in piece)
     weights = tuple(float(at > 0) for piece in pieces for at in range(len(piece)))
     return Encoded(name, ids, weights, segments=tuple(len(piece) for piece in pieces))
@@ -101,7 +106,7 @@ def _lay(name: str, pieces: Sequence[Sequence[int]]) -> Encoded:
 def mask_tokens(row: Encoded, model: LoadedModel, share: float, seed: tuple[int, ...]) -> tuple[Encoded, Encoded]:
     """(row with tokens masked and weights on them, row as it was). At least one token is chosen."""
     tokenizer = model.tokenizer
-    random = np.random.default_rng([*seed, *row.id.encode()[-8:]])
+    random = np.random.default_rng([*seed, zlib.crc32(row.id.encode())])
     ids = np.array(row.ids)
     ordinary = np.flatnonzero(~np.isin(ids, tokenizer.all_special_ids))
     if len(ordinary) == 0:
