@@ -24,10 +24,9 @@ def token_loss(
     `smoothing` spreads that share of the mass over the vocabulary (Szegedy et al. 2016, arXiv:1512.00567).
     """
     if isinstance(head, Head) and not smoothing:
-        total = LinearCrossEntropy.apply(
+        return LinearCrossEntropy.apply(
             hidden_NE, head.weight_VE, head.bias_V, target_N, weight_N, head.scale, head.softcap
         )
-        return total  # type: ignore[no-any-return]
     total = hidden_NE.new_zeros((), dtype=torch.float32)
     rows = _rows(head, hidden_NE)
     for chunk in zip(hidden_NE.split(rows), target_N.split(rows), weight_N.split(rows)):
