@@ -10,14 +10,14 @@ from pathlib import Path
 
 SHAPES = {
     # Llama, dim 288, 6 layers: the TinyStories 15M shape.
-    "15m": {"hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6,
-                "num_key_value_heads": 6, "vocab_size": 32000, "tie_word_embeddings": True, "model_type": "llama"},
+    "15m": {"model_type": "llama", "hidden_size": 288, "intermediate_size": 768, "num_hidden_layers": 6,
+            "num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 32000},
     # HuggingFaceTB/SmolLM2-135M
-    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-                 "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True, "model_type": "llama"},
+    "135m": {"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
     # Qwen/Qwen3-0.6B
-    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
-                 "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True, "model_type": "qwen3"},
+    "0.6b": {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+             "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
 }  # fmt: skip
 WORDS = "time year people way day man thing woman life child world school state family student group country problem"
 

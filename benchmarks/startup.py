@@ -3,14 +3,13 @@
     python benchmarks/startup.py [--quick] [--repeats N]
 
 The same model (`mini`), the same 64 short conversations and batches of 8 for each system, each in a fresh process,
-interleaved; medians of whole-process times. TRL is skipped, and said so, where it is not installed
-(pip install trl datasets). Writes benchmarks/results/startup.json; the last line is the same object.
+interleaved; medians of whole-process times. Trainer and TRL run in the peers' environment (benchmarks/peers/environment.py).
+Writes benchmarks/results/startup.json; the last line is the same object.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -20,6 +19,8 @@ import tempfile
 import time
 from importlib.resources import files
 from pathlib import Path
+
+from peers.environment import peer_python
 
 HERE = Path(__file__).parent
 WORDS = ("blue", "green", "quick", "slow", "old", "new", "warm", "cold")
@@ -62,10 +63,7 @@ def main() -> None:
         started = time.perf_counter()
         subprocess.run(luthier, stdout=subprocess.DEVNULL, check=True)
         help_seconds.append(time.perf_counter() - started)
-    systems = ["luthier", "trainer"]
-    missing = [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]
-    if not missing:
-        systems.append("trl")
+    systems = ["luthier", "trainer", "trl"]
     found: dict[str, list[float]] = {name: [] for name in systems}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "chats.jsonl"
@@ -75,14 +73,14 @@ def main() -> None:
         for _ in range(repeats):
             for name in systems:
                 script = HERE / "peers" / f"first_step_{name}.py"
-                found[name].append(until_first_step([sys.executable, str(script), model, str(data)], environment))
+                python = sys.executable if name == "luthier" else peer_python("trl")
+                found[name].append(until_first_step([python, str(script), model, str(data)], environment))
     medians = {name: round(statistics.median(values), 2) for name, values in found.items()}
     result = {
         "benchmark": "startup",
         "help_seconds": round(statistics.median(help_seconds), 3),
         "first_step_seconds": medians,
         "repeats": repeats,
-        "skipped": {"trl": f"not installed: {', '.join(missing)}"} if missing else {},
         "ours": medians["luthier"],
         "peer": {name: medians[name] for name in systems if name != "luthier"},
         "ratio": {name: round(medians[name] / medians["luthier"], 2) for name in systems if name != "luthier"},

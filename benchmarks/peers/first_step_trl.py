@@ -15,5 +15,7 @@ class Note(TrainerCallback):
 
 with tempfile.TemporaryDirectory() as folder:
     rows = load_dataset("json", data_files=sys.argv[2], split="train", cache_dir=folder)
-    arguments = SFTConfig(folder, per_device_train_batch_size=8, max_steps=4, report_to=[], save_strategy="no")
+    arguments = SFTConfig(
+        folder, per_device_train_batch_size=8, max_steps=4, report_to=[], save_strategy="no", use_cpu=True
+    )
     SFTTrainer(sys.argv[1], args=arguments, train_dataset=rows, callbacks=[Note()]).train()

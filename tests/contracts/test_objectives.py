@@ -7,6 +7,7 @@ from luthier.core.events import Events
 from luthier.core.types import Chat, Example, Labelled, Message, Pair, Text
 from luthier.models.load import load_model
 from luthier.models.spec import LoadedModel
+from luthier.training.loop import validate
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.objectives.part import Objective
 from tiny import tiny_model
@@ -76,6 +77,14 @@ def test_the_pad_id_does_not_matter(name):
         with torch.no_grad():
             values.append(float(objective.measure(model, objective.batch(rows, model, (0, 0)))[0].sum))
     assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.names())
+def test_validation_does_not_depend_on_what_goes_through_at_once(name):
+    objective, model, rows = prepared(name)
+    found = [validate(model, objective, rows, tokens=tokens) for tokens in (1, 50, 100_000)]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.names())

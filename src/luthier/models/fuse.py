@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from luthier.core.events import Events
 from luthier.models.attention import NAME, Rules, Segments, attend_flat
 from luthier.models.spec import LoadedModel
-from luthier.native.layers import RMSNorm, Rotate, SwiGLU, usable
+from luthier.native.layers import RMSNorm, Rotate, SwiGLU, usable, why_none
 
 # What a faster form may differ by, relative to the largest value: rounding in another place.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -28,6 +28,9 @@ def fuse(model: LoadedModel, events: Events | None = None) -> int:
     """Put faster forms into `model`, in place; returns how many. They are of use on the CPU, in bf16 or fp32."""
     weight = next(model.network.parameters())
     if not usable(weight):
+        trouble = why_none()
+        if trouble is not None and weight.device.type == "cpu" and events is not None:
+            events.choose("fused", "nothing", trouble)
         return 0
     found: Counter[str] = Counter()
     for module in model.network.modules():

@@ -47,7 +47,8 @@ def load_library() -> ctypes.CDLL:
 def cache_directory() -> Path:
     """Where compiled libraries are kept: $LUTHIER_CACHE, else luthier/ in the user's cache."""
     own = os.environ.get("LUTHIER_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luthier"
+    # expanduser, for Path.home() raises where there is no home.
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "luthier"
 
 
 def _compile(compiler: str, sources: list[str], path: Path) -> None:

@@ -32,16 +32,17 @@ def usable(*tensors: Tensor) -> bool:
     """Whether the kernels can take these tensors: on the CPU, all bf16 or all fp32, and there is a library."""
     dtype = tensors[0].dtype
     fit = dtype in SUFFIX and all(one.dtype == dtype and one.device.type == "cpu" for one in tensors)
-    return fit and _has_library()
+    return fit and why_none() is None
 
 
 @cache
-def _has_library() -> bool:
+def why_none() -> str | None:
+    """Why there is no library, as a sentence; None where there is one."""
     try:
         load_library()
-    except NoLibrary:
-        return False
-    return True
+    except NoLibrary as why:
+        return str(why)
+    return None
 
 
 @cache

@@ -127,9 +127,10 @@ def test_doctor_says_what_is_here(capsys, runs):
         "machine",
         "versions",
         "torch ",
-        "extra       parquet",
-        "hub         HF_ENDPOINT",
-        f"runs        {runs}",
+        "kernels  ",
+        "extra             parquet",
+        "hub               HF_ENDPOINT",
+        f"runs              {runs}",
     ):
         assert name in said
     assert said.splitlines()[-1] == "Everything that tuning and judging need is here."

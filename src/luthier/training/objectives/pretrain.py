@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -14,7 +14,7 @@ from torch import Tensor
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events
 from luthier.core.types import Encoded, Example, Text
-from luthier.data.batches import Batch, collate, split_step
+from luthier.data.batches import Batch, best_fit, collate
 from luthier.models.cross_entropy import token_loss
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
@@ -30,8 +30,9 @@ class Pretrain(Objective):
     """Predict the next token (decoder-only) or the masked tokens (encoder).
 
     Documents, each closed by the end-of-text token (or framed by the encoder's own special tokens), are cut to the
-    context length, and packed by best fit into rows of that length, in which each attends to itself alone. In a
-    decoder's later pieces of a long document the first token is given, not learned. Masking
+    context length, and packed by best fit into rows of that length, in which each attends to itself alone; or, joined,
+    they run on and are cut wherever a row is full, as in GPT-2's pretraining. The first token of a document, or of a
+    row, is given, not learned. Masking
     is BERT's (Devlin et al. 2019, arXiv:1810.04805): of the chosen tokens 80 % become the mask token, 10 % a random
     one, 10 % stay; the choice is drawn anew each epoch, and is the same for every validation.
     """
@@ -41,6 +42,8 @@ class Pretrain(Objective):
 
     mask: float = Field(0.15, gt=0, lt=1)
     """Share of tokens to predict, for encoders."""
+    documents: Literal["apart", "joined"] = "apart"
+    """Apart: packed whole, each attends to itself alone. Joined: end to end, cut into rows, each sees what is before it."""
 
     def check_model(self, spec: ModelSpec) -> None:
         if spec.task not in ("causal", "masked"):
@@ -68,14 +71,22 @@ class Pretrain(Objective):
                 document = [*ids, end] if causal else ids
                 # Pieces overlap by one token, so that every token but a document's first is predicted once.
                 step = length - 1 if causal else length
+                if self.documents == "joined":
+                    pieces.append(document)
+                    owners.append(example.id)
+                    continue
                 cut = [document[at : at + length] for at in range(0, len(document), step)]
                 kept = [piece for piece in cut if len(piece) > 1 or not causal]
                 pieces += kept
                 owners += [example.id] * len(kept)
-        if not pieces:
+        if self.documents == "joined":
+            rows = _join(owners, pieces, length, causal)
+        else:
+            packed = best_fit([len(piece) for piece in pieces], length)
+            rows = [_lay([owners[one] for one in row], [pieces[one] for one in row]) for row in packed]
+        if not rows:
             raise DataError("the texts hold fewer than two tokens in all; there is nothing to predict")
-        packed = split_step(range(len(pieces)), [len(piece) for piece in pieces], 1, length)
-        return [_lay([owners[one] for one in row], [pieces[one] for one in row]) for row in packed]
+        return rows
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         if model.spec.task == "causal":
@@ -93,6 +104,18 @@ class Pretrain(Objective):
         states_ME = hidden_states(model, batch.ids_N, batch.lengths)[places_M]
         loss = token_loss(head_of(model), states_ME, batch.gold[places_M], batch.weights_N[places_M])
         return Loss(loss, batch.weight), None
+
+
+def _join(owners: Sequence[str], documents: Sequence[Sequence[int]], length: int, causal: bool) -> list[Encoded]:
+    """Documents end to end, cut into rows of `length`; a row is named after the document that it begins in."""
+    stream = [(token, float(at > 0), owner) for owner, ids in zip(owners, documents) for at, token in enumerate(ids)]
+    rows = []
+    for at in range(0, len(stream), length):
+        ids, weights, names = zip(*stream[at : at + length])
+        weights = (0.0, *weights[1:]) if causal else weights
+        if sum(weights) > 0:
+            rows.append(Encoded(f"{names[0]} and on, row {at // length}", ids, weights))
+    return rows
 
 
 def _lay(owners: Sequence[str], pieces: Sequence[Sequence[int]]) -> Encoded:
