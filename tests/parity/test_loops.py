@@ -67,10 +67,7 @@ def plain():
 def test_fifty_steps_equal_the_sixty_lines(plain, accumulate):
     ours = our_losses(accumulate=accumulate)
     assert len(ours) == STEPS and ours[-1] < 0.9 * ours[0]
-    assert np.abs(np.array(ours) - np.array(plain)).max() < 1e-6 * 10, (
-        "fp32 sums in another order drift this far at most"
-    )
-    assert np.abs(np.array(ours[:10]) - np.array(plain[:10])).max() < 1e-6
+    assert np.abs(np.array(ours) - np.array(plain)).max() < 1e-6
 
 
 def test_fifty_steps_equal_transformers_trainer(tmp_path):
