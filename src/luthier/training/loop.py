@@ -25,6 +25,7 @@ from luthier.training.masters import Masters
 from luthier.training.objectives.part import Objective
 from luthier.training.optimizers.part import Optimizer
 from luthier.training.schedules.part import Schedule
+from luthier.training.tripwires import Watch, check_learning
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ def train(
     place in the data; the run goes on exactly as it would have. SIGINT and SIGTERM finish the step, write a
     checkpoint and raise KeyboardInterrupt. Raises TrainingError on a non-finite or runaway loss.
     """
+    check_learning(model, parameters)
     masters = Masters(parameters)
     parameters = masters.parameters
     engine = optimizer.build(parameters, settings.learning_rate)
@@ -95,6 +97,7 @@ def train(
         masters.publish()
     lengths = [len(row.ids) + len(row.target) for row in rows]
     started, first = time.monotonic(), progress.step
+    watch = Watch(parameters)
     tokens_before, stopped_early = progress.tokens, False
     model.module.train()
 
@@ -107,6 +110,8 @@ def train(
         for plan in _steps_from(progress.step, lengths, settings):
             loss, norm = _step(model, objective, rows, plan, lengths, parameters, engine, schedule, settings, progress)
             masters.publish()
+            if progress.step == first:
+                watch.check(engine.param_groups[0]["lr"])
             progress.step += 1
             elapsed = time.monotonic() - started
             done = progress.step - first

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from luthier.choice import defaults
 from luthier.core.config import Config, Resolved, resolve
-from luthier.core.errors import ConfigError, LuthierError, RunError
+from luthier.core.errors import ConfigError, LuthierError, RunError, TrainingError
 from luthier.core.events import Events, Sink
 from luthier.core.record import Record
 from luthier.core.run import Run, discard, find_run, write_rows
@@ -412,10 +412,27 @@ class _Work:
                 f"{final}: the model could not be written ({err.strerror or err}); the checkpoints are whole: "
                 f"make room, then `luthier tune --resume run:{run.id}`"
             ) from None
+        self._check_saved(run, side)
         shutil.rmtree(final, ignore_errors=True)
         side.rename(final)
         self.model.spec = self.model.spec.model_copy(update={"source": f"run:{run.id}"})
         run.update(artefacts={**run.record.artefacts, "model": "artefacts/model"})
+
+    def _check_saved(self, run: Run, path: Path) -> None:
+        """Load what was saved, and compare: a file that holds another model than the one tuned is no result."""
+        from luthier.models.load import load_model
+        from luthier.training.tripwires import same_model
+
+        try:
+            again = load_model(str(path), device=str(self.model.device))
+        except LuthierError as err:
+            run.events.warn(f"the saved model could not be loaded again to compare it: {err}")
+            return
+        if not same_model(self.model, again, self.rows[0].ids):
+            raise TrainingError(
+                f"{path}: the saved model computes something else than the tuned one, so it was not put into place; the "
+                f"checkpoints are whole; please report it with the run's config.yaml"
+            )
 
     def judge(self, run: Run) -> None:
         """Evaluate on the test part (else the validation part), beside the baselines; keep every prediction."""
