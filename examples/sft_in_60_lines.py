@@ -3,7 +3,7 @@
     python examples/sft_in_60_lines.py MODEL DATA.jsonl [STEPS]
 
 DATA holds {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}: one question, one answer. The losses are
-those of `luthier tune --objective sft --by-length false` with the same numbers; tests/parity/test_sixty_lines.py holds
+those of `luthier tune --objective sft --by-length false` with the same numbers; tests/parity/test_loops.py holds
 the two together to 1e-6 in fp32.
 """
 

@@ -15,7 +15,7 @@ from luthier.models.spec import LoadedModel
 
 # Tokens on which a head is compared with its model's own forward, and what rounding may change, relative to the logits.
 TRIED = 8
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3, torch.float64: 1e-6}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from luthier.models.spec import LoadedModel
 # Families that number positions from just after the pad id.
 SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
 # What packed and separate may differ by, relative to the size of the states: rounding in another order.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
 
 
 def hidden_states(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor:

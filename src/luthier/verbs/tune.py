@@ -367,7 +367,9 @@ class _Work:
         longest = sorted((len(row.ids) + len(row.target) for row in self.rows), reverse=True)
         rows = math.ceil(self.settings.batch_size / self.settings.accumulate)
         trainable = sum(parameter.numel() for _, parameter in self.parameters)
-        return estimate_memory(self.model, trainable=trainable, batch_tokens=rows * longest[0])
+        # A step with more than micro_tokens is split, but for a row that is longer than that alone.
+        at_once = min(rows * longest[0], max(self.settings.micro_tokens, longest[0]))
+        return estimate_memory(self.model, trainable=trainable, batch_tokens=at_once)
 
     def keep_inputs(self, run: Run) -> None:
         """Write what was read: profile, fingerprint, a few rows as the model sees them."""

@@ -6,6 +6,7 @@ import torch
 from luthier.core.events import Events
 from luthier.models.attention import SHORT, Rules, Segments, _attend_plainly, attend_flat
 from luthier.models.load import load_model
+from luthier.models.output import head_of
 from luthier.models.packed import hidden_states, packs
 from tiny import ALL_FAMILIES, tiny_model
 
@@ -68,3 +69,10 @@ def test_a_family_that_would_mix_segments_is_found_out(monkeypatch):
     events = Events()
     assert not packs(model, events)
     assert "padded" in events.choices["packing"]
+
+
+def test_a_model_in_double_precision_is_read_too():
+    model = load_model(str(tiny_model("llama")))
+    model.module.double()
+    assert packs(model)
+    assert head_of(model).logits(hidden_states(model, torch.arange(8, 20), (12,))).dtype == torch.float64
