@@ -7,9 +7,9 @@ from luthier.core.events import Events
 from luthier.core.types import Chat, Example, Labelled, Message, Pair, Text
 from luthier.models.load import load_model
 from luthier.models.spec import LoadedModel
-from luthier.training.loop import validate
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.objectives.part import Objective
+from luthier.training.validation import validate
 from tiny import tiny_model
 
 SENTENCES = [

@@ -83,6 +83,8 @@ class Encoded:
     weight: float = 1.0
     segments: tuple[int, ...] = ()
     """Lengths of the texts in a row of packed text, each of which attends to itself alone; empty: the row is one."""
+    parents: tuple[int, ...] = ()
+    """For each of `segments` the one in this row whose tokens it continues (a shared prompt), or -1; empty: none does."""
     cut: int = 0
     """Tokens cut off to fit the context (0 unless the user asked for truncation)."""
 

@@ -28,6 +28,10 @@ class Batch:
     lengths: tuple[int, ...]
     weights_N: Tensor
     """How much predicting each token counts."""
+    previous_N: Tensor
+    """The place of the token before each: the one to its left, the last of the parent for a segment that has one."""
+    parents: tuple[int, ...] = ()
+    """For each segment the one that it continues, or -1; empty: none does. A parent has no parent of its own."""
     gold: Tensor | None = None
     """Class index [S], multi-hot [S, C] or number [S] of each row; the original ids [N] of masked tokens."""
     row_weights_S: Tensor | None = None
@@ -53,10 +57,14 @@ class Batch:
 
 def collate(rows: Sequence[Encoded]) -> Batch:
     """Lay `rows` end to end."""
+    lengths = tuple(length for row in rows for length in row.segments or (len(row.ids),))
+    parents = _parents(rows)
     batch = Batch(
         names=[row.id for row in rows],
         ids_N=_ids([row.ids for row in rows]),
-        lengths=tuple(length for row in rows for length in row.segments or (len(row.ids),)),
+        lengths=lengths,
+        previous_N=_previous(lengths, parents),
+        parents=parents,
         weights_N=_floats([row.weights or (0.0,) * len(row.ids) for row in rows], rows),
         row_weights_S=torch.tensor([row.weight for row in rows], dtype=torch.float32),
     )
@@ -153,6 +161,27 @@ def fill_batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
         batches[-1].append(row)
         held += lengths[row]
     return batches
+
+
+def _parents(rows: Sequence[Encoded]) -> tuple[int, ...]:
+    """The parents of all segments, counted through the batch; empty where no row has any."""
+    if not any(row.parents for row in rows):
+        return ()
+    parents: list[int] = []
+    for row in rows:
+        first = len(parents)
+        parents += [at + first if at >= 0 else -1 for at in row.parents or (-1,) * max(1, len(row.segments))]
+    return tuple(parents)
+
+
+def _previous(lengths: Sequence[int], parents: Sequence[int]) -> Tensor:
+    """[N]: the place before each token; a segment without a parent begins after itself, where nothing is learned."""
+    places_N = torch.arange(sum(lengths)) - 1
+    starts = np.cumsum([0, *lengths])
+    for at in range(len(lengths)):
+        parent = parents[at] if parents else -1
+        places_N[starts[at]] = starts[parent + 1] - 1 if parent >= 0 else starts[at]
+    return places_N
 
 
 def _ids(rows: Sequence[Sequence[int]]) -> Tensor:

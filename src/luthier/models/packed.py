@@ -19,14 +19,26 @@ SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-pre
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
 
 
-def hidden_states(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
+def hidden_states(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int], parents: Sequence[int] = ()) -> Tensor:
     """The last hidden states [N, E] of segments laid end to end, each read as if it were alone.
 
+    A segment with a parent (see Batch.parents) is read as what follows the parent's tokens; for causal models only.
     Of an encoder-decoder, those of its encoder.
     """
+    if parents:
+        return _repeated(model, ids_N, lengths, parents)
     if packs(model):
         return _packed(model, ids_N, lengths)
     return _padded(model, ids_N, lengths)
+
+
+def _repeated(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int], parents: Sequence[int]) -> Tensor:
+    """Children read by reading their parent again before each: the reference for reading it once."""
+    pieces = ids_N.split(list(lengths))
+    whole = [piece if up < 0 else torch.cat([pieces[up], piece]) for piece, up in zip(pieces, parents)]
+    states_NE = hidden_states(model, torch.cat(whole), [len(one) for one in whole])
+    found = [one[-length:] for one, length in zip(states_NE.split([len(one) for one in whole]), lengths)]
+    return torch.cat(found)
 
 
 def packs(model: LoadedModel, events: Events | None = None) -> bool:

@@ -81,3 +81,11 @@ def test_batches_to_judge_hold_each_row_once():
     filled = fill_batches(lengths, 256)
     assert sorted(row for part in filled for row in part) == list(range(200))
     assert all(sum(lengths[row] for row in part) <= 256 for part in filled)
+
+
+def test_segments_that_continue_a_shared_one_begin_after_its_end():
+    row = Encoded("a", (1, 2, 3, 4, 5), (0.0, 0.0, 1.0, 1.0, 1.0), segments=(2, 1, 2), parents=(-1, 0, 0))
+    batch = collate([Encoded("b", (9, 9)), row])
+    assert batch.parents == (-1, -1, 1, 1)
+    assert batch.previous_N.tolist() == [0, 0, 2, 2, 3, 3, 5]
+    assert collate([Encoded("b", (9, 9))]).parents == ()

@@ -14,12 +14,12 @@ from luthier.training.objectives.part import Loss
 
 def causal_loss(model: LoadedModel, batch: Batch) -> Loss:
     """Sum of -weight x log p(token | the tokens before it in its segment), fp32. The first of a segment weighs nothing."""
-    hidden_NE = hidden_states(model, batch.ids_N, batch.lengths)
-    states_ME, target_M, weight_M = supervised(hidden_NE, batch.ids_N, batch.weights_N)
+    states_ME, target_M, weight_M = supervised(model, batch)
     return Loss(token_loss(head_of(model), states_ME, target_M, weight_M), batch.weight)
 
 
-def supervised(hidden_NE: Tensor, ids_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def supervised(model: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(the states that predict, what they predict, with what weight), for the tokens with a weight."""
-    places_M = weights_N.nonzero().squeeze(1)
-    return hidden_NE[places_M - 1], ids_N[places_M], weights_N[places_M]
+    hidden_NE = hidden_states(model, batch.ids_N, batch.lengths, batch.parents)
+    places_M = batch.weights_N.nonzero().squeeze(1)
+    return hidden_NE[batch.previous_N[places_M]], batch.ids_N[places_M], batch.weights_N[places_M]

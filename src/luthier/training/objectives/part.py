@@ -62,6 +62,10 @@ class Objective(Part):
         """Examples as the model sees them. Raises DataError that counts and names the rows that cannot be."""
         raise NotImplementedError(f"{type(self).__name__} must define encode()")
 
+    def draw(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Sequence[Encoded]:
+        """The rows of one step as they are learned: for objectives in which the model itself writes them."""
+        return rows
+
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         """Rows end to end; `seed` is for objectives that draw at random (masking)."""
         return collate(rows)

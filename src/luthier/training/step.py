@@ -1,0 +1,78 @@
+"""One optimiser step: the rows in micro-batches, their gradients added up, and one move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn import Parameter
+
+from luthier.core.errors import TrainingError
+from luthier.core.types import Encoded
+from luthier.data.batches import split_step
+from luthier.training.learner import Learner
+
+# Beyond this many times its start (and at least this much), a loss is not coming back.
+DIVERGED = 1000.0
+
+
+def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
+    """Learn from `rows`: (mean loss, gradient norm).
+
+    The loss is summed over micro-batches and divided once by the weight of the whole step, so how the rows are split
+    changes nothing. Raises TrainingError on a non-finite or runaway loss, before the weights move.
+    """
+    settings, progress, model = learner.settings, learner.progress, learner.model
+    seed = (settings.seed, progress.step)
+    rows = learner.objective.draw(rows, model, seed)
+    lengths = [len(row.ids) + len(row.target) for row in rows]
+    micro = [
+        learner.objective.batch([rows[at] for at in part], model, seed)
+        for part in split_step(range(len(rows)), lengths, settings.accumulate, settings.micro_tokens)
+    ]
+    weight = sum(batch.weight for batch in micro)
+    factor = learner.schedule.factor(progress.step, settings.steps)
+    for group in learner.engine.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    total = 0.0
+    for batch in micro:
+        loss, _ = learner.objective.measure(model, batch.to(model.device))
+        (loss.sum / weight).backward()
+        value = float(loss.sum.detach())
+        total += value
+        if not math.isfinite(value):
+            raise _diverged(f"is {value}", progress.step, batch.names, learner.rate)
+    mean = total / weight
+    norm = _clip([parameter for _, parameter in learner.parameters], settings.clip)
+    names = [name for batch in micro for name in batch.names]
+    if not math.isfinite(norm):
+        raise _diverged(f"is {mean:.4g} but its gradient is {norm}", progress.step, names, learner.rate)
+    if progress.first_loss is None:
+        progress.first_loss = mean
+    if mean > DIVERGED * max(progress.first_loss, 1.0):
+        raise _diverged(f"went from {progress.first_loss:.4g} to {mean:.4g}", progress.step, names, learner.rate)
+    learner.engine.step()
+    learner.engine.zero_grad(set_to_none=True)
+    progress.tokens += sum(batch.tokens for batch in micro)
+    return mean, norm
+
+
+def _clip(parameters: Sequence[Parameter], limit: float) -> float:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        raise TrainingError(
+            "no trainable weight received a gradient; the adapter and the objective do not touch each other"
+        )
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return float(norm)
+
+
+def _diverged(what: str, step: int, names: Sequence[str], rate: float) -> TrainingError:
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return TrainingError(
+        f"step {step + 1}: the loss {what}, so training stopped before it spoiled the weights; the rows of this batch: {shown}. "
+        f"Lower the learning rate (it is {rate:g}; a tenth is a good next try) or look at these rows"
+    )
