@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from luthier.data.batches import Batch
 from luthier.models.spec import LoadedModel
 from luthier.training.checkpoint import Progress
-from luthier.training.objectives.part import Objective
+from luthier.training.objectives.part import Loss, Objective
 from luthier.training.schedules.part import Schedule
+from luthier.training.world import ALONE, World
+
+if TYPE_CHECKING:
+    from luthier.training.sharding import Sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +57,20 @@ class Learner:
     schedule: Schedule
     settings: Settings
     progress: Progress = field(default_factory=Progress)
+    world: World = ALONE
+    sharded: Sharded | None = None
+    """The model with its weights shared out over the processes, where they are."""
 
     @property
     def rate(self) -> float:
         """The learning rate of the last step."""
         return float(self.engine.param_groups[0]["lr"])
+
+    def measure(self, batch: Batch) -> tuple[Loss, Tensor | None]:
+        """The objective's measure of a batch, on the model as it lies."""
+        if self.sharded is None:
+            return self.objective.measure(self.model, batch)
+        return self.sharded.measure(self.objective, self.model, batch)
 
     def weights(self) -> dict[str, Tensor]:
         """What learns, by name."""

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+import torch
 from torch.nn import Parameter
 
 from luthier.core.errors import TrainingError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.batches import plan_steps
+from luthier.data.cache import lengths_of
 from luthier.models.spec import LoadedModel
-from luthier.training.checkpoint import Checkpoints, Progress, draw_state, read_checkpoint, restore_draws
+from luthier.training.checkpoint import Checkpoints, Progress, draw_state, restore_draws
 from luthier.training.learner import Learner, Settings
 from luthier.training.masters import Masters
 from luthier.training.objectives.part import Objective
 from luthier.training.optimizers.part import Optimizer
 from luthier.training.schedules.part import Schedule
+from luthier.training.sharding import Sharded
 from luthier.training.signals import watch_signals
 from luthier.training.step import take_step
 from luthier.training.tripwires import Watch, check_learning
 from luthier.training.validation import look
+from luthier.training.world import ALONE, World
 
 
 @dataclass(slots=True)
@@ -49,6 +55,8 @@ def train(
     checkpoints: Checkpoints,
     events: Events,
     resume: bool = False,
+    world: World = ALONE,
+    sharded: Sharded | None = None,
 ) -> Outcome:
     """Train `parameters` in place; on return the model holds the best weights seen at a validation.
 
@@ -56,17 +64,21 @@ def train(
     changes nothing. With `resume` the newest whole checkpoint is restored: weights, optimiser, random generators and
     place in the data; the run goes on exactly as it would have. SIGINT and SIGTERM finish the step, write a
     checkpoint and raise KeyboardInterrupt. Raises TrainingError on a non-finite or runaway loss.
+
+    In a `world` of several processes each does the same with its share of every step, and all hold the same weights, or
+    (`sharded`) each its part of them. A signal to one stops them all after the same step.
     """
     check_learning(model, parameters)
     masters = Masters(parameters)
     parameters = masters.parameters
     engine = optimizer.build(parameters, settings.learning_rate)
-    learner = Learner(model, objective, parameters, engine, schedule, settings)
+    learner = Learner(model, objective, parameters, engine, schedule, settings, world=world, sharded=sharded)
     if resume:
         _restore(learner, checkpoints, events)
         masters.publish()
     progress = learner.progress
-    lengths = [len(row.ids) + len(row.target) for row in rows]
+    _part_draws(world, settings.seed, progress.step)
+    lengths = lengths_of(rows)
     started, first = time.monotonic(), progress.step
     watch = Watch(parameters)
     tokens_before, stopped_early = progress.tokens, False
@@ -82,7 +94,7 @@ def train(
             loss, norm = take_step(learner, [rows[at] for at in plan])
             masters.publish()
             if progress.step == first:
-                watch.check(learner.rate)
+                watch.check(learner.rate, world)
             progress.step += 1
             elapsed = time.monotonic() - started
             done = progress.step - first
@@ -99,14 +111,15 @@ def train(
                 seconds_left=round(elapsed / done * (settings.steps - progress.step), 1),
             )
             last = progress.step == settings.steps
+            stop = world.any(asked_to_stop())
             due = validation and settings.validate_every and progress.step % settings.validate_every == 0
             if due or (validation and last):
                 look(learner, validation, checkpoints, events)
                 stopped_early = bool(settings.patience) and progress.stale >= settings.patience and not last
             periodic = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
-            if due or last or periodic or stopped_early or asked_to_stop():
+            if due or last or periodic or stopped_early or stop:
                 save()
-            if asked_to_stop() and not last:
+            if stop and not last:
                 raise KeyboardInterrupt
             if stopped_early:
                 events.choose(
@@ -117,7 +130,7 @@ def train(
                 break
     seconds = time.monotonic() - started
     if validation and progress.best_step and progress.best_step != progress.step:
-        best = read_checkpoint(checkpoints.directory / "best")
+        best = checkpoints.read("best")
         if best is None:
             events.warn(f"the best checkpoint (step {progress.best_step}) cannot be read; the last weights are kept")
         else:
@@ -137,6 +150,15 @@ def _steps_from(step: int, lengths: Sequence[int], settings: Settings) -> Iterat
         for plan in plans[skip : skip + settings.steps - step]:
             yield plan
             step += 1
+
+
+def _part_draws(world: World, seed: int, step: int) -> None:
+    """Let each process draw numbers of its own (dropout); those of the first are what they were."""
+    if not world.leads:
+        numbers = np.random.SeedSequence([seed, world.rank, step]).generate_state(3)
+        random.seed(int(numbers[0]))
+        np.random.seed(numbers[1])
+        torch.manual_seed(int(numbers[2]))
 
 
 def _restore(learner: Learner, checkpoints: Checkpoints, events: Events) -> None:

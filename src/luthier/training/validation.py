@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from luthier.core.events import Events
 from luthier.core.types import Encoded
-from luthier.data.batches import fill_batches
+from luthier.data.batches import Batch, deal, fill_batches
+from luthier.data.cache import lengths_of
 from luthier.models.spec import LoadedModel
 from luthier.training.checkpoint import Checkpoints
 from luthier.training.learner import Learner
-from luthier.training.objectives.part import Objective
+from luthier.training.objectives.part import Loss, Objective
+from luthier.training.world import ALONE, World
 
 
 def look(learner: Learner, validation: Sequence[Encoded], checkpoints: Checkpoints, events: Events) -> None:
     """Validate; keep the weights if they are the best so far."""
     objective, progress = learner.objective, learner.progress
-    found = validate(learner.model, objective, validation, tokens=learner.settings.micro_tokens)
+    found = validate(
+        learner.model,
+        objective,
+        validation,
+        tokens=learner.settings.micro_tokens,
+        world=learner.world,
+        measure=learner.measure,
+        even=learner.sharded is not None,
+    )
     name, sign = objective.metric if objective.metric[0] in found else ("loss", -1)
     # A metric of few rows is often equal: then the lower loss is the better model.
     value = (found[name] * sign, -found["loss"])
@@ -34,18 +44,38 @@ def look(learner: Learner, validation: Sequence[Encoded], checkpoints: Checkpoin
 
 
 @torch.no_grad()
-def validate(model: LoadedModel, objective: Objective, rows: Sequence[Encoded], *, tokens: int) -> dict[str, float]:
+def validate(
+    model: LoadedModel,
+    objective: Objective,
+    rows: Sequence[Encoded],
+    *,
+    tokens: int,
+    world: World = ALONE,
+    measure: Callable[[Batch], tuple[Loss, Tensor | None]] | None = None,
+    even: bool = False,
+) -> dict[str, float]:
     """Mean loss by weight, and the objective's own metrics. Independent of `tokens`, of which so many go through the
-    model at once, but for rounding."""
+    model at once, and of the number of processes, each of which takes its share, but for rounding.
+
+    `measure` stands in for the objective's own; `even`: each process makes as many passes as the one with the most.
+    """
+    measure = measure or (lambda batch: objective.measure(model, batch))
+    lengths = lengths_of(rows)
+    mine = deal(lengths, world.size)[world.rank]
     training = model.module.training
     model.module.eval()
     total = weight = 0.0
     scores: list[Tensor] = []
     gold: list[Tensor] = []
     try:
-        for part in fill_batches([len(row.ids) + len(row.target) for row in rows], tokens):
+        parts = [[mine[at] for at in part] for part in fill_batches([lengths[at] for at in mine], tokens)]
+        counted = len(parts)
+        parts += [[0]] * (world.most(counted) - counted if even else 0)
+        for number, part in enumerate(parts):
             batch = objective.batch([rows[at] for at in part], model, (0, 0)).to(model.device)
-            loss, seen = objective.measure(model, batch)
+            loss, seen = measure(batch)
+            if number >= counted:
+                continue
             total += float(loss.sum)
             weight += loss.weight
             if seen is not None and batch.gold is not None:
@@ -53,5 +83,8 @@ def validate(model: LoadedModel, objective: Objective, rows: Sequence[Encoded], 
                 gold.append(batch.gold.cpu())
     finally:
         model.module.train(training)
-    extra = objective.metrics(torch.cat(scores), torch.cat(gold), model) if scores else {}
-    return {"loss": total / weight, **extra}
+    total, weight = world.sum(total, weight)
+    both = [pair for pairs in world.gather(list(zip(scores, gold))) for pair in pairs]
+    extra = objective.metrics(*(torch.cat(side) for side in zip(*both)), model) if both else {}
+    # One process speaks for all: they must agree on which weights are the best.
+    return world.spread({"loss": total / weight, **extra})  # type: ignore[no-any-return]

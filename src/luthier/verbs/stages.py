@@ -13,21 +13,31 @@ from luthier.core.config import Resolved
 from luthier.core.errors import LuthierError, RunError, TrainingError
 from luthier.core.events import Events
 from luthier.core.run import Run, write_rows
+from luthier.data.cache import lengths_of
 from luthier.data.load import Dataset, load_data
 from luthier.training.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
     from luthier.models.spec import LoadedModel
+    from luthier.training.checkpoint import Checkpoints
     from luthier.training.learner import Settings
     from luthier.training.objectives.part import Objective
+    from luthier.training.sharding import Sharded
+    from luthier.training.world import World
     from luthier.verbs.tune import Tune
 
 
 class Work:
     """The state of one tuning between its stages."""
 
-    def __init__(self, asked: Resolved[Tune], events: Events, model: LoadedModel | None = None):
+    def __init__(
+        self, asked: Resolved[Tune], events: Events, model: LoadedModel | None = None, world: World | None = None
+    ):
+        from luthier.training.world import ALONE
+
         self.asked, self.events, self.given = asked, events, model
+        self.world = world or ALONE
+        self.sharded: Sharded | None = None
         self.model: LoadedModel
         self.dataset: Dataset
         self.objective: Objective
@@ -45,8 +55,9 @@ class Work:
         from luthier.training.allocator import keep_freed_memory
 
         config, events = self.config, self.events
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        threads = self.world.threads(config.threads)
+        if threads:
+            torch.set_num_threads(threads)
         torch.manual_seed(config.seed)
         keep_freed_memory()
         events.stage("reading the data")
@@ -77,7 +88,7 @@ class Work:
                 config.model,
                 from_scratch=config.from_scratch,
                 learn=config.learn,
-                device=config.device,
+                device=self.world.device(config.device),
                 events=events,
                 **wanted,
             )
@@ -86,6 +97,14 @@ class Work:
         config.adapter.apply(self.model)
         self.parameters = list(config.adapter.trainable(self.model))
         self._choose_precision()
+        if self.shards:
+            from luthier.training.sharding import check_sharding
+
+            check_sharding(config.optimizer, self.objective)
+
+    @property
+    def shards(self) -> bool:
+        return self.config.sharding == "full" and self.world.size > 1
 
     def _choose_precision(self) -> None:
         from luthier.models.fuse import fuse
@@ -103,12 +122,16 @@ class Work:
 
     def encode(self) -> None:
         """Turn the rows into tokens, and decide everything that was left to us."""
+        from luthier.training.encoded import encode_once
         from luthier.training.learner import Settings
 
-        events, dataset = self.events, self.dataset
+        events, dataset, parts = self.events, self.dataset, {}
         events.stage(f"encoding {len(dataset.train)} rows")
-        self.rows = self.objective.encode(dataset.train, self.model, events)
-        self.validation = self.objective.encode(dataset.validation, self.model, events) if dataset.validation else []
+        for part, examples in (("train", dataset.train), ("validation", dataset.validation)):
+            parts[part] = (
+                encode_once(part, examples, self.objective, self.model, self.world, events) if examples else []
+            )
+        self.rows, self.validation = parts["train"], parts["validation"]
         config, kind = self.config, self.objective.kind
         if config.batch_size == "auto":
             size, why = defaults.choose_batch_size(len(self.rows), kind)
@@ -147,16 +170,53 @@ class Work:
             seed=config.seed,
         )
 
+    def begin(self) -> None:
+        """Form the group of processes, now that nothing slow is left to do alone, and share out the weights if asked."""
+        world = self.world
+        if world.size == 1:
+            return
+        import torch
+
+        self.events.stage(f"joining {world.size} processes")
+        world.begin(self.model.device)
+        with torch.no_grad():
+            # Heads and adapters start at random, from the same seed on machines that need not be alike.
+            start = world.spread({name: one for name, one in self.parameters} if world.leads else None)
+            for name, parameter in self.parameters:
+                parameter.copy_(start[name])
+        self.events.choose("processes", world.size, "each learns from its share of every step; gradients are added up")
+        if self.shards:
+            from luthier.training.sharding import Sharded
+
+            self.sharded = Sharded(self.model, world)
+            self.parameters = list(self.config.adapter.trainable(self.model))
+
+    def gather(self) -> None:
+        """Leave the group: what is left is done by the first process, with the whole model."""
+        if self.sharded is not None:
+            self.sharded.gather()
+        self.world.end()
+
+    def checkpoints(self, path: Path) -> Checkpoints:
+        """The checkpoints of the run at `path`."""
+        from luthier.training.checkpoint import Checkpoints
+
+        if self.config.sharding == "none":
+            return Checkpoints(path / "checkpoints", world=self.world)
+        from luthier.training.sharding import ShardedCheckpoints
+
+        return ShardedCheckpoints(path / "checkpoints", world=self.world, parameters=self.parameters)
+
     def numbers(self) -> dict[str, Any]:
         """Sizes of the work: rows, tokens, parameters, steps."""
-        parameters = list(self.model.module.parameters())
+        parameters, lengths = list(self.model.module.parameters()), lengths_of(self.rows)
         return {
             "steps": self.settings.steps,
             "train_rows": len(self.rows),
             "validation_rows": len(self.validation),
             "test_rows": len(self.dataset.test),
-            "tokens_an_epoch": sum(len(row.ids) + len(row.target) for row in self.rows),
-            "longest_row": max(len(row.ids) + len(row.target) for row in self.rows),
+            "tokens_an_epoch": sum(lengths),
+            "longest_row": max(lengths),
             "parameters": sum(parameter.numel() for parameter in parameters),
             "trainable_parameters": sum(parameter.numel() for _, parameter in self.parameters),
         }
@@ -165,7 +225,7 @@ class Work:
         """Predicted peak memory in bytes, by part."""
         from luthier.models.memory import estimate_memory
 
-        longest = sorted((len(row.ids) + len(row.target) for row in self.rows), reverse=True)
+        longest = sorted(lengths_of(self.rows), reverse=True)
         rows = math.ceil(self.settings.batch_size / self.settings.accumulate)
         trainable = sum(parameter.numel() for _, parameter in self.parameters)
         # A step with more than micro_tokens is split, but for a row that is longer than that alone.

@@ -18,6 +18,8 @@ class Optimizer(Part):
     """Builds a torch optimiser over named parameters."""
 
     kind: ClassVar[str]
+    elementwise: ClassVar[bool] = False
+    """Whether each value moves by its own gradient alone, so that a process can move its part of a weight."""
 
     weight_decay: float = Field(0.0, ge=0)
     """Pull of matrices towards zero; biases, norms and other vectors never decay."""

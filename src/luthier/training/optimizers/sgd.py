@@ -16,6 +16,7 @@ class SGD(Optimizer):
     """Plain or with momentum (torch's form: velocity = momentum x velocity + gradient)."""
 
     kind: ClassVar[str] = "sgd"
+    elementwise: ClassVar[bool] = True
 
     momentum: float = Field(0.9, ge=0, lt=1)
     """Share of the last step's velocity that is kept."""
