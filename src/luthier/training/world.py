@@ -120,7 +120,7 @@ class World:
         self._formed = self._ours = True
 
     def end(self) -> None:
-        """Dissolve the group, if it was formed here."""
+        """Dissolve the group, if it was formed here, whatever became of it."""
         if self._ours:
             dist.destroy_process_group()
         self._formed = self._ours = False

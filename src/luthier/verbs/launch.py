@@ -42,8 +42,10 @@ def join_world(asked: Resolved[Tune], *, resume: str | None, given: bool) -> Ite
 
     found, count = find_world(), asked.config.processes
     if found is not None:
-        yield found
-        found.end()
+        try:
+            yield found
+        finally:
+            found.end()
     elif count == 1:
         yield ALONE
     elif given:
@@ -53,8 +55,10 @@ def join_world(asked: Resolved[Tune], *, resume: str | None, given: bool) -> Ite
         )
     else:
         with _started(asked, resume, count) as world:
-            yield world
-            world.end()
+            try:
+                yield world
+            finally:
+                world.end()
 
 
 @contextmanager
