@@ -243,7 +243,9 @@ class _Rows:
         return torch.cat(found) if found else self._pieces[key][0][1].get_slice(key)[0:0]
 
 
-def _cut(tree: Any, path: str, pieces: dict[str, tuple[Tensor, int]], shapes: set[tuple[int, ...]], world: World) -> Any:
+def _cut(
+    tree: Any, path: str, pieces: dict[str, tuple[Tensor, int]], shapes: set[tuple[int, ...]], world: World
+) -> Any:
     """`tree` with every tensor shaped like a learning weight replaced by its place; what this process holds of it goes
     into `pieces`, with its first row. A tensor that is not sharded belongs to the leader."""
     if isinstance(tree, DTensor):

@@ -32,7 +32,9 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
     lengths = [len(row.ids) + len(row.target) for row in rows]
     micro = [
         learner.objective.batch([rows[at] for at in part], model, seed)
-        for part in split_step(range(len(rows)), lengths, math.ceil(settings.accumulate / world.size), settings.micro_tokens)
+        for part in split_step(
+            range(len(rows)), lengths, math.ceil(settings.accumulate / world.size), settings.micro_tokens
+        )
     ]
     weight, tokens = world.sum(sum(batch.weight for batch in micro), sum(batch.tokens for batch in micro))
     counted = len(micro)

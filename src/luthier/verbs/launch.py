@@ -89,7 +89,7 @@ class _Follower:
 
     def __init__(self, rank: int, count: int, port: int, request: bytes):
         self.rank, self.count = rank, count
-        self._said: IO[bytes] = tempfile.TemporaryFile()
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         which = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
         paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -128,7 +128,10 @@ def _end(followers: list[_Follower], *, patience: float) -> None:
     for follower in followers:
         if follower.process.stdin is not None and patience == LAST:
             follower.process.stdin.close()
-        for seconds, end in ((max(0.0, until - time.monotonic()), follower.process.terminate), (LAST, follower.process.kill)):
+        for seconds, end in (
+            (max(0.0, until - time.monotonic()), follower.process.terminate),
+            (LAST, follower.process.kill),
+        ):
             try:
                 follower.process.wait(seconds)
                 break

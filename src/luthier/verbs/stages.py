@@ -181,7 +181,7 @@ class Work:
         world.begin(self.model.device)
         with torch.no_grad():
             # Heads and adapters start at random, from the same seed on machines that need not be alike.
-            start = world.spread({name: one for name, one in self.parameters} if world.leads else None)
+            start = world.spread(dict(self.parameters) if world.leads else None)
             for name, parameter in self.parameters:
                 parameter.copy_(start[name])
         self.events.choose("processes", world.size, "each learns from its share of every step; gradients are added up")

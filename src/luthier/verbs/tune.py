@@ -106,8 +106,9 @@ def tune(
     """Tune a model and return the run's record.
 
     `luthier.tune(model=..., data=..., objective=...)` from Python, a Resolved[Tune] from the command line, or
-    `resume="run:<id>"` to go on with an interrupted run (with `processes` for another number of them). Raises LuthierError (ConfigError, DataError, ModelError,
-    RunError, TrainingError); KeyboardInterrupt after a checkpoint when it is told to stop.
+    `resume="run:<id>"` to go on with an interrupted run (with `processes` for another number of them). Under torchrun every
+    process makes the same call; the record of all but the first holds no results. Raises LuthierError (ConfigError,
+    DataError, ModelError, RunError, TrainingError); KeyboardInterrupt after a checkpoint when it is told to stop.
     """
     return tune_model(_as_resolved(asked, resume, settings), sinks=sinks, resume=resume)[0]
 

@@ -19,8 +19,14 @@ from tiny import tiny_model
 
 ROWS = {
     "causal": [Encoded("a", (1, 2, 70_000), (0.0, 1.0, 0.25)), Encoded("乙", (5,), (0.0,), cut=3)],
-    "packed": [Encoded("a", (1, 2, 3), (0.0, 1.0, 0.0), segments=(2, 1), parents=(-1, 0)), Encoded("b", (4, 5), (0.0, 1 / 3))],
-    "seq2seq": [Encoded("a", (1, 2), target=(3,), target_weights=(1.0,)), Encoded("b", (), target=(4, 5), target_weights=(1.0, 0.1))],
+    "packed": [
+        Encoded("a", (1, 2, 3), (0.0, 1.0, 0.0), segments=(2, 1), parents=(-1, 0)),
+        Encoded("b", (4, 5), (0.0, 1 / 3)),
+    ],
+    "seq2seq": [
+        Encoded("a", (1, 2), target=(3,), target_weights=(1.0,)),
+        Encoded("b", (), target=(4, 5), target_weights=(1.0, 0.1)),
+    ],
     "classes": [Encoded("a", (1,), gold=0, weight=0.5), Encoded("b", (2,), gold=3)],
     "numbers": [Encoded("a", (1,), gold=0.1), Encoded("b", (2,), gold=2.0)],
     "several": [Encoded("a", (1,), gold=(0.0, 1.0)), Encoded("b", (2,), gold=(1.0, 1.0))],
@@ -128,7 +134,9 @@ def test_a_place_that_cannot_be_written_is_said(monkeypatch, place):
     monkeypatch.setattr(encoded, "WORTH", 10)
     (place / "encoded").write_text("no directory")
     events = Events()
-    rows = encode_once("train", [Text("a", "one two three")], Counting(), load_model(str(tiny_model("llama"))), ALONE, events)
+    rows = encode_once(
+        "train", [Text("a", "one two three")], Counting(), load_model(str(tiny_model("llama"))), ALONE, events
+    )
     assert len(rows) == 1 and events.choices["cache"].startswith("off: the encoded rows could not be kept")
 
 

@@ -23,7 +23,9 @@ from tiny import tiny_model
 # Ten rows in steps of three: in the last step of an epoch one process has none.
 TEXTS = ["win a prize now", "free cash call now", "claim your free prize", "cash prize win win", "see you at seven",
          "call me when home", "are you at the station", "lunch at noon then", "a", "b c d"]  # fmt: skip
-CHATS = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[:8]}]} for text in TEXTS]
+CHATS = [
+    {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[:8]}]} for text in TEXTS
+]
 BASE = {
     "steps": 6,
     "batch_size": 3,
@@ -63,12 +65,20 @@ def weights(model) -> dict[str, torch.Tensor]:
 
 def test_two_processes_give_what_one_gives(places, monkeypatch):
     # At this rate the validation soon gets no better, and both stop early.
-    settings = {"adapter": {"kind": "lora", "rank": 4}, "accumulate": 2, "steps": 12, "learning_rate": 0.3, "patience": 1}
+    settings = {
+        "adapter": {"kind": "lora", "rank": 4},
+        "accumulate": 2,
+        "steps": 12,
+        "learning_rate": 0.3,
+        "patience": 1,
+    }
     one = learn("one", **settings)
     order: list[str] = []
     encode, begin = SFT.encode, dist.init_process_group
     monkeypatch.setattr(SFT, "encode", lambda *rest: [encode(*rest), order.append("encoded")][0])
-    monkeypatch.setattr(dist, "init_process_group", lambda *rest, **more: [order.append("group"), begin(*rest, **more)][1])
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *rest, **more: [order.append("group"), begin(*rest, **more)][1]
+    )
     two = learn("two", processes=2, **settings)
     assert order[:3] == ["encoded", "encoded", "group"]
     assert seen(places / "two") == pytest.approx(seen(places / "one"), rel=1e-6)
