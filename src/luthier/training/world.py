@@ -253,6 +253,12 @@ class World:
 ALONE = World()
 
 
+def host_world(size: int, check: Callable[[], None]) -> tuple[World, int]:
+    """A world of `size` processes of this machine, led by this one, and the port at which the others find its store."""
+    store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
+    return World(0, size, local_size=size, store=dist.PrefixStore("luthier/1", store), check=check), store.port
+
+
 def find_world() -> World | None:
     """The world that torchrun, or whoever set its variables or formed a group, put this process into; None: alone."""
     if dist.is_available() and dist.is_initialized():

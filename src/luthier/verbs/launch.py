@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # Seconds that the other processes have for ending by themselves, and then for ending when told to.
 GRACE, LAST = 20.0, 5.0
-FOLLOW = "from luthier.verbs.launch import follow; follow()"
 
 
 def follows() -> bool:
@@ -63,19 +62,19 @@ def join_world(asked: Resolved[Tune], *, resume: str | None, given: bool) -> Ite
 
 @contextmanager
 def _started(asked: Resolved[Tune], resume: str | None, count: int) -> Iterator[World]:
-    import torch.distributed as dist
+    from luthier.training.world import host_world
 
-    from luthier.training.world import World
-
-    store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
-    followers = [_Follower(rank, count, store.port, pickle.dumps((asked, resume))) for rank in range(1, count)]
+    followers: list[_Follower] = []
 
     def check() -> None:
         for follower in followers:
             follower.check()
 
+    world, port = host_world(count, check)
+    request = pickle.dumps((asked, resume))
     try:
-        yield World(0, count, local_size=count, store=dist.PrefixStore("luthier/1", store), check=check)
+        followers += [_Follower(rank, count, port, request) for rank in range(1, count)]
+        yield world
     except BaseException:
         # Their side of the error is known; whoever still waits for us waits in vain.
         _end(followers, patience=LAST)
@@ -94,7 +93,7 @@ class _Follower:
         which = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
         paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", FOLLOW],
+            [sys.executable, "-m", "luthier.verbs.launch"],
             env={**os.environ, **where, **which, **paths},
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
@@ -160,3 +159,7 @@ def follow() -> None:
 def _end_with_parent() -> None:
     sys.stdin.buffer.read()
     os._exit(1)
+
+
+if __name__ == "__main__":
+    follow()

@@ -113,7 +113,7 @@ def test_sharded_stops_and_goes_on_with_another_number_of_processes(places):
 def test_a_process_that_dies_ends_the_run(places):
     def kill(event):
         if event["event"] == "step" and event["step"] == 2:
-            os.kill(next(child for child in children() if b"follow" in command(child)), signal.SIGKILL)
+            os.kill(next(child for child in children() if b"luthier.verbs.launch" in command(child)), signal.SIGKILL)
 
     started = time.monotonic()
     with pytest.raises(TrainingError, match="process 1 of 2 was killed by SIGKILL"):
@@ -121,7 +121,7 @@ def test_a_process_that_dies_ends_the_run(places):
     assert time.monotonic() - started < 120
     record = read_record(places / "dies")
     assert record.state == "failed" and "SIGKILL" in (record.error or "")
-    assert not [child for child in children() if b"follow" in command(child)]
+    assert not [child for child in children() if b"luthier.verbs.launch" in command(child)]
 
 
 def children() -> list[int]:
