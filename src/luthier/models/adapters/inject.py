@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.models.adapters.product import LoraProduct
+from luthier.models.adapters.product import Factors, low_rank_products
 from luthier.models.heads import Pooled
 
 if TYPE_CHECKING:
@@ -49,12 +49,18 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the base's precision."""
-        if not self.dropout.p or not self.training:
-            weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
-            flat = LoraProduct.apply(x.flatten(0, -2), weight, self.base.bias, self.lora_a, self.lora_b, self.scale)
-            return flat.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        factors = self.factors()
+        if factors is not None:
+            return low_rank_products(x.flatten(0, -2), [factors])[0].view(*x.shape[:-1], -1)
         low = (self.dropout(x).to(self.lora_a.dtype) @ self.lora_a.T) @ self.lora_b.T
         return self.base(x) + (low * self.scale).to(x.dtype)  # type: ignore[no-any-return]
+
+    def factors(self) -> Factors | None:
+        """What one function over several layers needs to know of this one; None while it drops inputs at random."""
+        if self.dropout.p and self.training:
+            return None
+        weight: Any = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
+        return Factors(weight, self.base.bias, self.lora_a, self.lora_b, self.scale)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
@@ -86,6 +92,14 @@ def lora_layers(network: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     for name, module in network.named_modules():
         if isinstance(module, LoraLinear):
             yield name, module
+
+
+def project(x_NI: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """The outputs [N, O] of linear layers that read the same x: together where all of them hold an adapter."""
+    factors = [layer.factors() if isinstance(layer, LoraLinear) else None for layer in layers]
+    if all(one is not None for one in factors):
+        return low_rank_products(x_NI, factors)  # type: ignore[arg-type]
+    return [layer(x_NI) for layer in layers]
 
 
 def replace_layer(network: nn.Module, name: str, layer: nn.Module) -> None:
