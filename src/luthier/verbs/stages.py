@@ -86,6 +86,7 @@ class Work:
         config.adapter.apply(self.model)
         self.parameters = list(config.adapter.trainable(self.model))
         self._choose_precision()
+        self.objective.ready(self.model, events)
 
     def _choose_precision(self) -> None:
         from luthier.models.fuse import fuse
