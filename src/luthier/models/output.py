@@ -29,7 +29,10 @@ class Head:
 
     def logits(self, hidden_NE: Tensor) -> Tensor:
         """[N, V]"""
-        logits_NV = nn.functional.linear(hidden_NE, self.weight_VE, self.bias_V)
+        return self.finish(nn.functional.linear(hidden_NE, self.weight_VE, self.bias_V))
+
+    def finish(self, logits_NV: Tensor) -> Tensor:
+        """[N, V]: the product of states and weight as logits."""
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)

@@ -205,7 +205,7 @@ class Work:
 
         run.events.stage("saving the model")
         unfuse(self.model)
-        self.model.spec = self.model.spec.model_copy(update={"learned": self.objective.kind})
+        self.model.spec = self.model.spec.model_copy(update={"learned": self.objective.learned()})
         side, final = run.artefacts / ".model.part", run.artefacts / "model"
         shutil.rmtree(side, ignore_errors=True)
         try:

@@ -96,7 +96,7 @@ class GRPO(Objective):
         BeforeValidator(_as_list),
         Field(min_length=1),
     ]
-    """What an answer is worth, added up: scorers by name (exact_match, token_f1 ...), pattern, length, python, model; each may have a `weight`."""
+    """What an answer is worth, added up: scorers by name (exact_match ...), pattern, length, python, model; each weighted."""
     samples: int = Field(8, ge=2)
     """Answers to each prompt."""
     max_tokens: int = Field(128, gt=0)
@@ -106,7 +106,7 @@ class GRPO(Objective):
     standardise: bool = True
     """Divide advantages by the standard deviation of their group."""
     average: Literal["answers", "tokens", "constant"] = "answers"
-    """Over what the loss is a mean: each answer's own mean counts alike, each token alike, or sums over answers divided by max_tokens."""
+    """What counts alike in the mean: answers, tokens, or (constant) sums over an answer, divided by max_tokens."""
     beta: float = Field(0.0, ge=0)
     """Strength of the pull towards the model as it was at the start; above 0 a copy of what learns is kept."""
     _reference: Reference | None = PrivateAttr(None)

@@ -64,6 +64,10 @@ class Objective(Part):
         """A copy with what has to be read off the training rows filled in (class weights, mean and scale)."""
         return self
 
+    def learned(self) -> str:
+        """What the model is said to have learned: this, or the objective that this is another way to."""
+        return self.kind
+
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         """Examples as the model sees them. Raises DataError that counts and names the rows that cannot be."""
         raise NotImplementedError(f"{type(self).__name__} must define encode()")

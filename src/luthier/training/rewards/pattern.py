@@ -17,7 +17,7 @@ class Pattern(Reward):
     kind: ClassVar[str] = "pattern"
 
     pattern: str
-    """A regular expression (Python's `re`), searched anywhere in the answer; ^ and $ bind it to its ends, (?s) lets . match new lines."""
+    """A regular expression of Python, found anywhere in the answer; ^ and $ are its ends, (?s) lets . match a new line."""
 
     @field_validator("pattern")
     @classmethod
