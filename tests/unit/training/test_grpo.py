@@ -233,7 +233,7 @@ def test_an_adapter_is_held_to_its_own_start(digits, runs):
     tallies = [event["tally"] for event in read_events(runs / "one" / "events.jsonl") if event["event"] == "step"]
     assert tallies[0]["kl"] == pytest.approx(0, abs=1e-6) and tallies[-1]["kl"] > 0.005
     small = sum(one.numel() for name, one in model.module.named_parameters() if "lora_" in name)
-    assert record.choices["reference"].startswith(f"{4 * small / 2**20:.1f} MiB")
+    assert f": {4 * small / 2**20:.1f} MiB," in record.choices["reference"]
 
 
 def test_a_run_that_goes_on_writes_the_same_answers(digits, runs, tmp_path):
@@ -269,5 +269,5 @@ def test_undrawn_rows_are_no_batch():
     objective = GRPO(rewards="chrf")
     model, rows = prepared(objective)
     assert not isinstance(rows[0], Group)
-    with pytest.raises(AssertionError, match="draw"):
+    with pytest.raises(AssertionError):
         objective.batch(rows, model, (0, 0))

@@ -145,7 +145,7 @@ class Distil(Objective):
         }
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
-        assert self._teacher is not None, "ready() comes first"
+        assert self._teacher is not None  # ready() comes first
         states_ME, target_M, weight_M = supervised(model, batch)
         with torch.no_grad():
             taught_MD, _, _ = supervised(self._teacher, batch)

@@ -123,7 +123,8 @@ class GRPO(Objective):
             reward.ready(model.device)
         if self.beta:
             self._reference = Reference(model)
-            events.choose("reference", f"{self._reference.size / 2**20:.1f} MiB", "beta > 0: a copy of what learns")
+            size = f"{self._reference.size / 2**20:.1f}"
+            events.choose("reference", "a copy of what learns", f"{size} MiB, since beta is above 0")
 
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         self.check_examples(examples)
@@ -150,7 +151,7 @@ class GRPO(Objective):
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         groups = [row for row in rows if isinstance(row, Group)]
-        assert len(groups) == len(rows), "draw() comes first"
+        assert len(groups) == len(rows)  # draw() comes first
         batch = collate(groups)
         batch.weight = sum(row.count for row in groups)
         batch.gold = torch.tensor([row.value for row in groups])
@@ -230,7 +231,7 @@ class GRPO(Objective):
 
     def _hold(self, groups: Sequence[Group], model: LoadedModel) -> list[Group]:
         """The groups with the pull towards the start of training in the weights of their tokens."""
-        assert self._reference is not None, "ready() comes first"
+        assert self._reference is not None  # ready() comes first
         head = partial(at_temperature, temperature=self.temperature)
         now = log_probs(model, groups, head)
         with self._reference.active():

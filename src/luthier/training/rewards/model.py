@@ -37,6 +37,6 @@ class Model(Reward):
         self._loaded = model
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        assert self._loaded is not None, "ready() comes first"
+        assert self._loaded is not None  # ready() comes first
         items = [(one.prompt, one.output) if self.prompt else (one.output, None) for one in answers]
         return [float(one.output) for one in predict(self._loaded, items)]  # type: ignore[arg-type]

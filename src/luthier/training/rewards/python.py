@@ -55,7 +55,7 @@ class Python(Reward):
         self._call = call
 
     def score(self, answers: Sequence[Answer]) -> list[float]:
-        assert self._call is not None, "ready() comes first"
+        assert self._call is not None  # ready() comes first
         found = []
         for answer in answers:
             try:
