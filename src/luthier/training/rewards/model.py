@@ -16,7 +16,7 @@ from luthier.training.rewards.part import Answer, Reward
 
 
 class Model(Reward):
-    """The number that a model tuned to `regress` gives for prompt and answer, as its two texts, cut to its context where they are longer."""
+    """The number that a model tuned to `regress` gives for prompt and answer, its two texts; what is too long is cut."""
 
     kind: ClassVar[str] = "model"
 
