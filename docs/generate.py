@@ -17,6 +17,7 @@ REFERENCE = Path(__file__).parent / "reference"
 VERBS = ("tune:Tune", "evaluate:Evaluate", "generate:Generate", "prepare:Prepare", "report:Report")
 CATALOGS = (
     "training.objectives:OBJECTIVES",
+    "training.rewards:REWARDS",
     "training.losses:LOSSES",
     "training.optimizers:OPTIMIZERS",
     "training.schedules:SCHEDULES",

@@ -13,7 +13,8 @@ Event: TypeAlias = dict[str, Any]
 """`event` (its kind), `time` (seconds since the epoch), and the kind's own fields:
 
 - stage: `name` ("loading the model"), announces what comes next
-- step: `step`, `steps`, `epoch`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `tokens_per_second`, `seconds_left`
+- step: `step`, `steps`, `epoch`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `tokens_per_second`, `seconds_left`,
+  and `tally` (names and numbers) where the objective counts something
 - validate: `step`, `loss`, metric names and values, `best`
 - checkpoint: `step`, `path`
 - progress: `name`, `done`, `total`, `seconds_left`

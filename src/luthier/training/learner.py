@@ -51,6 +51,8 @@ class Learner:
     schedule: Schedule
     settings: Settings
     progress: Progress = field(default_factory=Progress)
+    tally: dict[str, float] = field(default_factory=dict)
+    """What the objective counted in the rows of the last step."""
 
     @property
     def rate(self) -> float:

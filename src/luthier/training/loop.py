@@ -68,7 +68,7 @@ def train(
     progress = learner.progress
     lengths = [len(row.ids) + len(row.target) for row in rows]
     started, first = time.monotonic(), progress.step
-    watch = Watch(parameters)
+    watch: Watch | None = Watch(parameters)
     tokens_before, stopped_early = progress.tokens, False
     model.module.train()
 
@@ -81,8 +81,9 @@ def train(
         for plan in _steps_from(progress.step, lengths, settings):
             loss, norm = take_step(learner, [rows[at] for at in plan])
             masters.publish()
-            if progress.step == first:
+            if watch is not None and (norm > 0 or not objective.idle):
                 watch.check(learner.rate)
+                watch = None
             progress.step += 1
             elapsed = time.monotonic() - started
             done = progress.step - first
@@ -97,6 +98,7 @@ def train(
                 tokens=progress.tokens,
                 tokens_per_second=round((progress.tokens - tokens_before) / max(elapsed, 1e-9), 1),
                 seconds_left=round(elapsed / done * (settings.steps - progress.step), 1),
+                **({"tally": learner.tally} if learner.tally else {}),
             )
             last = progress.step == settings.steps
             due = validation and settings.validate_every and progress.step % settings.validate_every == 0

@@ -26,6 +26,7 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
     settings, progress, model = learner.settings, learner.progress, learner.model
     seed = (settings.seed, progress.step)
     rows = learner.objective.draw(rows, model, seed)
+    learner.tally = learner.objective.tally(rows)
     lengths = [len(row.ids) + len(row.target) for row in rows]
     micro = [
         learner.objective.batch([rows[at] for at in part], model, seed)

@@ -208,7 +208,7 @@ def _writes(model: LoadedModel) -> bool:
 def _answers_turns(model: LoadedModel) -> bool:
     """Whether a plain text should be a user's turn: tuned so here, or from elsewhere with a template of its own."""
     if model.spec.learned is not None:
-        return model.spec.learned == "sft"
+        return model.spec.learned in ("sft", "grpo")
     return model.spec.template is not None and model.spec.template["name"] == "own"
 
 

@@ -86,6 +86,7 @@ class Work:
         config.adapter.apply(self.model)
         self.parameters = list(config.adapter.trainable(self.model))
         self._choose_precision()
+        self.objective.ready(self.model, events)
 
     def _choose_precision(self) -> None:
         from luthier.models.fuse import fuse
@@ -204,7 +205,7 @@ class Work:
 
         run.events.stage("saving the model")
         unfuse(self.model)
-        self.model.spec = self.model.spec.model_copy(update={"learned": self.objective.kind})
+        self.model.spec = self.model.spec.model_copy(update={"learned": self.objective.learned()})
         side, final = run.artefacts / ".model.part", run.artefacts / "model"
         shutil.rmtree(side, ignore_errors=True)
         try:

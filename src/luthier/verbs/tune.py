@@ -34,7 +34,7 @@ class Tune(Config):
     data: Data
     """A file, a directory, "sms_spam", hub:owner/name, or a table of settings: train, validation, test, columns, split ..."""
     objective: OBJECTIVES.field_or_auto = "auto"  # type: ignore[name-defined]
-    """What to learn: pretrain, sft, classify, regress, seq2seq, or auto (by the shape of the rows)."""
+    """What to learn: pretrain, sft, distil, grpo, classify, regress, seq2seq, or auto (by the shape of the rows)."""
     adapter: ADAPTERS.field = "full"  # type: ignore[name-defined]
     """Which weights learn: full (all), freeze (the last layers and the head), lora (small matrices beside the weights)."""
     optimizer: OPTIMIZERS.field = "adamw"  # type: ignore[name-defined]

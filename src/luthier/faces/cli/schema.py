@@ -18,6 +18,7 @@ VERBS = {
 }
 CATALOGS = {
     "objective": "luthier.training.objectives:OBJECTIVES",
+    "reward": "luthier.training.rewards:REWARDS",
     "loss": "luthier.training.losses:LOSSES",
     "optimizer": "luthier.training.optimizers:OPTIMIZERS",
     "schedule": "luthier.training.schedules:SCHEDULES",
