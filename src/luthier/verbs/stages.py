@@ -103,12 +103,15 @@ class Work:
 
     def encode(self) -> None:
         """Turn the rows into tokens, and decide everything that was left to us."""
+        from luthier.models.packed import shares
         from luthier.training.learner import Settings
 
         events, dataset = self.events, self.dataset
         events.stage(f"encoding {len(dataset.train)} rows")
         self.rows = self.objective.encode(dataset.train, self.model, events)
         self.validation = self.objective.encode(dataset.validation, self.model, events) if dataset.validation else []
+        if any(row.parents for row in self.rows):
+            shares(self.model, events)
         config, kind = self.config, self.objective.kind
         if config.batch_size == "auto":
             size, why = defaults.choose_batch_size(len(self.rows), kind)
