@@ -43,6 +43,9 @@ def validate(model: LoadedModel, objective: Objective, rows: Sequence[Encoded], 
     scores: list[Tensor] = []
     gold: list[Tensor] = []
     try:
+        examined = objective.examine(model, rows, tokens=tokens)
+        if examined is not None:
+            return examined
         for part in fill_batches([len(row.ids) + len(row.target) for row in rows], tokens):
             batch = objective.batch([rows[at] for at in part], model, (0, 0)).to(model.device)
             loss, seen = objective.measure(model, batch)

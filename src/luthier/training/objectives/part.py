@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from luthier.core.catalog import Part
 from luthier.core.errors import DataError
 from luthier.core.events import Events
-from luthier.core.types import Chat, Encoded, Example, Labelled, Pair, Task, Text
+from luthier.core.types import Chat, Encoded, Example, Feedback, Labelled, Pair, Preference, Task, Text
 from luthier.data.batches import Batch, collate
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ CONVERSIONS = {
     Chat: "conversations fit `sft`",
     Labelled: "labelled texts fit `classify` (class names) or `regress` (numbers)",
     Pair: "pairs fit `sft` on a decoder-only model and `seq2seq` on an encoder-decoder",
+    Preference: "chosen and rejected answers fit `dpo`, `orpo`, `simpo` and `reward`",
+    Feedback: "answers with a verdict fit `kto`",
 }
 
 
@@ -43,6 +46,9 @@ class Objective(Part):
     """What the model must be loaded for; None: what it was made for."""
     metric: ClassVar[tuple[str, int]] = ("loss", -1)
     """The validation number that picks the best checkpoint, and whether more (+1) or less (-1) of it is better."""
+
+    refers: ClassVar[bool] = False
+    """Whether rows are measured against the model as it was before the first step."""
 
     def check_model(self, spec: ModelSpec) -> None:
         """Raises ConfigError when a model of this kind cannot learn this, naming what fits."""
@@ -62,6 +68,11 @@ class Objective(Part):
         """Examples as the model sees them. Raises DataError that counts and names the rows that cannot be."""
         raise NotImplementedError(f"{type(self).__name__} must define encode()")
 
+    def refer(self, rows: Sequence[Encoded], model: LoadedModel, events: Events, keep: Path) -> list[Encoded]:
+        """The rows with what the model says of them before the first step, for objectives that hold on to it; kept in the
+        directory `keep`, so that a run that goes on reads the same."""
+        return list(rows)
+
     def draw(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Sequence[Encoded]:
         """The rows of one step as they are learned: for objectives in which the model itself writes them."""
         return rows
@@ -77,6 +88,10 @@ class Objective(Part):
     def metrics(self, scores: Tensor, gold: Tensor, model: LoadedModel) -> dict[str, float]:
         """Validation metrics beside the loss, from all scores [N, C] and gold."""
         return {}
+
+    def examine(self, model: LoadedModel, rows: Sequence[Encoded], *, tokens: int) -> dict[str, float] | None:
+        """The numbers of a validation (`loss` among them) where they are not the loss of the rows and its metrics."""
+        return None
 
     def check_examples(self, examples: Sequence[Example]) -> None:
         """Raises DataError when an example is not of a kind that this objective learns from."""
