@@ -1,10 +1,12 @@
 """What every objective must hold, whatever it learns: an entry in the catalog is checked without a test of its own."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from luthier.core.events import Events
-from luthier.core.types import Chat, Example, Labelled, Message, Pair, Text
+from luthier.core.types import Chat, Example, Feedback, Labelled, Message, Pair, Preference, Text
 from luthier.models.load import load_model
 from luthier.models.spec import LoadedModel
 from luthier.training.objectives import OBJECTIVES
@@ -38,6 +40,18 @@ def examples_for(name: str) -> list[Example]:
     if name in ("sft", "grpo", "distil"):
         turns = [(Message("user", text), Message("assistant", text[::-1][:12])) for text in SENTENCES]
         return [Chat(f"t:{at}", messages) for at, messages in enumerate(turns)]
+    if name in ("dpo", "orpo", "simpo", "reward"):
+        return [
+            Preference(
+                f"t:{at}", (Message("user", text),), (Message("assistant", text[:9]),), (Message("assistant", "No"),)
+            )
+            for at, text in enumerate(SENTENCES)
+        ]
+    if name == "kto":
+        return [
+            Feedback(f"t:{at}", (Message("user", text),), (Message("assistant", text[: 9 + at]),), at % 2 == 0)
+            for at, text in enumerate(SENTENCES)
+        ]
     if name == "seq2seq":
         return [Pair(f"t:{at}", text, text[:10]) for at, text in enumerate(SENTENCES)]
     if name == "regress":
@@ -45,7 +59,7 @@ def examples_for(name: str) -> list[Example]:
     return [Labelled(f"t:{at}", text, ("even", "odd")[at % 2]) for at, text in enumerate(SENTENCES)]
 
 
-def prepared(name: str) -> tuple[Objective, LoadedModel, list]:
+def prepared(name: str, folder: Path) -> tuple[Objective, LoadedModel, list]:
     objective = OBJECTIVES.parse({"kind": name, **SETTINGS.get(name, {})})
     examples = examples_for(name)
     torch.manual_seed(0)
@@ -54,12 +68,13 @@ def prepared(name: str) -> tuple[Objective, LoadedModel, list]:
     objective.check_model(model.spec)
     objective.adapt(model, examples)
     objective.ready(model, Events())
-    return objective, model, objective.encode(examples, model, Events())
+    rows = objective.encode(examples, model, Events())
+    return objective, model, objective.refer(rows, model, Events(), folder)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.names())
-def test_sum_and_weight_add_up_over_any_split_of_the_rows(name):
-    objective, model, rows = prepared(name)
+def test_sum_and_weight_add_up_over_any_split_of_the_rows(name, tmp_path):
+    objective, model, rows = prepared(name, tmp_path)
     rows = objective.draw(rows, model, (0, 0))
     model.module.eval()
 
@@ -77,8 +92,8 @@ def test_sum_and_weight_add_up_over_any_split_of_the_rows(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.names())
-def test_the_pad_id_does_not_matter(name):
-    objective, model, rows = prepared(name)
+def test_the_pad_id_does_not_matter(name, tmp_path):
+    objective, model, rows = prepared(name, tmp_path)
     model.module.eval()
     values = []
     for pad in (0, 7):
@@ -90,21 +105,22 @@ def test_the_pad_id_does_not_matter(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.names())
-def test_validation_does_not_depend_on_what_goes_through_at_once(name):
-    objective, model, rows = prepared(name)
+def test_validation_does_not_depend_on_what_goes_through_at_once(name, tmp_path):
+    objective, model, rows = prepared(name, tmp_path)
     found = [validate(model, objective, rows, tokens=tokens) for tokens in (1, 50, 100_000)]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", FALLING)
-def test_it_learns_eight_rows(name):
-    objective, model, rows = prepared(name)
+def test_it_learns_eight_rows(name, tmp_path):
+    objective, model, rows = prepared(name, tmp_path)
     model.module.train()
     optimizer = torch.optim.AdamW(model.module.parameters(), lr=5e-3)
     values = []
     for _ in range(60):
-        loss, _ = objective.measure(model, objective.batch(rows, model, (0, 0)))
+        drawn = objective.draw(rows, model, (0, 0))
+        loss, _ = objective.measure(model, objective.batch(drawn, model, (0, 0)))
         (loss.sum / loss.weight).backward()
         moved = [parameter for parameter in model.module.parameters() if parameter.grad is not None]
         assert any(float(parameter.grad.abs().max()) > 0 for parameter in moved)
@@ -123,7 +139,7 @@ def test_rows_of_another_kind_are_refused_with_a_way_out(name):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES.names())
-def test_what_is_drawn_is_a_function_of_the_seed(name):
-    objective, model, rows = prepared(name)
+def test_what_is_drawn_is_a_function_of_the_seed(name, tmp_path):
+    objective, model, rows = prepared(name, tmp_path)
     first, again = (objective.draw(rows, model, (1, 2)) for _ in range(2))
     assert first == again and [row.id for row in first] == [row.id for row in rows]

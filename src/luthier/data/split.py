@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from luthier.core.config import Config
 from luthier.core.errors import DataError, did_you_mean
-from luthier.core.types import Chat, Example, Labelled, Pair, Text
+from luthier.core.types import Chat, Example, Feedback, Labelled, Pair, Preference, Text
 
 
 class Split(Config):
@@ -109,6 +109,9 @@ def content_key(example: Example) -> str:
         last = max((at for at, turn in enumerate(example.messages) if turn.role == "assistant"), default=0)
         text = "\n".join(f"{turn.role}: {turn.content}" for turn in example.messages[:last] if turn.role != "system")
         text = text or example.messages[last].content
+    elif isinstance(example, Preference | Feedback):
+        turns = [turn for turn in example.prompt if turn.role != "system"] or example.prompt
+        text = "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
     elif isinstance(example, Pair):
         text = example.source
     elif isinstance(example, Labelled):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from luthier.core.events import Events
 from luthier.models.adapters.inject import project
-from luthier.models.attention import NAME, Rules, Segments, attend_flat
+from luthier.models.attention import NAME, Rules, attend_flat
+from luthier.models.segments import Segments
 from luthier.models.spec import LoadedModel
 from luthier.native.layers import RMSNorm, Rotate, SwiGLU, usable, why_none
 

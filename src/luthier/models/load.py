@@ -52,6 +52,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     from_scratch: bool = False,
+    conversations: bool = False,
     events: Events | None = None,
 ) -> LoadedModel:
     """Load `source` (a shipped name, run:<id>, a directory, a hub id) for `task`, in eval mode.
@@ -59,7 +60,8 @@ def load_model(
     `task` None: what it was saved for, else what its kind is made for. `labels` makes a classification head; the saved
     one is kept when its labels are the same, or when none are given. `dtype` auto is what the model was tuned in here,
     else float32, whatever the files hold.
-    `from_scratch` takes the shape alone and draws the weights from torch's generator. A directory with a PEFT adapter
+    `from_scratch` takes the shape alone and draws the weights from torch's generator. `conversations` asks for a chat
+    template where the task alone would not: for reward models. A directory with a PEFT adapter
     loads its base first. Raises ModelError (not found, unreachable, damaged, an adapter for another base), ConfigError
     (a task that the kind cannot do, a length beyond the context) and MissingExtra.
     """
@@ -118,6 +120,7 @@ def load_model(
         truncate=truncate,
         learn=learn,
         events=events,
+        conversations=conversations or (task == "regress" and spec.learned == "reward"),
     )
     return LoadedModel(module, tokenizer, spec, renderer)
 

@@ -15,7 +15,7 @@ from luthier.reporting.charts import draw_interval, draw_lines, shade
 
 # Smaller is better for these; for all others more is better.
 ERRORS = {"mse", "mae", "perplexity", "bits_per_byte", "loss"}
-FIRST = ("macro_f1", "spearman", "bleu", "bits_per_byte", "perplexity", "accuracy")
+FIRST = ("macro_f1", "preference_accuracy", "spearman", "bleu", "bits_per_byte", "perplexity", "accuracy")
 SHOWN_EXAMPLES = 10
 LARGEST_MATRIX = 20
 LONGEST_TEXT = 600

@@ -14,9 +14,11 @@ from luthier.core.errors import LuthierError, RunError, TrainingError
 from luthier.core.events import Events
 from luthier.core.run import Run, write_rows
 from luthier.data.load import Dataset, load_data
+from luthier.text.answers import split_answers
 from luthier.training.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
+    from luthier.evals.preferences import Logs
     from luthier.models.spec import LoadedModel
     from luthier.training.learner import Settings
     from luthier.training.objectives.part import Objective
@@ -32,6 +34,7 @@ class Work:
         self.dataset: Dataset
         self.objective: Objective
         self.settings: Settings
+        self.before: Logs | None = None
 
     @property
     def config(self) -> Tune:
@@ -104,12 +107,15 @@ class Work:
 
     def encode(self) -> None:
         """Turn the rows into tokens, and decide everything that was left to us."""
+        from luthier.models.packed import shares
         from luthier.training.learner import Settings
 
         events, dataset = self.events, self.dataset
         events.stage(f"encoding {len(dataset.train)} rows")
         self.rows = self.objective.encode(dataset.train, self.model, events)
         self.validation = self.objective.encode(dataset.validation, self.model, events) if dataset.validation else []
+        if any(row.parents for row in self.rows):
+            shares(self.model, events)
         config, kind = self.config, self.objective.kind
         if config.batch_size == "auto":
             size, why = defaults.choose_batch_size(len(self.rows), kind)
@@ -187,7 +193,7 @@ class Work:
             json.dumps(self.dataset.profile, ensure_ascii=False), encoding="utf-8"
         )
         with open(run.artefacts / "samples.jsonl", "w", encoding="utf-8") as file:
-            for row in self.rows[:5]:
+            for row in (part for whole in self.rows[:5] for part in split_answers(whole)):
                 shown = {"id": row.id, "tokens": self.model.renderer.describe(row), "gold": row.gold}
                 file.write(json.dumps(shown, ensure_ascii=False) + "\n")
         lineage = {
@@ -197,6 +203,18 @@ class Work:
         }
         artefacts = {"profile": "artefacts/profile.json", "samples": "artefacts/samples.jsonl"}
         run.update(data=data, lineage=lineage, artefacts=artefacts, numbers={**run.record.numbers, **self.numbers()})
+
+    def refer(self, run: Run) -> None:
+        """Let the model say of the rows, before it learns, what the objective and the judge will hold against it."""
+        from luthier.evals.preferences import read_answers, reads_answers
+
+        keep = run.path / "reference"
+        self.rows = self.objective.refer(self.rows, self.model, run.events, keep)
+        self.validation = self.objective.refer(self.validation, self.model, run.events, keep)
+        held = self.dataset.test or self.dataset.validation
+        if reads_answers(held) and self.objective.task is None:
+            run.events.stage(f"reading {len(held)} held-out rows with the model as it starts")
+            self.before = read_answers(self.model, held, run.events, "reference")
 
     def keep_model(self, run: Run) -> None:
         """Save the tuned model, whole or not at all."""
@@ -243,6 +261,7 @@ class Work:
         from luthier.evals.baselines import baselines_for
         from luthier.evals.judge import judge
         from luthier.evals.predict import predict_examples
+        from luthier.evals.preferences import judge_answers, read_answers, reads_answers
 
         part, examples = ("test", self.dataset.test) if self.dataset.test else ("validation", self.dataset.validation)
         if not examples:
@@ -251,14 +270,20 @@ class Work:
             )
             return
         run.events.stage(f"judging on {len(examples)} held-out rows")
-        spec = self.model.spec
-        predictions = predict_examples(self.model, examples, events=run.events)
-        metrics, details = judge(predictions, spec.task, spec.labels)
+        spec, fitting = self.model.spec, baselines_for(self.model.spec.task) if self.config.baselines else ()
+        found: dict[str, Any] = {}
+        if reads_answers(examples):
+            logs, fitting = read_answers(self.model, examples, run.events), ()
+            predictions, metrics, details, found = judge_answers(
+                examples, logs, self.before, refers=self.objective.refers
+            )
+        else:
+            predictions = predict_examples(self.model, examples, events=run.events)
+            metrics, details = judge(predictions, spec.task, spec.labels)
         details["evaluated_on"] = part
         write_rows(run.artefacts / "predictions.jsonl", predictions)
         (run.artefacts / "details.json").write_text(json.dumps(details, ensure_ascii=False), encoding="utf-8")
-        found = {}
-        for baseline in baselines_for(spec.task) if self.config.baselines else ():
+        for baseline in fitting:
             run.events.stage(f"judging the baseline {baseline.kind}")
             guesses = baseline.predict(self.dataset.train, examples)
             write_rows(run.artefacts / f"predictions-{baseline.kind}.jsonl", guesses)

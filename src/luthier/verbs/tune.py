@@ -34,7 +34,7 @@ class Tune(Config):
     data: Data
     """A file, a directory, "sms_spam", hub:owner/name, or a table of settings: train, validation, test, columns, split ..."""
     objective: OBJECTIVES.field_or_auto = "auto"  # type: ignore[name-defined]
-    """What to learn: pretrain, sft, distil, grpo, classify, regress, seq2seq, or auto (by the shape of the rows)."""
+    """What to learn: pretrain, sft, distil, dpo, orpo, simpo, kto, reward, grpo, classify, regress, seq2seq, or auto."""
     adapter: ADAPTERS.field = "full"  # type: ignore[name-defined]
     """Which weights learn: full (all), freeze (the last layers and the head), lora (small matrices beside the weights)."""
     optimizer: OPTIMIZERS.field = "adamw"  # type: ignore[name-defined]
@@ -162,6 +162,7 @@ def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
 
     run.write_config(work.asked)
     work.keep_inputs(run)
+    work.refer(run)
     checkpoints = Checkpoints(run.path / "checkpoints")
     outcome = train(
         work.model,

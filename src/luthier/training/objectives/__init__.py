@@ -8,6 +8,11 @@ OBJECTIVES: "Catalog[Objective]" = Catalog(
     {
         "pretrain": ".pretrain:Pretrain",
         "sft": ".sft:SFT",
+        "dpo": ".dpo:DPO",
+        "orpo": ".orpo:ORPO",
+        "simpo": ".simpo:SimPO",
+        "kto": ".kto:KTO",
+        "reward": ".reward:Reward",
         "classify": ".classify:Classify",
         "regress": ".regress:Regress",
         "seq2seq": ".seq2seq:Seq2Seq",

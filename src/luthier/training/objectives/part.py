@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from luthier.core.catalog import Part
 from luthier.core.errors import DataError
 from luthier.core.events import Events
-from luthier.core.types import Chat, Encoded, Example, Labelled, Pair, Task, Text
+from luthier.core.types import Chat, Encoded, Example, Feedback, Labelled, Pair, Preference, Task, Text
 from luthier.data.batches import Batch, collate
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ CONVERSIONS = {
     Chat: "conversations fit `sft`",
     Labelled: "labelled texts fit `classify` (class names) or `regress` (numbers)",
     Pair: "pairs fit `sft` on a decoder-only model and `seq2seq` on an encoder-decoder",
+    Preference: "chosen and rejected answers fit `dpo`, `orpo`, `simpo` and `reward`",
+    Feedback: "answers with a verdict fit `kto`",
 }
 
 
@@ -46,6 +49,9 @@ class Objective(Part):
 
     idle: ClassVar[bool] = False
     """Whether a step may hold nothing to learn, and so leave the weights where they are."""
+
+    refers: ClassVar[bool] = False
+    """Whether rows are measured against the model as it was before the first step."""
 
     def check_model(self, spec: ModelSpec) -> None:
         """Raises ConfigError when a model of this kind cannot learn this, naming what fits."""
@@ -71,6 +77,11 @@ class Objective(Part):
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         """Examples as the model sees them. Raises DataError that counts and names the rows that cannot be."""
         raise NotImplementedError(f"{type(self).__name__} must define encode()")
+
+    def refer(self, rows: Sequence[Encoded], model: LoadedModel, events: Events, keep: Path) -> list[Encoded]:
+        """The rows with what the model says of them before the first step, for objectives that hold on to it; kept in the
+        directory `keep`, so that a run that goes on reads the same."""
+        return list(rows)
 
     def draw(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Sequence[Encoded]:
         """The rows of one step as they are learned: for objectives in which the model itself writes them."""
