@@ -71,12 +71,16 @@ class ApolloEngine(Engine):
         # Rows are the shorter side.
         tall = parameter.shape[0] > parameter.shape[1]
         gradient_MN = gradient.T if tall else gradient
-        projection_RM = self._projection(parameter, gradient_MN, state.get("step", 0) // group["refresh"], group["rank"])
+        projection_RM = self._projection(
+            parameter, gradient_MN, state.get("step", 0) // group["refresh"], group["rank"]
+        )
         low_RN = projection_RM @ gradient_MN
         moved_RN = adam_direction(low_RN, state, group["betas"], group["eps"])
         side = 0 if group["scaling"] == "channel" else None
         tiny = torch.finfo(low_RN.dtype).tiny
-        scale = torch.linalg.vector_norm(moved_RN, dim=side) / torch.linalg.vector_norm(low_RN, dim=side).clamp(min=tiny)
+        scale = torch.linalg.vector_norm(moved_RN, dim=side) / torch.linalg.vector_norm(low_RN, dim=side).clamp(
+            min=tiny
+        )
         strength = group["strength"] * math.sqrt(len(gradient_MN) / len(low_RN))
         step_MN = gradient_MN * (scale * strength)
         self._limit(step_MN, state)
