@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from torch.nn import Parameter
@@ -14,11 +14,12 @@ from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.batches import plan_steps
 from luthier.models.spec import LoadedModel
+from luthier.training.averages import MovingAverage
 from luthier.training.checkpoint import Checkpoints, Progress, draw_state, read_checkpoint, restore_draws
 from luthier.training.learner import Learner, Settings
 from luthier.training.masters import Masters
 from luthier.training.objectives.part import Objective
-from luthier.training.optimizers.part import Optimizer
+from luthier.training.optimizers.part import NO_SCALES, Optimizer
 from luthier.training.schedules.part import Schedule
 from luthier.training.signals import watch_signals
 from luthier.training.step import take_step
@@ -49,8 +50,10 @@ def train(
     checkpoints: Checkpoints,
     events: Events,
     resume: bool = False,
+    scales: Mapping[str, float] = NO_SCALES,
 ) -> Outcome:
-    """Train `parameters` in place; on return the model holds the best weights seen at a validation.
+    """Train `parameters` in place; on return the model holds the best weights seen at a validation (of averages,
+    where the optimiser or `settings.ema` keeps any). `scales` multiplies the learning rate of a parameter by its name.
 
     Each step sums the loss over its micro-batches and divides once by the weight of the whole step, so accumulation
     changes nothing. With `resume` the newest whole checkpoint is restored: weights, optimiser, random generators and
@@ -60,8 +63,9 @@ def train(
     check_learning(model, parameters)
     masters = Masters(parameters)
     parameters = masters.parameters
-    engine = optimizer.build(parameters, settings.learning_rate)
-    learner = Learner(model, objective, parameters, engine, schedule, settings)
+    engine = optimizer.build(parameters, settings.learning_rate, scales)
+    ema = MovingAverage(parameters, settings.ema) if settings.ema else None
+    learner = Learner(model, objective, parameters, engine, schedule, settings, masters=masters, ema=ema)
     if resume:
         _restore(learner, checkpoints, events)
         masters.publish()
@@ -74,6 +78,8 @@ def train(
 
     def save() -> None:
         state = {"optimizer": engine.state_dict(), "progress": asdict(progress), "draws": draw_state()}
+        if ema is not None:
+            state["averages"] = ema.state_dict()
         path = checkpoints.save(f"step-{progress.step:08d}", learner.weights(), state)
         events.emit("checkpoint", step=progress.step, path=str(path))
 
@@ -118,6 +124,7 @@ def train(
                 )
                 break
     seconds = time.monotonic() - started
+    learner.settle()
     if validation and progress.best_step and progress.best_step != progress.step:
         best = read_checkpoint(checkpoints.directory / "best")
         if best is None:
@@ -149,6 +156,8 @@ def _restore(learner: Learner, checkpoints: Checkpoints, events: Events) -> None
             )
         learner.load(weights)
         learner.engine.load_state_dict(state["optimizer"])
+        if learner.ema is not None:
+            learner.ema.load_state_dict(state["averages"])
         restore_draws(state["draws"])
         learner.progress = Progress(**state["progress"])
         events.choose("resume", path.name, "the newest whole checkpoint")

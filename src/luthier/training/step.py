@@ -12,6 +12,7 @@ from luthier.core.errors import TrainingError
 from luthier.core.types import Encoded
 from luthier.data.batches import split_step
 from luthier.training.learner import Learner
+from luthier.training.noise import noisy_inputs
 
 # Beyond this many times its start (and at least this much), a loss is not coming back.
 DIVERGED = 1000.0
@@ -38,8 +39,9 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
         group["lr"] = group["base_lr"] * factor
     total = 0.0
     for batch in micro:
-        loss, _ = learner.objective.measure(model, batch.to(model.device))
-        (loss.sum / weight).backward()
+        with noisy_inputs(model, batch.to(model.device), settings.noise, seed):
+            loss, _ = learner.objective.measure(model, batch)
+            (loss.sum / weight).backward()
         value = float(loss.sum.detach())
         total += value
         if not math.isfinite(value):
@@ -54,6 +56,8 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
     if mean > DIVERGED * max(progress.first_loss, 1.0):
         raise _diverged(f"went from {progress.first_loss:.4g} to {mean:.4g}", progress.step, names, learner.rate)
     learner.engine.step()
+    if learner.ema is not None:
+        learner.ema.update()
     learner.engine.zero_grad(set_to_none=True)
     progress.tokens += sum(batch.tokens for batch in micro)
     return mean, norm

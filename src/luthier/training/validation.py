@@ -17,7 +17,12 @@ from luthier.training.objectives.part import Objective
 
 
 def look(learner: Learner, validation: Sequence[Encoded], checkpoints: Checkpoints, events: Events) -> None:
-    """Validate; keep the weights if they are the best so far."""
+    """Validate; keep the weights if they are the best so far. Of averages, where any are kept."""
+    with learner.averaged():
+        _look(learner, validation, checkpoints, events)
+
+
+def _look(learner: Learner, validation: Sequence[Encoded], checkpoints: Checkpoints, events: Events) -> None:
     objective, progress = learner.objective, learner.progress
     found = validate(learner.model, objective, validation, tokens=learner.settings.micro_tokens)
     name, sign = objective.metric if objective.metric[0] in found else ("loss", -1)

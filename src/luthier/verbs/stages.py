@@ -16,6 +16,7 @@ from luthier.core.run import Run, write_rows
 from luthier.data.load import Dataset, load_data
 from luthier.text.answers import split_answers
 from luthier.training.objectives import OBJECTIVES
+from luthier.training.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from luthier.evals.preferences import Logs
@@ -126,7 +127,13 @@ class Work:
         if config.learning_rate == "auto":
             count = sum(parameter.numel() for parameter in self.model.module.parameters())
             rate, why = defaults.choose_learning_rate(count, config.adapter.kind, kind, config.from_scratch)
+            if config.optimizer.rate != 1:
+                rate = float(f"{rate * config.optimizer.rate:.1e}")
+                why += f", times {config.optimizer.rate:g} for {config.optimizer.kind}"
             self._advise("learning_rate", rate, why)
+        if config.optimizer.schedule and self.asked.origin("schedule") == "default":
+            why = f"{config.optimizer.kind} averages the weights in place of a falling rate"
+            self._advise("schedule", SCHEDULES.parse(config.optimizer.schedule), why, shown=config.optimizer.schedule)
         config = self.config
         an_epoch = math.ceil(len(self.rows) / int(config.batch_size))
         steps = config.steps or max(1, round(float(config.epochs) * an_epoch))
@@ -152,7 +159,16 @@ class Work:
             checkpoint_every=int(config.checkpoint_every),
             by_length=config.by_length,
             seed=config.seed,
+            ema=config.ema,
+            noise=config.noise,
         )
+
+    def scales(self) -> dict[str, float]:
+        """At what multiple of the learning rate each weight learns, where it is not 1."""
+        from luthier.training.rates import combine, layer_scales
+
+        names = [name for name, _ in self.parameters]
+        return combine(names, self.config.adapter.scales(self.model), layer_scales(names, self.config.layer_decay))
 
     def numbers(self) -> dict[str, Any]:
         """Sizes of the work: rows, tokens, parameters, steps."""
@@ -177,7 +193,8 @@ class Work:
         trainable = sum(parameter.numel() for _, parameter in self.parameters)
         # A step with more than micro_tokens is split, but for a row that is longer than that alone.
         at_once = min(rows * longest[0], max(self.settings.micro_tokens, longest[0]))
-        return estimate_memory(self.model, trainable=trainable, batch_tokens=at_once)
+        slots = self.config.optimizer.slots + bool(self.config.ema)
+        return estimate_memory(self.model, trainable=trainable, batch_tokens=at_once, optimizer_slots=slots)
 
     def keep_inputs(self, run: Run) -> None:
         """Write what was read: profile, fingerprint, a few rows as the model sees them."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, LuthierError, RunError
@@ -38,7 +38,7 @@ class Tune(Config):
     adapter: ADAPTERS.field = "full"  # type: ignore[name-defined]
     """Which weights learn: full (all), freeze (the last layers and the head), lora (small matrices beside the weights)."""
     optimizer: OPTIMIZERS.field = "adamw"  # type: ignore[name-defined]
-    """How gradients move weights: sgd, adam, adamw, adafactor, muon."""
+    """How gradients move weights: adamw, adamw8bit, adam, sgd, adafactor, muon, lion, schedule_free, apollo, galore."""
     schedule: SCHEDULES.field = "linear"  # type: ignore[name-defined]
     """How the learning rate moves: constant, linear, cosine, wsd; each with a warm-up."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
@@ -55,6 +55,12 @@ class Tune(Config):
     """Most tokens that go through the model at once: a step with more is split; the result is the same."""
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 leaves gradients alone."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer below the last learns at this times the rate of the one above it, embeddings least; 1: all alike."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of a moving average of what learns, such as 0.999, which is then validated and saved; 0: none."""
+    noise: float = Field(0.0, ge=0)
+    """Strength of noise on the input embeddings while learning (NEFTune's alpha, 5 is usual); 0: none."""
     max_length: int | None = Field(None, gt=1)
     """Longest row in tokens; by default the model's context."""
     truncate: bool = False
@@ -87,6 +93,12 @@ class Tune(Config):
     """Where to compute: auto, cpu, cuda ..."""
     name: str | None = None
     """The run's name; by default the verb and the time."""
+
+    @model_validator(mode="after")
+    def _check_averages(self) -> Tune:
+        if self.ema and getattr(self.optimizer, "averages", False):
+            raise ValueError(f"ema: the optimiser {self.optimizer.kind} averages the weights itself; leave ema at 0")
+        return self
 
 
 def tune(
@@ -176,6 +188,7 @@ def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
         checkpoints=checkpoints,
         events=run.events,
         resume=resume,
+        scales=work.scales(),
     )
     run.update(
         numbers={

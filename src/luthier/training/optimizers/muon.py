@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from luthier.training.optimizers.adam import AdamW
-
-# Vocabulary tables, positions and heads: rows looked up or scored one by one, where Adam's step of each entry fits better.
-TABLES = ("embed", "wte", "wpe", "lm_head", "score", "classifier", "head", "shared")
+from luthier.training.optimizers.engine import Engine, group_matrices, move_as_adamw
+from luthier.training.optimizers.part import NO_SCALES
 
 
 class Muon(AdamW):
@@ -26,6 +25,7 @@ class Muon(AdamW):
     """
 
     kind: ClassVar[str] = "muon"
+    slots: ClassVar[float] = 1.0
 
     beta2: float = Field(0.95, ge=0, lt=1)
     """Memory of the squared gradient, where AdamW is used."""
@@ -34,62 +34,32 @@ class Muon(AdamW):
     iterations: int = Field(5, ge=1)
     """Newton-Schulz iterations."""
 
-    def build(self, parameters: Sequence[tuple[str, Parameter]], learning_rate: float) -> torch.optim.Optimizer:
-        inner = [(name, p) for name, p in parameters if p.ndim == 2 and not any(table in name for table in TABLES)]
-        chosen = {id(parameter) for _, parameter in inner}
-        outer = [(name, parameter) for name, parameter in parameters if id(parameter) not in chosen]
-        groups = [{**group, "matrix": True} for group in self.group(inner, learning_rate)]
-        groups += [{**group, "matrix": False} for group in self.group(outer, learning_rate)]
-        return MuonWithAdamW(
-            groups,
-            {
-                "lr": learning_rate,
-                "momentum": self.momentum,
-                "iterations": self.iterations,
-                "betas": (self.beta1, self.beta2),
-                "eps": self.eps,
-            },
-        )
+    def build(
+        self, parameters: Sequence[tuple[str, Parameter]], learning_rate: float, scales: Mapping[str, float] = NO_SCALES
+    ) -> torch.optim.Optimizer:
+        settings = {
+            "momentum": self.momentum,
+            "iterations": self.iterations,
+            "betas": (self.beta1, self.beta2),
+            "eps": self.eps,
+        }
+        return MuonEngine(group_matrices(self, parameters, learning_rate, scales, settings))
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
+class MuonEngine(Engine):
     """Groups with `matrix` move by Muon, the others by AdamW."""
 
-    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        super().__init__(groups, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                move = self._move_matrix if group["matrix"] else self._move_entries
-                move(parameter, parameter.grad, self.state[parameter], group)
-        return loss
-
-    def _move_matrix(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def move(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not group["matrix"]:
+            move_as_adamw(parameter, gradient, state, group)
+            return
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(gradient, 1 - group["momentum"])
         ahead = gradient.lerp(state["momentum"], group["momentum"])
         size = 0.2 * math.sqrt(max(parameter.shape))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(orthogonalize(ahead, group["iterations"]).to(parameter.dtype), alpha=-group["lr"] * size)
-
-    def _move_entries(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        if not state:
-            state.update(step=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
-        state["step"] += 1
-        beta1, beta2 = group["betas"]
-        state["mean"].lerp_(gradient, 1 - beta1)
-        state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(state["mean"], root, value=-group["lr"] / (1 - beta1 ** state["step"]))
 
 
 def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
