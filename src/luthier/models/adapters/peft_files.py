@@ -97,6 +97,7 @@ def attach_adapter(
         if "A" in parts or "B" in parts:
             layer = _beside(network, name, parts, settings, directory, base, pissa)
             replace_layer(network, name, layer)
+    known = len(tokenizer)
     ids = _put_tokens(network, found, settings, directory)
     also = _put_whole(network, found, settings, directory, base)
     pairs = {name for name, parts in found.items() if "A" in parts}
@@ -109,7 +110,7 @@ def attach_adapter(
         "targets": "all-linear" if every else sorted({name.rpartition(".")[2] for name in pairs}),
         "rslora": bool(settings.get("use_rslora")),
         "ratio": float(saved["ratio"]) if saved else 1.0,
-        "tokens": list(saved["tokens"]) if saved else tokenizer.convert_ids_to_tokens(ids),
+        "tokens": list(saved["tokens"]) if saved else [tokenizer.convert_ids_to_tokens(one) for one in ids if one < known],
         "also": list(saved["also"]) if saved else _shortest(network, also),
     }
 
@@ -125,7 +126,7 @@ def _sort(directory: Path, network: Any, base: str) -> Named:
     ends = "|".join(re.escape(end) for end in PARTS)
     found: Named = {}
     for key, tensor in tensors.items():
-        match = re.fullmatch(rf"(.+)\.({ends})", key.removeprefix(PREFIX))
+        match = re.fullmatch(rf"(.+?)\.({ends})", key.removeprefix(PREFIX))
         if match is not None:
             name, part = _find(match[1], layers, network, directory, base), PARTS[match[2]]
         else:
@@ -135,6 +136,7 @@ def _sort(directory: Path, network: Any, base: str) -> Named:
     return found
 
 
+@torch.no_grad()
 def _make_room(network: Any, found: Named, settings: dict[str, Any], directory: Path, base: str) -> None:
     """Grow the vocabulary to what the adapter was made with, and check the base that it holds against this one."""
     edges = edge_layers(network)
@@ -165,8 +167,7 @@ def _make_room(network: Any, found: Named, settings: dict[str, Any], directory: 
         limit = TOLERANCE * float(weight[:part].abs().max())
         if kept_VE.shape[1:] != weight.shape[1:] or float((kept_VE[:part] - weight[:part]).abs().max()) > limit:
             raise ModelError(f"{directory}: this adapter is for another base: the weights of {name} in {base} differ")
-        with torch.no_grad():
-            weight[size : len(kept_VE)] = kept_VE[size:]
+        weight[size : len(kept_VE)] = kept_VE[size:]
 
 
 def _beside(
