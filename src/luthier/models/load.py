@@ -23,6 +23,7 @@ from luthier.core.types import Task
 from luthier.models.adapters.peft_files import ADAPTER_CONFIG, attach_adapter, read_adapter_config
 from luthier.models.facts import fingerprint, kind_of
 from luthier.models.heads import Pooled
+from luthier.models.precision import cast_weights
 from luthier.models.purpose import add_head, check_task, choose_length, choose_pooling, keeps_head, make_renderer
 from luthier.models.quiet import quiet
 from luthier.models.sources import knock, lasting_name, resolve_source
@@ -80,13 +81,12 @@ def load_model(
     task = check_task(task or (saved.task if saved else NATURAL_TASK[kind]), kind, source)
     if dtype == "auto" and saved is not None:
         dtype = saved.precision
-    network = load_network(base, config, task, hub, dtype=dtype, from_scratch=from_scratch, events=events)
-    tokenizer = load_tokenizer(place if adapter is None or saved is not None else base, hub)
-    if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
-        raise ModelError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds "
-            f"{network.get_input_embeddings().weight.shape[0]}; the two do not belong together"
-        )
+    # What PiSSA leaves in the base is taken from it in full precision, and rounded after.
+    late = saved is not None and (saved.adapter or {}).get("kind") == "pissa" and dtype == "bfloat16"
+    first = "float32" if late else dtype
+    network = load_network(base, config, task, hub, dtype=first, from_scratch=from_scratch, events=events)
+    whole = adapter is None or saved is not None or (isinstance(place, Path) and (place / "tokenizer.json").is_file())
+    tokenizer = load_tokenizer(place if whole else base, hub)
     spec = ModelSpec(
         source=source,
         kind=kind,
@@ -105,9 +105,15 @@ def load_model(
             f"{saved.base_fingerprint}), and {base_name} is now {found}; bring the old base back or tune again"
         )
     if adapter is not None and isinstance(place, Path):
-        settings = attach_adapter(network, place, adapter, base_name)
+        made_here = saved.adapter if saved else None
+        settings = attach_adapter(network, place, adapter, base_name, tokenizer=tokenizer, saved=made_here)
         update = {"adapter": settings, "base": lasting_name(base_name), "base_fingerprint": found}
         spec = spec.model_copy(update=update)
+    if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
+        raise ModelError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds "
+            f"{network.get_input_embeddings().weight.shape[0]}; the two do not belong together"
+        )
     module, spec = add_head(network, tokenizer, spec, saved, tuple(labels), multi_label)
     if isinstance(module, Pooled) and isinstance(place, Path) and keeps_head(spec, saved):
         module.head.load_state_dict(load_file(place / HEAD_FILE, device=str(_device(device))))
@@ -122,7 +128,10 @@ def load_model(
         events=events,
         conversations=conversations or (task == "regress" and spec.learned == "reward"),
     )
-    return LoadedModel(module, tokenizer, spec, renderer)
+    loaded = LoadedModel(module, tokenizer, spec, renderer)
+    if late:
+        cast_weights(loaded, "bfloat16")
+    return loaded
 
 
 def read_kind(source: str) -> Kind:
