@@ -35,7 +35,6 @@ class Settings:
     """Validations without improvement before stopping early; 0: never."""
     checkpoint_every: int
     """Steps between checkpoints beside those at validations; 0: none."""
-    by_length: bool
     seed: int
 
 
