@@ -84,7 +84,7 @@ def train(
                 watch.check(learner.rate)
             progress.step += 1
             progress.place = feed.place
-            progress.drawn = Counter(progress.drawn) + Counter(row.source for row in rows if row.source)
+            progress.drawn = dict(Counter(progress.drawn) + Counter(row.source for row in rows if row.source))
             elapsed = time.monotonic() - started
             done = progress.step - first
             events.emit(

@@ -235,7 +235,7 @@ class Work:
         """Write what was read: profile, fingerprint, a few rows as the model sees them."""
         data = {
             "fingerprint": self.dataset.fingerprint,
-            "train": len(self.dataset.train),
+            "train": self.feed.rows_an_epoch and len(self.dataset.train),
             "validation": len(self.dataset.validation),
             "test": len(self.dataset.test),
             "dropped": self.dataset.dropped,

@@ -37,6 +37,8 @@ def _spell_out(arguments: Sequence[str]) -> list[str]:
     spelt: list[str] = []
     rest = iter(arguments)
     for one in rest:
+        if one == "--":
+            return [*spelt, one, *rest]
         flag, given, value = one.partition("=")
         if flag.startswith("--") and "." in flag:
             path = flag.removeprefix("--").replace("-", "_")
