@@ -77,6 +77,10 @@ def draw_curves(path: Path, record: Record) -> list[Any]:
     }
     skipped = {"event", "time", "step", "best", "judged_by", "loss"}
     names = [name for event in looks.values() for name in event if name not in skipped]
+    of_sources = [name for name in dict.fromkeys(names) if name.startswith("loss/")]
+    names = [name for name in names if name not in of_sources]
+    for name in of_sources:
+        losses[name.removeprefix("loss/")] = [(step, one[name]) for step, one in sorted(looks.items()) if name in one]
     metrics = {
         label(name): [(step, event[name]) for step, event in sorted(looks.items()) if name in event]
         for name in dict.fromkeys(names)

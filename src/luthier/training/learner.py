@@ -38,7 +38,6 @@ class Settings:
     """Validations without improvement before stopping early; 0: never."""
     checkpoint_every: int
     """Steps between checkpoints beside those at validations; 0: none."""
-    by_length: bool
     seed: int
     ema: float = 0.0
     """Decay of a moving average of the weights; 0: none is kept."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from torch.nn import Parameter
@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from luthier.core.errors import TrainingError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
-from luthier.data.batches import plan_steps
+from luthier.data.feed import Feed
 from luthier.models.spec import LoadedModel
 from luthier.training.averages import MovingAverage
 from luthier.training.checkpoint import Checkpoints, Progress, draw_state, read_checkpoint, restore_draws
@@ -40,7 +40,7 @@ class Outcome:
 def train(
     model: LoadedModel,
     objective: Objective,
-    rows: Sequence[Encoded],
+    feed: Feed,
     validation: Sequence[Encoded],
     *,
     parameters: Sequence[tuple[str, Parameter]],
@@ -70,7 +70,6 @@ def train(
         _restore(learner, checkpoints, events)
         masters.publish()
     progress = learner.progress
-    lengths = [len(row.ids) + len(row.target) for row in rows]
     started, first = time.monotonic(), progress.step
     watch: Watch | None = Watch(parameters)
     tokens_before, stopped_early = progress.tokens, False
@@ -84,20 +83,24 @@ def train(
         events.emit("checkpoint", step=progress.step, path=str(path))
 
     with watch_signals() as asked_to_stop:
-        for plan in _steps_from(progress.step, lengths, settings):
-            loss, norm = take_step(learner, [rows[at] for at in plan])
+        for rows in feed.steps(progress.step, progress.place, events):
+            loss, norm = take_step(learner, rows)
             masters.publish()
             if watch is not None and (norm > 0 or not objective.idle):
                 watch.check(learner.rate)
                 watch = None
             progress.step += 1
+            progress.place = feed.place
+            progress.drawn = dict(Counter(progress.drawn) + Counter(row.source for row in rows if row.source))
             elapsed = time.monotonic() - started
             done = progress.step - first
             events.emit(
                 "step",
                 step=progress.step,
                 steps=settings.steps,
-                epoch=round(progress.step * settings.batch_size / len(rows), 4),
+                epoch=round(progress.step * settings.batch_size / feed.rows_an_epoch, 4)
+                if feed.rows_an_epoch
+                else None,
                 loss=loss,
                 learning_rate=learner.rate,
                 grad_norm=norm,
@@ -105,6 +108,7 @@ def train(
                 tokens_per_second=round((progress.tokens - tokens_before) / max(elapsed, 1e-9), 1),
                 seconds_left=round(elapsed / done * (settings.steps - progress.step), 1),
                 **({"tally": learner.tally} if learner.tally else {}),
+                **({"drawn": dict(progress.drawn)} if progress.drawn else {}),
             )
             last = progress.step == settings.steps
             due = validation and settings.validate_every and progress.step % settings.validate_every == 0
@@ -135,17 +139,6 @@ def train(
     masters.close()
     model.module.eval()
     return Outcome(progress, stopped_early, seconds, (progress.tokens - tokens_before) / max(seconds, 1e-9))
-
-
-def _steps_from(step: int, lengths: Sequence[int], settings: Settings) -> Iterator[list[int]]:
-    """Row numbers of each step from `step` (from 0) to the last, through as many epochs as that takes."""
-    per_epoch = math.ceil(len(lengths) / settings.batch_size)
-    while step < settings.steps:
-        epoch, skip = divmod(step, per_epoch)
-        plans = plan_steps(lengths, settings.batch_size, seed=settings.seed, epoch=epoch, by_length=settings.by_length)
-        for plan in plans[skip : skip + settings.steps - step]:
-            yield plan
-            step += 1
 
 
 def _restore(learner: Learner, checkpoints: Checkpoints, events: Events) -> None:

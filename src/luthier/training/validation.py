@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -40,26 +40,37 @@ def _look(learner: Learner, validation: Sequence[Encoded], checkpoints: Checkpoi
 
 @torch.no_grad()
 def validate(model: LoadedModel, objective: Objective, rows: Sequence[Encoded], *, tokens: int) -> dict[str, float]:
-    """Mean loss by weight, and the objective's own metrics. Independent of `tokens`, of which so many go through the
-    model at once, but for rounding."""
+    """Mean loss by weight, of all rows and of each of several sources, and the objective's own metrics. Independent of
+    `tokens`, of which so many go through the model at once, but for rounding."""
     training = model.module.training
     model.module.eval()
-    total = weight = 0.0
+    sources = list(dict.fromkeys(row.source for row in rows))
+    totals = dict.fromkeys(sources, (0.0, 0.0))
     scores: list[Tensor] = []
     gold: list[Tensor] = []
     try:
         examined = objective.examine(model, rows, tokens=tokens)
         if examined is not None:
             return examined
-        for part in fill_batches([len(row.ids) + len(row.target) for row in rows], tokens):
-            batch = objective.batch([rows[at] for at in part], model, (0, 0)).to(model.device)
+        for source, part in _batches(rows, sources, tokens):
+            batch = objective.batch(part, model, (0, 0)).to(model.device)
             loss, seen = objective.measure(model, batch)
-            total += float(loss.sum)
-            weight += loss.weight
+            total, weight = totals[source]
+            totals[source] = total + float(loss.sum), weight + loss.weight
             if seen is not None and batch.gold is not None:
                 scores.append(seen.float().cpu())
                 gold.append(batch.gold.cpu())
     finally:
         model.module.train(training)
     extra = objective.metrics(torch.cat(scores), torch.cat(gold), model) if scores else {}
-    return {"loss": total / weight, **extra}
+    total, weight = (sum(parts) for parts in zip(*totals.values()))
+    named = {f"loss/{name}": part / held for name, (part, held) in totals.items() if name and held}
+    return {"loss": total / weight, **extra, **named}
+
+
+def _batches(rows: Sequence[Encoded], sources: Sequence[str], tokens: int) -> Iterator[tuple[str, list[Encoded]]]:
+    """Rows of one source at a time, with its name."""
+    for source in sources:
+        held = [row for row in rows if row.source == source]
+        for part in fill_batches([len(row.ids) + len(row.target) for row in held], tokens):
+            yield source, [held[at] for at in part]

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.choice import defaults
 from luthier.core.config import Resolved
-from luthier.core.errors import LuthierError, RunError, TrainingError
+from luthier.core.errors import ConfigError, DataError, LuthierError, RunError, TrainingError
 from luthier.core.events import Events
 from luthier.core.run import Run, write_rows
+from luthier.core.types import Encoded
+from luthier.data.feed import Feed, HeldRows, StreamedRows
 from luthier.data.load import Dataset, load_data
+from luthier.data.mix import weights_of
+from luthier.data.plans import Plan
 from luthier.text.answers import split_answers
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.schedules import SCHEDULES
@@ -21,9 +26,14 @@ from luthier.training.schedules import SCHEDULES
 if TYPE_CHECKING:
     from luthier.evals.preferences import Logs
     from luthier.models.spec import LoadedModel
+    from luthier.training.checkpoint import Progress
     from luthier.training.learner import Settings
     from luthier.training.objectives.part import Objective
     from luthier.verbs.tune import Tune
+
+
+# Rows of a stream, as far as choices by their number go.
+MANY = 1_000_000
 
 
 class Work:
@@ -36,6 +46,7 @@ class Work:
         self.objective: Objective
         self.settings: Settings
         self.before: Logs | None = None
+        self.feed: Feed
 
     @property
     def config(self) -> Tune:
@@ -53,6 +64,8 @@ class Work:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         keep_freed_memory()
+        _check_stream(config)
+        _check_order(config)
         events.stage("reading the data")
         self.dataset = load_data(config.data, events)
         if config.objective == "auto":
@@ -61,7 +74,13 @@ class Work:
             name, why = defaults.choose_objective(self.dataset.train[0], read_kind(config.model))
             self._advise("objective", OBJECTIVES.parse(name), why, shown=name)
         objective: Objective = self.config.objective
+        _check_sources(self.dataset, objective)
         objective.check_examples(self.dataset.train)
+        if self.dataset.stream is not None and objective.refers:
+            raise ConfigError(
+                f"objective {objective.kind!r} measures every row against the model as it was before the first step, so it "
+                "needs all rows at hand; set data.stream: false"
+            )
         self.objective = objective.prepare(self.dataset.train, events)
         events.stage(f"loading the model {config.model}")
         wanted: dict[str, Any] = {
@@ -113,13 +132,13 @@ class Work:
 
         events, dataset = self.events, self.dataset
         events.stage(f"encoding {len(dataset.train)} rows")
-        self.rows = self.objective.encode(dataset.train, self.model, events)
-        self.validation = self.objective.encode(dataset.validation, self.model, events) if dataset.validation else []
+        self.rows = self._encode_part("train")
+        self.validation = self._encode_part("validation")
         if any(row.parents for row in self.rows):
             shares(self.model, events)
         config, kind = self.config, self.objective.kind
         if config.batch_size == "auto":
-            size, why = defaults.choose_batch_size(len(self.rows), kind)
+            size, why = defaults.choose_batch_size(MANY if dataset.stream else len(self.rows), kind)
             self._advise("batch_size", size, why)
         if config.steps is None and config.epochs == "auto":
             epochs, why = defaults.choose_epochs(len(self.rows), kind)
@@ -137,6 +156,7 @@ class Work:
         config = self.config
         an_epoch = math.ceil(len(self.rows) / int(config.batch_size))
         steps = config.steps or max(1, round(float(config.epochs) * an_epoch))
+        an_epoch = steps if dataset.stream else an_epoch
         if config.validate_every in ("auto", "epoch"):
             every, why = (
                 defaults.choose_validation(steps, an_epoch)
@@ -157,11 +177,53 @@ class Work:
             validate_every=int(config.validate_every),
             patience=config.patience,
             checkpoint_every=int(config.checkpoint_every),
-            by_length=config.by_length,
             seed=config.seed,
             ema=config.ema,
             noise=config.noise,
         )
+        self.feed = self._make_feed()
+
+    def _encode_part(self, part: str) -> list[Encoded]:
+        """The rows of the training or the validation part, source by source, each with its source's name."""
+        rows: list[Encoded] = []
+        for name, examples in self.dataset.split_by_source(part).items():
+            found = self.objective.encode(examples, self.model, self.events)
+            rows += [replace(row, source=name) for row in found] if name else found
+        return rows
+
+    def _make_feed(self) -> Feed:
+        config, settings, dataset = self.config, self.settings, self.dataset
+        if dataset.stream is not None:
+            return StreamedRows(
+                dataset.stream,
+                lambda examples, events: self.objective.encode(examples, self.model, events),
+                batch_size=settings.batch_size,
+                steps=settings.steps,
+                seed=config.seed,
+                window=config.data.shuffle_buffer,
+                shuffled=config.order == "shuffled",
+                by_length=config.by_length,
+            )
+        plan = Plan(
+            [len(row.ids) + len(row.target) for row in self.rows],
+            settings.batch_size,
+            settings.steps,
+            config.seed,
+            config.order,
+            config.by_length,
+            [row.source for row in self.rows] if dataset.weights else (),
+            dataset.weights,
+        )
+        return HeldRows(self.rows, plan)
+
+    def drawn(self, progress: Progress) -> dict[str, Any]:
+        """What was learned from: rows of each of several sources, and the passes over a stream."""
+        found: dict[str, Any] = {"drawn": dict(progress.drawn)} if progress.drawn else {}
+        stream = self.dataset.stream
+        if stream is not None and progress.place is not None:
+            passes = [mark[0] for mark in progress.place["marks"]]
+            found["passes"] = dict(zip(self.dataset.weights, passes)) if stream.mixed else passes[0]
+        return found
 
     def scales(self) -> dict[str, float]:
         """At what multiple of the learning rate each weight learns, where it is not 1."""
@@ -175,10 +237,12 @@ class Work:
         parameters = list(self.model.module.parameters())
         return {
             "steps": self.settings.steps,
-            "train_rows": len(self.rows),
+            "train_rows": self.feed.rows_an_epoch,
             "validation_rows": len(self.validation),
             "test_rows": len(self.dataset.test),
-            "tokens_an_epoch": sum(len(row.ids) + len(row.target) for row in self.rows),
+            "tokens_an_epoch": None
+            if self.dataset.stream
+            else sum(len(row.ids) + len(row.target) for row in self.rows),
             "longest_row": max(len(row.ids) + len(row.target) for row in self.rows),
             "parameters": sum(parameter.numel() for parameter in parameters),
             "trainable_parameters": sum(parameter.numel() for _, parameter in self.parameters),
@@ -200,7 +264,7 @@ class Work:
         """Write what was read: profile, fingerprint, a few rows as the model sees them."""
         data = {
             "fingerprint": self.dataset.fingerprint,
-            "train": len(self.dataset.train),
+            "train": self.feed.rows_an_epoch and len(self.dataset.train),
             "validation": len(self.dataset.validation),
             "test": len(self.dataset.test),
             "dropped": self.dataset.dropped,
@@ -228,6 +292,7 @@ class Work:
         keep = run.path / "reference"
         self.rows = self.objective.refer(self.rows, self.model, run.events, keep)
         self.validation = self.objective.refer(self.validation, self.model, run.events, keep)
+        self.feed = self._make_feed()
         held = self.dataset.test or self.dataset.validation
         if reads_answers(held) and self.objective.task is None:
             run.events.stage(f"reading {len(held)} held-out rows with the model as it starts")
@@ -312,3 +377,40 @@ class Work:
         self.asked = self.asked.advise(**{name: value})
         if not quiet:
             self.events.choose(name, value if shown is None else shown, why)
+
+
+def _check_stream(config: Tune) -> None:
+    if not config.data.stream:
+        return
+    if config.steps is None:
+        raise ConfigError("data.stream: nobody knows how long a pass over a stream is; give `steps` instead of epochs")
+    if config.validate_every == "epoch":
+        raise ConfigError("validate_every: a stream has no epochs; give a number of steps")
+    if config.order not in ("shuffled", "given"):
+        raise ConfigError(
+            f"order: {config.order!r} needs all rows at hand, and a stream has them not; use 'shuffled' or 'given'"
+        )
+
+
+def _check_order(config: Tune) -> None:
+    if config.order == "competence" and weights_of(config.data.train):
+        raise ConfigError(
+            "order: 'competence' draws from all rows alike, so weights have no meaning for it; take either out"
+        )
+
+
+def _check_sources(dataset: Dataset, objective: Objective) -> None:
+    """Sources may differ in shape, if the objective learns from each."""
+    for name, examples in dataset.by_source.get("train", {}).items():
+        if not isinstance(examples[0], objective.wants):
+            others = dataset.by_source["train"].items()
+            fits = [
+                f"{other} with {type(rows[0]).__name__} rows"
+                for other, rows in others
+                if isinstance(rows[0], objective.wants)
+            ]
+            raise DataError(
+                f"{name}: objective {objective.kind!r} does not learn from its {type(examples[0]).__name__} rows"
+                + (f", only from {', '.join(fits)}" if fits else "")
+                + "; take it out, or map its columns with `columns:` of the source"
+            )

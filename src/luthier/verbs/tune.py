@@ -15,6 +15,7 @@ from luthier.core.events import Events, Sink
 from luthier.core.record import Record
 from luthier.core.run import Run, discard, find_run
 from luthier.data.load import Data
+from luthier.data.plans import Order
 from luthier.models.adapters import ADAPTERS
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.optimizers import OPTIMIZERS
@@ -81,6 +82,9 @@ class Tune(Config):
     """Steps between checkpoints, beside one at every validation."""
     by_length: bool = True
     """Put rows of like length into one step, so that little is padded."""
+    order: Order = "shuffled"
+    """The order of the rows: shuffled, given (as the data have them), short_first (the first pass goes from short to long),
+    competence (over the first half of the run from a growing share of the shortest)."""
     baselines: bool = True
     """Judge plain baselines on the same rows."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -179,7 +183,7 @@ def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
     outcome = train(
         work.model,
         work.objective,
-        work.rows,
+        work.feed,
         work.validation,
         parameters=work.parameters,
         optimizer=work.config.optimizer,
@@ -199,7 +203,8 @@ def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
             "tokens_per_second": round(outcome.tokens_per_second, 1),
             "training_seconds": round(run.record.numbers.get("training_seconds", 0.0) + outcome.seconds, 1),
             "stopped_early": outcome.stopped_early,
-        }
+        },
+        data={**run.record.data, **work.drawn(outcome.progress)},
     )
     work.keep_model(run)
     work.judge(run)
