@@ -85,7 +85,9 @@ def head_of(model: LoadedModel) -> Head | OwnHead:
     layer = model.module.get_output_embeddings()  # type: ignore[operator]
     if model.head is None or model.head[0] is not layer:
         model.head = (layer, read_head(model.module))
-    return model.head[1]  # type: ignore[no-any-return]
+    head = model.head[1]
+    # Read anew each time: a sharded weight is another tensor while its model computes.
+    return replace(head, weight_VE=layer.weight, bias_V=layer.bias) if isinstance(head, Head) else head  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from luthier.data.batches import Batch
 from luthier.models.spec import LoadedModel
 from luthier.training.averages import Averages, MovingAverage
 from luthier.training.checkpoint import Progress
 from luthier.training.masters import Masters
-from luthier.training.objectives.part import Objective
+from luthier.training.objectives.part import Loss, Objective
 from luthier.training.schedules.part import Schedule
+from luthier.training.world import ALONE, World
+
+if TYPE_CHECKING:
+    from luthier.training.sharding import Sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,9 @@ class Learner:
     """What the objective counted in the rows of the last step."""
     masters: Masters | None = None
     ema: MovingAverage | None = None
+    world: World = ALONE
+    sharded: Sharded | None = None
+    """The model with its weights shared out over the processes, where they are."""
 
     @property
     def rate(self) -> float:
@@ -94,6 +103,12 @@ class Learner:
         """Round what learns into the weights that compute."""
         if self.masters is not None:
             self.masters.publish()
+
+    def measure(self, batch: Batch) -> tuple[Loss, Tensor | None]:
+        """The objective's measure of a batch, on the model as it lies."""
+        if self.sharded is None:
+            return self.objective.measure(self.model, batch)
+        return self.sharded.measure(self.objective, self.model, batch)
 
     def weights(self) -> dict[str, Tensor]:
         """What learns, by name."""

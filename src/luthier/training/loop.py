@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+import torch
 from torch.nn import Parameter
 
 from luthier.core.errors import TrainingError
@@ -15,16 +18,18 @@ from luthier.core.types import Encoded
 from luthier.data.feed import Feed
 from luthier.models.spec import LoadedModel
 from luthier.training.averages import MovingAverage
-from luthier.training.checkpoint import Checkpoints, Progress, draw_state, read_checkpoint, restore_draws
+from luthier.training.checkpoint import Checkpoints, Progress, draw_state, restore_draws
 from luthier.training.learner import Learner, Settings
 from luthier.training.masters import Masters
 from luthier.training.objectives.part import Objective
 from luthier.training.optimizers.part import NO_SCALES, Optimizer
 from luthier.training.schedules.part import Schedule
+from luthier.training.sharding import Sharded
 from luthier.training.signals import watch_signals
 from luthier.training.step import take_step
 from luthier.training.tripwires import Watch, check_learning
 from luthier.training.validation import look
+from luthier.training.world import ALONE, World
 
 
 @dataclass(slots=True)
@@ -51,6 +56,8 @@ def train(
     events: Events,
     resume: bool = False,
     scales: Mapping[str, float] = NO_SCALES,
+    world: World = ALONE,
+    sharded: Sharded | None = None,
 ) -> Outcome:
     """Train `parameters` in place; on return the model holds the best weights seen at a validation (of averages,
     where the optimiser or `settings.ema` keeps any). `scales` multiplies the learning rate of a parameter by its name.
@@ -59,17 +66,23 @@ def train(
     changes nothing. With `resume` the newest whole checkpoint is restored: weights, optimiser, random generators and
     place in the data; the run goes on exactly as it would have. SIGINT and SIGTERM finish the step, write a
     checkpoint and raise KeyboardInterrupt. Raises TrainingError on a non-finite or runaway loss.
+
+    In a `world` of several processes each does the same with its share of every step, and all hold the same weights, or
+    (`sharded`) each its part of them. A signal to one stops them all after the same step.
     """
     check_learning(model, parameters)
     masters = Masters(parameters)
     parameters = masters.parameters
     engine = optimizer.build(parameters, settings.learning_rate, scales)
     ema = MovingAverage(parameters, settings.ema) if settings.ema else None
-    learner = Learner(model, objective, parameters, engine, schedule, settings, masters=masters, ema=ema)
+    learner = Learner(
+        model, objective, parameters, engine, schedule, settings, masters=masters, ema=ema, world=world, sharded=sharded
+    )
     if resume:
         _restore(learner, checkpoints, events)
         masters.publish()
     progress = learner.progress
+    _part_draws(world, settings.seed, progress.step)
     started, first = time.monotonic(), progress.step
     watch: Watch | None = Watch(parameters)
     tokens_before, stopped_early = progress.tokens, False
@@ -87,7 +100,7 @@ def train(
             loss, norm = take_step(learner, rows)
             masters.publish()
             if watch is not None and (norm > 0 or not objective.idle):
-                watch.check(learner.rate)
+                watch.check(learner.rate, world)
                 watch = None
             progress.step += 1
             progress.place = feed.place
@@ -111,14 +124,15 @@ def train(
                 **({"drawn": dict(progress.drawn)} if progress.drawn else {}),
             )
             last = progress.step == settings.steps
+            stop = world.any(asked_to_stop())
             due = validation and settings.validate_every and progress.step % settings.validate_every == 0
             if due or (validation and last):
                 look(learner, validation, checkpoints, events)
                 stopped_early = bool(settings.patience) and progress.stale >= settings.patience and not last
             periodic = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
-            if due or last or periodic or stopped_early or asked_to_stop():
+            if due or last or periodic or stopped_early or stop:
                 save()
-            if asked_to_stop() and not last:
+            if stop and not last:
                 raise KeyboardInterrupt
             if stopped_early:
                 events.choose(
@@ -130,7 +144,7 @@ def train(
     seconds = time.monotonic() - started
     learner.settle()
     if validation and progress.best_step and progress.best_step != progress.step:
-        best = read_checkpoint(checkpoints.directory / "best")
+        best = checkpoints.read("best")
         if best is None:
             events.warn(f"the best checkpoint (step {progress.best_step}) cannot be read; the last weights are kept")
         else:
@@ -139,6 +153,15 @@ def train(
     masters.close()
     model.module.eval()
     return Outcome(progress, stopped_early, seconds, (progress.tokens - tokens_before) / max(seconds, 1e-9))
+
+
+def _part_draws(world: World, seed: int, step: int) -> None:
+    """Let each process draw numbers of its own (dropout); those of the first are what they were."""
+    if not world.leads:
+        numbers = np.random.SeedSequence([seed, world.rank, step]).generate_state(3)
+        random.seed(int(numbers[0]))
+        np.random.seed(numbers[1])
+        torch.manual_seed(int(numbers[2]))
 
 
 def _restore(learner: Learner, checkpoints: Checkpoints, events: Events) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from luthier.core.errors import ConfigError, DataError, LuthierError, RunError, 
 from luthier.core.events import Events
 from luthier.core.run import Run, write_rows
 from luthier.core.types import Encoded
+from luthier.data.cache import lengths_of
 from luthier.data.feed import Feed, HeldRows, StreamedRows
 from luthier.data.load import Dataset, load_data
 from luthier.data.mix import weights_of
@@ -26,9 +28,11 @@ from luthier.training.schedules import SCHEDULES
 if TYPE_CHECKING:
     from luthier.evals.preferences import Logs
     from luthier.models.spec import LoadedModel
-    from luthier.training.checkpoint import Progress
+    from luthier.training.checkpoint import Checkpoints, Progress
     from luthier.training.learner import Settings
     from luthier.training.objectives.part import Objective
+    from luthier.training.sharding import Sharded
+    from luthier.training.world import World
     from luthier.verbs.tune import Tune
 
 
@@ -39,8 +43,14 @@ MANY = 1_000_000
 class Work:
     """The state of one tuning between its stages."""
 
-    def __init__(self, asked: Resolved[Tune], events: Events, model: LoadedModel | None = None):
+    def __init__(
+        self, asked: Resolved[Tune], events: Events, model: LoadedModel | None = None, world: World | None = None
+    ):
+        from luthier.training.world import ALONE
+
         self.asked, self.events, self.given = asked, events, model
+        self.world = world or ALONE
+        self.sharded: Sharded | None = None
         self.model: LoadedModel
         self.dataset: Dataset
         self.objective: Objective
@@ -60,8 +70,9 @@ class Work:
         from luthier.training.allocator import keep_freed_memory
 
         config, events = self.config, self.events
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        threads = self.world.threads(config.threads)
+        if threads:
+            torch.set_num_threads(threads)
         torch.manual_seed(config.seed)
         keep_freed_memory()
         _check_stream(config)
@@ -100,7 +111,7 @@ class Work:
                 config.model,
                 from_scratch=config.from_scratch,
                 learn=config.learn,
-                device=config.device,
+                device=self.world.device(config.device),
                 events=events,
                 **wanted,
             )
@@ -110,6 +121,18 @@ class Work:
         self.parameters = list(config.adapter.trainable(self.model))
         self._choose_precision()
         self.objective.ready(self.model, events)
+        if self.shards:
+            from luthier.training.sharding import check_sharding
+
+            check_sharding(config.optimizer, self.objective)
+            if config.ema:
+                raise ConfigError(
+                    "ema: no average is kept of weights that are shared out; set ema: 0 or sharding: none"
+                )
+
+    @property
+    def shards(self) -> bool:
+        return self.config.sharding == "full" and self.world.size > 1
 
     def _choose_precision(self) -> None:
         from luthier.models.fuse import fuse
@@ -132,9 +155,8 @@ class Work:
 
         events, dataset = self.events, self.dataset
         events.stage(f"encoding {len(dataset.train)} rows")
-        self.rows = self._encode_part("train")
-        self.validation = self._encode_part("validation")
-        if any(row.parents for row in self.rows):
+        self.rows, self.validation = self._encode_part("train"), self._encode_part("validation")
+        if self.objective.refers:
             shares(self.model, events)
         config, kind = self.config, self.objective.kind
         if config.batch_size == "auto":
@@ -183,13 +205,18 @@ class Work:
         )
         self.feed = self._make_feed()
 
-    def _encode_part(self, part: str) -> list[Encoded]:
+    def _encode_part(self, part: str) -> Sequence[Encoded]:
         """The rows of the training or the validation part, source by source, each with its source's name."""
-        rows: list[Encoded] = []
-        for name, examples in self.dataset.split_by_source(part).items():
-            found = self.objective.encode(examples, self.model, self.events)
-            rows += [replace(row, source=name) for row in found] if name else found
-        return rows
+        from luthier.training.encoded import encode_once
+
+        found = {
+            name: encode_once(f"{part}/{name}", examples, self.objective, self.model, self.world, self.events)
+            for name, examples in self.dataset.split_by_source(part).items()
+            if examples
+        }
+        if set(found) <= {""}:
+            return found.get("", [])
+        return [replace(row, source=name) for name, rows in found.items() for row in rows]
 
     def _make_feed(self) -> Feed:
         config, settings, dataset = self.config, self.settings, self.dataset
@@ -205,7 +232,7 @@ class Work:
                 by_length=config.by_length,
             )
         plan = Plan(
-            [len(row.ids) + len(row.target) for row in self.rows],
+            lengths_of(self.rows),
             settings.batch_size,
             settings.steps,
             config.seed,
@@ -232,18 +259,53 @@ class Work:
         names = [name for name, _ in self.parameters]
         return combine(names, self.config.adapter.scales(self.model), layer_scales(names, self.config.layer_decay))
 
+    def begin(self) -> None:
+        """Form the group of processes, now that nothing slow is left to do alone, and share out the weights if asked."""
+        world = self.world
+        if world.size == 1:
+            return
+        import torch
+
+        self.events.stage(f"joining {world.size} processes")
+        world.begin(self.model.device)
+        with torch.no_grad():
+            # Heads and adapters start at random, from the same seed on machines that need not be alike.
+            start = world.spread({name: one for name, one in self.parameters} if world.leads else None)
+            for name, parameter in self.parameters:
+                parameter.copy_(start[name])
+        self.events.choose("processes", world.size, "each learns from its share of every step; gradients are added up")
+        if self.shards:
+            from luthier.training.sharding import Sharded
+
+            self.sharded = Sharded(self.model, world)
+            self.parameters = list(self.config.adapter.trainable(self.model))
+
+    def gather(self) -> None:
+        """Leave the group: what is left is done by the first process, with the whole model."""
+        if self.sharded is not None:
+            self.sharded.gather()
+        self.world.end()
+
+    def checkpoints(self, path: Path) -> Checkpoints:
+        """The checkpoints of the run at `path`."""
+        from luthier.training.checkpoint import Checkpoints
+
+        if self.config.sharding == "none":
+            return Checkpoints(path / "checkpoints", world=self.world)
+        from luthier.training.sharding import ShardedCheckpoints
+
+        return ShardedCheckpoints(path / "checkpoints", world=self.world, parameters=self.parameters)
+
     def numbers(self) -> dict[str, Any]:
         """Sizes of the work: rows, tokens, parameters, steps."""
-        parameters = list(self.model.module.parameters())
+        parameters, lengths = list(self.model.module.parameters()), lengths_of(self.rows)
         return {
             "steps": self.settings.steps,
             "train_rows": self.feed.rows_an_epoch,
             "validation_rows": len(self.validation),
             "test_rows": len(self.dataset.test),
-            "tokens_an_epoch": None
-            if self.dataset.stream
-            else sum(len(row.ids) + len(row.target) for row in self.rows),
-            "longest_row": max(len(row.ids) + len(row.target) for row in self.rows),
+            "tokens_an_epoch": None if self.dataset.stream else sum(lengths),
+            "longest_row": max(lengths),
             "parameters": sum(parameter.numel() for parameter in parameters),
             "trainable_parameters": sum(parameter.numel() for _, parameter in self.parameters),
         }
@@ -252,7 +314,7 @@ class Work:
         """Predicted peak memory in bytes, by part."""
         from luthier.models.memory import estimate_memory
 
-        longest = sorted((len(row.ids) + len(row.target) for row in self.rows), reverse=True)
+        longest = sorted(lengths_of(self.rows), reverse=True)
         rows = math.ceil(self.settings.batch_size / self.settings.accumulate)
         trainable = sum(parameter.numel() for _, parameter in self.parameters)
         # A step with more than micro_tokens is split, but for a row that is longer than that alone.
@@ -285,18 +347,26 @@ class Work:
         artefacts = {"profile": "artefacts/profile.json", "samples": "artefacts/samples.jsonl"}
         run.update(data=data, lineage=lineage, artefacts=artefacts, numbers={**run.record.numbers, **self.numbers()})
 
-    def refer(self, run: Run) -> None:
-        """Let the model say of the rows, before it learns, what the objective and the judge will hold against it."""
+    def refer(self, path: Path) -> None:
+        """Let the model say of the rows, before it learns, what the objective and the judge will hold against it.
+
+        The first process keeps what it said in the run at `path`, where the others find it.
+        """
         from luthier.evals.preferences import read_answers, reads_answers
 
-        keep = run.path / "reference"
-        self.rows = self.objective.refer(self.rows, self.model, run.events, keep)
-        self.validation = self.objective.refer(self.validation, self.model, run.events, keep)
+        keep = path / "reference"
+        if not self.world.leads:
+            self.world.hear("referred")
+        self.rows = self.objective.refer(self.rows, self.model, self.events, keep)
+        self.validation = self.objective.refer(self.validation, self.model, self.events, keep)
         self.feed = self._make_feed()
+        self.world.tell("referred", "")
+        if not self.world.leads:
+            return
         held = self.dataset.test or self.dataset.validation
         if reads_answers(held) and self.objective.task is None:
-            run.events.stage(f"reading {len(held)} held-out rows with the model as it starts")
-            self.before = read_answers(self.model, held, run.events, "reference")
+            self.events.stage(f"reading {len(held)} held-out rows with the model as it starts")
+            self.before = read_answers(self.model, held, self.events, "reference")
 
     def keep_model(self, run: Run) -> None:
         """Save the tuned model, whole or not at all."""

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, LuthierError, RunError
 from luthier.core.events import Events, Sink
-from luthier.core.record import Record
+from luthier.core.record import Record, now
 from luthier.core.run import Run, discard, find_run
 from luthier.data.load import Data
 from luthier.data.plans import Order
@@ -20,11 +20,14 @@ from luthier.models.adapters import ADAPTERS
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.optimizers import OPTIMIZERS
 from luthier.training.schedules import SCHEDULES
+from luthier.verbs.launch import join_world
 from luthier.verbs.stages import Work
 
 if TYPE_CHECKING:
     from luthier.core.types import Encoded
     from luthier.models.spec import LoadedModel
+    from luthier.training.loop import Outcome
+    from luthier.training.world import World
 
 
 class Tune(Config):
@@ -95,6 +98,10 @@ class Tune(Config):
     """Processor threads; by default torch's choice."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda ..."""
+    processes: int = Field(1, gt=0)
+    """Processes of this machine that learn together, each from its share of every step; torchrun's number under torchrun."""
+    sharding: Literal["none", "full"] = "none"
+    """What each of several processes holds: the whole model, or its part of weights, gradients and optimiser (FSDP2)."""
     name: str | None = None
     """The run's name; by default the verb and the time."""
 
@@ -115,7 +122,7 @@ def tune(
     """Tune a model and return the run's record.
 
     `luthier.tune(model=..., data=..., objective=...)` from Python, a Resolved[Tune] from the command line, or
-    `resume="run:<id>"` to go on with an interrupted run. Raises LuthierError (ConfigError, DataError, ModelError,
+    `resume="run:<id>"` to go on with an interrupted run (with `processes` for another number of them). Raises LuthierError (ConfigError, DataError, ModelError,
     RunError, TrainingError); KeyboardInterrupt after a checkpoint when it is told to stop.
     """
     return tune_model(_as_resolved(asked, resume, settings), sinks=sinks, resume=resume)[0]
@@ -146,13 +153,24 @@ def tune_model(
     asked: Resolved[Tune], *, sinks: Sequence[Sink] = (), resume: str | None = None, model: LoadedModel | None = None
 ) -> tuple[Record, LoadedModel]:
     """Tune, and return the record and the tuned model. `model` is used as it stands instead of loading one."""
+    with join_world(asked, resume=resume, given=model is not None) as world, world.guard():
+        if not world.leads:
+            return _follow(asked, world, resume, model)
+        return _lead(asked, world, sinks, resume, model)
+
+
+def _lead(
+    asked: Resolved[Tune], world: World, sinks: Sequence[Sink], resume: str | None, model: LoadedModel | None
+) -> tuple[Record, LoadedModel]:
     run = Run.open(resume, sinks) if resume else Run.create("tune", asked, name=asked.config.name, sinks=sinks)
     if resume and run.record.state == "finished":
         raise RunError(
             f"run:{run.id}: this run is finished; to train it further start a new one with --model run:{run.id}"
         )
-    work = Work(asked, run.events, model)
-    with run.working():
+    world.tell("run", str(run.path.absolute()))
+    work = Work(asked, run.events, model, world)
+    # What another process died of is what the record says: the guard stands inside.
+    with run.working(), world.guard():
         try:
             work.read()
             if resume and run.record.data.get("fingerprint") not in (None, work.dataset.fingerprint):
@@ -172,14 +190,24 @@ def tune_model(
     return run.record, work.model
 
 
-def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
-    from luthier.training.checkpoint import Checkpoints
+def _follow(
+    asked: Resolved[Tune], world: World, resume: str | None, model: LoadedModel | None
+) -> tuple[Record, LoadedModel]:
+    """Take part in a run that another process leads; the record that comes back is not written anywhere."""
+    path = Path(world.hear("run"))
+    work = Work(asked, Events(), model, world)
+    work.read()
+    work.encode()
+    _learn(path, work, resume=resume is not None)
+    return Record(id=path.name, verb="tune", created=now(), state="finished"), work.model
+
+
+def _learn(path: Path, work: Work, *, resume: bool) -> Outcome:
+    """The part of a tuning that all processes do together."""
     from luthier.training.loop import train
 
-    run.write_config(work.asked)
-    work.keep_inputs(run)
-    work.refer(run)
-    checkpoints = Checkpoints(run.path / "checkpoints")
+    work.refer(path)
+    work.begin()
     outcome = train(
         work.model,
         work.objective,
@@ -189,11 +217,21 @@ def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
         optimizer=work.config.optimizer,
         schedule=work.config.schedule,
         settings=work.settings,
-        checkpoints=checkpoints,
-        events=run.events,
+        checkpoints=work.checkpoints(path),
+        events=work.events,
         resume=resume,
         scales=work.scales(),
+        world=work.world,
+        sharded=work.sharded,
     )
+    work.gather()
+    return outcome
+
+
+def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
+    run.write_config(work.asked)
+    work.keep_inputs(run)
+    outcome = _learn(run.path, work, resume=resume)
     run.update(
         numbers={
             **run.record.numbers,
@@ -208,7 +246,7 @@ def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
     )
     work.keep_model(run)
     work.judge(run)
-    for checkpoint in checkpoints.steps():
+    for checkpoint in work.checkpoints(run.path).steps():
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
@@ -241,9 +279,9 @@ def _as_resolved(
     asked: Resolved[Tune] | Tune | None, resume: str | None, settings: Mapping[str, Any]
 ) -> Resolved[Tune]:
     if resume:
-        if asked is not None or settings:
+        if asked is not None or settings.keys() - {"processes"}:
             raise ConfigError("--resume goes on with the run exactly as it was asked for; give no other settings")
-        return resolve(Tune, file=find_run(resume) / "config.yaml")
+        return resolve(Tune, file=find_run(resume) / "config.yaml", values=settings)
     if isinstance(asked, Tune):
         return Resolved(asked, dict.fromkeys(asked.model_fields_set, "override"))
     return asked if asked is not None else resolve(Tune, values=settings)

@@ -16,6 +16,7 @@ class Adam(Optimizer):
     """Kingma and Ba 2015 (arXiv:1412.6980); weight decay, if any, is added to the gradient (L2)."""
 
     kind: ClassVar[str] = "adam"
+    elementwise: ClassVar[bool] = True
 
     beta1: float = Field(0.9, ge=0, lt=1)
     """Memory of the gradient."""

@@ -22,6 +22,7 @@ class Lion(Optimizer):
     """
 
     kind: ClassVar[str] = "lion"
+    elementwise: ClassVar[bool] = True
     rate: ClassVar[float] = 0.2
     slots: ClassVar[float] = 1.0
 

@@ -26,6 +26,7 @@ class Muon(AdamW):
 
     kind: ClassVar[str] = "muon"
     slots: ClassVar[float] = 1.0
+    elementwise: ClassVar[bool] = False
 
     beta2: float = Field(0.95, ge=0, lt=1)
     """Memory of the squared gradient, where AdamW is used."""

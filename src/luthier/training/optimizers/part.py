@@ -29,6 +29,8 @@ class Optimizer(Part):
     """Whether its engine keeps an average of the weights: it has `eval()`, which puts the average into them, and `train()`."""
     slots: ClassVar[float] = 2.0
     """Values in fp32 kept beside each weight, about; for the estimate of memory."""
+    elementwise: ClassVar[bool] = False
+    """Whether each value moves by its own gradient alone, so that a process can move its part of a weight."""
 
     weight_decay: float = Field(0.0, ge=0)
     """Pull of matrices towards zero; biases, norms and other vectors never decay."""

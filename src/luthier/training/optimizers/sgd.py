@@ -17,6 +17,7 @@ class SGD(Optimizer):
 
     kind: ClassVar[str] = "sgd"
     slots: ClassVar[float] = 1.0
+    elementwise: ClassVar[bool] = True
 
     momentum: float = Field(0.9, ge=0, lt=1)
     """Share of the last step's velocity that is kept."""
