@@ -44,7 +44,7 @@ class Tune(Config):
     optimizer: OPTIMIZERS.field = "adamw"  # type: ignore[name-defined]
     """How gradients move weights: adamw, adamw8bit, adam, sgd, adafactor, muon, lion, schedule_free, apollo, galore."""
     schedule: SCHEDULES.field = "linear"  # type: ignore[name-defined]
-    """How the learning rate moves: constant, linear, cosine, wsd; each with a warm-up."""
+    """How the learning rate moves: constant, linear, polynomial, cosine, inverse_sqrt, wsd; each with a warm-up."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak learning rate."""
     epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import Parameter
 
+from luthier.models.precision import is_fast
 from luthier.training.optimizers.adam import AdamW
 from luthier.training.optimizers.engine import Engine, group_matrices, move_as_adamw
 from luthier.training.optimizers.part import NO_SCALES
@@ -20,8 +21,9 @@ class Muon(AdamW):
     """Jordan et al. 2024 (kellerjordan.github.io/posts/muon) for the matrices inside the layers; AdamW for all else.
 
     The step of a matrix is scaled to the size that AdamW's would have, 0.2 sqrt(max(rows, columns)) (Liu et al. 2025,
-    arXiv:2502.16982), so that one learning rate serves both. Deviation: the Newton-Schulz iteration runs in float32, since
-    bfloat16 is emulated on most processors; it costs little beside a step's forward and backward.
+    arXiv:2502.16982), so that one learning rate serves both. The Newton-Schulz iteration runs in bfloat16, as in the
+    paper, where the machine multiplies that fast; elsewhere, in deviation, in float32. On a processor it may take longer
+    than the forward and backward pass of a small batch.
     """
 
     kind: ClassVar[str] = "muon"
@@ -60,10 +62,11 @@ class MuonEngine(Engine):
         ahead = gradient.lerp(state["momentum"], group["momentum"])
         size = 0.2 * math.sqrt(max(parameter.shape))
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(orthogonalize(ahead, group["iterations"]).to(parameter.dtype), alpha=-group["lr"] * size)
+        dtype = torch.bfloat16 if is_fast(parameter.device) else torch.float32
+        parameter.add_(orthogonalize(ahead, group["iterations"], dtype).to(parameter.dtype), alpha=-group["lr"] * size)
 
 
-def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
+def orthogonalize(matrix: Tensor, iterations: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Singular values brought near 1 (about 0.7 to 1.2), singular vectors kept, by a quintic Newton-Schulz iteration.
 
     Coefficients: Jordan et al. 2024, chosen for a steep slope at zero rather than for convergence.
@@ -71,7 +74,7 @@ def orthogonalize(matrix: Tensor, iterations: int) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T.float() if tall else matrix.float()
-    x = x / (x.norm() + 1e-7)
+    x = (x / (x.norm() + 1e-7)).to(dtype)
     for _ in range(iterations):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
