@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.models.adapters.product import LoraProduct
 from luthier.models.heads import Pooled
+from luthier.models.quantised.linear import QuantisedLinear
 
 if TYPE_CHECKING:
     from luthier.models.spec import LoadedModel
@@ -50,6 +51,8 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the base's precision."""
         if not self.dropout.p or not self.training:
+            if isinstance(self.base, QuantisedLinear):
+                return self.base.beside(x, self.lora_a, self.lora_b, self.scale)
             weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
             flat = LoraProduct.apply(x.flatten(0, -2), weight, self.base.bias, self.lora_a, self.lora_b, self.scale)
             return flat.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
@@ -95,7 +98,13 @@ def replace_layer(network: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def merge_adapter(loaded: LoadedModel) -> None:
-    """Fold an attached adapter, if there is one, into the weights; the model is whole then."""
+    """Fold an attached adapter, if there is one, into the weights; the model is whole then.
+
+    A quantised base is read again in full precision first. Raises ModelError when it can no longer be had.
+    """
+    from luthier.models.quantised.network import restore
+
+    restore(loaded)
     for name, layer in list(lora_layers(loaded.network)):
         replace_layer(loaded.network, name, layer.merged())
     whole = {"adapter": None, "base": None, "base_fingerprint": None}

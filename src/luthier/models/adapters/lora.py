@@ -18,6 +18,7 @@ class Lora(Adapter):
     """LoRA (Hu et al. 2021, arXiv:2106.09685), saved in PEFT's file format; a classifier's head learns in full."""
 
     kind: ClassVar[str] = "lora"
+    quantises: ClassVar[bool] = True
 
     rank: int = Field(16, gt=0)
     """Width of the small matrices."""
