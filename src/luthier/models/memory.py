@@ -23,7 +23,8 @@ def estimate_memory(
     where something is learned.
     """
     facts = read_facts(model.network)
-    weights = sum(one.numel() * one.element_size() for one in model.module.parameters())
+    held = (*model.module.parameters(), *model.module.buffers())
+    weights = sum(one.numel() * one.element_size() for one in held)
     logits = facts.vocabulary if model.spec.task in ("causal", "masked", "seq2seq") else 0
     found = {
         "weights": weights,

@@ -102,16 +102,22 @@ class Work:
         }
         if objective.task is not None:
             wanted["pooling"] = config.pooling
+        form = self._choose_form()
         if self.given is not None:
             from luthier.models.wrap import fit_model
 
             self.model = fit_model(self.given, **wanted)
+            if form in ("int8", "nf4"):
+                from luthier.models.quantised.network import quantise_loaded
+
+                quantise_loaded(self.model, form, events)  # type: ignore[arg-type]
         else:
             self.model = load_model(
                 config.model,
                 from_scratch=config.from_scratch,
                 learn=config.learn,
                 device=self.world.device(config.device),
+                quantize=form,  # type: ignore[arg-type]
                 events=events,
                 **wanted,
             )
@@ -134,13 +140,27 @@ class Work:
     def shards(self) -> bool:
         return self.config.sharding == "full" and self.world.size > 1
 
+    def _choose_form(self) -> str:
+        """The form to hold the base in; a whole one where its weights learn or the adapter is merged."""
+        config, adapter = self.config, self.config.adapter
+        if config.quantize in ("int8", "nf4"):
+            if not adapter.quantises:  # type: ignore[attr-defined]
+                raise ConfigError(
+                    f"quantize: the adapter {adapter.kind!r} needs the base's own weights, which {config.quantize} cannot "
+                    "hold; choose adapter lora, or leave quantize out"
+                )
+            if config.from_scratch:
+                raise ConfigError("quantize: random weights learn nothing under an adapter; leave out from_scratch")
+        return config.quantize if adapter.quantises or config.quantize != "auto" else "none"  # type: ignore[attr-defined]
+
     def _choose_precision(self) -> None:
+        from luthier.models.facts import count_parameters
         from luthier.models.fuse import fuse
         from luthier.models.packed import packs
         from luthier.models.precision import cast_weights, choose_precision
 
         if self.config.precision == "auto":
-            count = sum(parameter.numel() for parameter in self.model.module.parameters())
+            count = count_parameters(self.model.module)
             frozen = sum(parameter.numel() for _, parameter in self.parameters) < count / 2
             chosen, why = choose_precision(self.model.device, frozen_base=frozen, parameters=count)
             self._advise("precision", chosen, why)
@@ -150,6 +170,7 @@ class Work:
 
     def encode(self) -> None:
         """Turn the rows into tokens, and decide everything that was left to us."""
+        from luthier.models.facts import count_parameters
         from luthier.models.packed import shares
         from luthier.training.learner import Settings
 
@@ -166,7 +187,7 @@ class Work:
             epochs, why = defaults.choose_epochs(len(self.rows), kind)
             self._advise("epochs", epochs, why)
         if config.learning_rate == "auto":
-            count = sum(parameter.numel() for parameter in self.model.module.parameters())
+            count = count_parameters(self.model.module)
             rate, why = defaults.choose_learning_rate(count, config.adapter.kind, kind, config.from_scratch)
             if config.optimizer.rate != 1:
                 rate = float(f"{rate * config.optimizer.rate:.1e}")
@@ -298,7 +319,9 @@ class Work:
 
     def numbers(self) -> dict[str, Any]:
         """Sizes of the work: rows, tokens, parameters, steps."""
-        parameters, lengths = list(self.model.module.parameters()), lengths_of(self.rows)
+        from luthier.models.facts import count_parameters
+
+        lengths = lengths_of(self.rows)
         return {
             "steps": self.settings.steps,
             "train_rows": self.feed.rows_an_epoch,
@@ -306,7 +329,7 @@ class Work:
             "test_rows": len(self.dataset.test),
             "tokens_an_epoch": None if self.dataset.stream else sum(lengths),
             "longest_row": max(lengths),
-            "parameters": sum(parameter.numel() for parameter in parameters),
+            "parameters": count_parameters(self.model.module),
             "trainable_parameters": sum(parameter.numel() for _, parameter in self.parameters),
         }
 

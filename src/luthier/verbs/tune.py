@@ -77,6 +77,8 @@ class Tune(Config):
     """How a classifier or regressor makes one vector of a text."""
     from_scratch: bool = False
     """Start from random weights of the model's shape."""
+    quantize: Literal["auto", "none", "int8", "nf4"] = "auto"
+    """How the frozen base is held under an adapter such as lora: none, int8 (half of bfloat16), nf4 (a quarter, QLoRA)."""
     validate_every: Annotated[int, Field(gt=0)] | Literal["auto", "epoch"] = "auto"
     """Steps between validations."""
     patience: int = Field(0, ge=0)

@@ -14,6 +14,7 @@ class Dora(Lora):
     """DoRA (Liu et al. 2024, arXiv:2402.09353): LoRA with a learned magnitude for each output, in linear layers."""
 
     kind: ClassVar[str] = "dora"
+    quantises: ClassVar[bool] = False
     embeds: ClassVar[bool] = False
 
     def beside(self, base: nn.Module) -> nn.Module:

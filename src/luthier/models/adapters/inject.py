@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.models.adapters.product import Factors, low_rank_products
 from luthier.models.heads import Pooled
+from luthier.models.quantised.linear import QuantisedLinear
 
 if TYPE_CHECKING:
     from luthier.models.spec import LoadedModel
@@ -66,11 +67,19 @@ class LoraLinear(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + scale B A).T + bias; what is dropped is dropped before A alone."""
+        if isinstance(self.base, QuantisedLinear):
+            return self._beside_quantised(x, self.base)
         if not self.drops:
             factors = Factors(self.matrix, bias, self.lora_a, self.lora_b, self.scale)
             return low_rank_products(x.flatten(0, -2), [factors])[0].view(*x.shape[:-1], -1)
         low = (self.dropout(x).to(self.lora_a.dtype) @ self.lora_a.T) @ self.lora_b.T
         return nn.functional.linear(x, self.matrix, bias) + (low * self.scale).to(x.dtype)
+
+    def _beside_quantised(self, x: Tensor, base: QuantisedLinear) -> Tensor:
+        if not self.drops:
+            return base.beside(x, self.lora_a, self.lora_b, self.scale)
+        low = (self.dropout(x).to(self.lora_a.dtype) @ self.lora_a.T) @ self.lora_b.T
+        return base(x) + (low * self.scale).to(x.dtype)  # type: ignore[no-any-return]
 
     def whole(self) -> Tensor:
         """The weight that the layer as it stands amounts to, [out, in], in fp32 at least."""
@@ -190,10 +199,15 @@ def lora_layers(network: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 def project(x_NI: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
     """The outputs [N, O] of linear layers that read the same x: together where all hold a plain adapter."""
-    if all(type(layer).forward is LoraLinear.forward and not layer.drops for layer in layers):
+    if all(_plain(layer) for layer in layers):
         factors = [Factors(one.matrix, one.bias, one.lora_a, one.lora_b, one.scale) for one in layers]
         return low_rank_products(x_NI, factors)
     return [layer(x_NI) for layer in layers]
+
+
+def _plain(layer: Any) -> bool:
+    alike = type(layer).forward is LoraLinear.forward
+    return alike and not layer.drops and not isinstance(layer.base, QuantisedLinear)
 
 
 def replace_layer(network: nn.Module, name: str, layer: nn.Module) -> None:

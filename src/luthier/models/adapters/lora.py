@@ -22,6 +22,7 @@ class Lora(Adapter):
     kind: ClassVar[str] = "lora"
     embeds: ClassVar[bool] = True
     """Whether it can adapt the embedding of the vocabulary."""
+    quantises: ClassVar[bool] = True
 
     rank: int = Field(16, gt=0)
     """Width of the small matrices."""

@@ -23,6 +23,9 @@ def merge_adapter(loaded: LoadedModel) -> None:
     adapter learned would be rounded away. Layers that shared a weight and now differ get one each, and the config says
     so. Raises ModelError when the base can no longer be had.
     """
+    from luthier.models.quantised.network import restore
+
+    restore(loaded)
     if loaded.spec.adapter is None:
         return
     widen(loaded)
@@ -47,7 +50,7 @@ def widen(loaded: LoadedModel) -> None:
         return
     also = also_modules(network, (spec.adapter or {}).get("also", ()))
     own = {id(parameter) for module in also.values() for parameter in module.parameters()}
-    whole = dict(_read_base(loaded).named_parameters(remove_duplicate=False))
+    whole = dict(read_base(loaded).named_parameters(remove_duplicate=False))
     for name, parameter in network.named_parameters():
         plain = name.replace(".base.", ".")
         if id(parameter) in own or plain not in whole:
@@ -86,7 +89,7 @@ def _same_rows(one: Any, other: Any) -> bool:
     return isinstance(one, TokenRows) and isinstance(other, TokenRows) and one.rows is other.rows
 
 
-def _read_base(loaded: LoadedModel) -> Any:
+def read_base(loaded: LoadedModel) -> Any:
     """The base of an adapter from its files, in fp32, checked to be the one it was made for."""
     from luthier.core.events import Events
     from luthier.models.facts import fingerprint
@@ -94,18 +97,19 @@ def _read_base(loaded: LoadedModel) -> Any:
     from luthier.models.sources import knock, resolve_source
 
     spec = loaded.spec
+    source = spec.base or spec.source
     advice = "the adapter can only be merged into what it was made for; bring it back, or load the model in float32"
     try:
-        place = resolve_source(str(spec.base))
+        place = resolve_source(source)
         hub = knock(place) if isinstance(place, str) else {}
         config = read_config(place, hub)
         network = load_network(place, config, spec.task, hub, dtype="float32", from_scratch=False, events=Events())
     except ModelError as err:
         raise ModelError(f"{spec.source}: its base cannot be read again in full precision: {err}; {advice}") from None
     found = fingerprint(network)
-    if found != spec.base_fingerprint:
+    if spec.base_fingerprint not in (None, found):
         raise ModelError(
-            f"{spec.source}: its base {spec.base} now holds another model (fingerprint {found} instead of "
+            f"{spec.source}: its base {source} now holds another model (fingerprint {found} instead of "
             f"{spec.base_fingerprint}); {advice}"
         )
     return network.to(loaded.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from luthier.core.catalog import Part
 
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 class Adapter(Part):
     """Chooses the weights that learn, adding some beside the model's own if it wants."""
+
+    quantises: ClassVar[bool] = False
+    """Whether the base may be held in fewer bits under it: none of the base's linear weights learn."""
 
     def apply(self, loaded: LoadedModel) -> None:
         """Make the model ready to learn, in place; its outputs do not change."""

@@ -18,6 +18,7 @@ class Pissa(Lora):
     weight, which keeps the rest. Saved as an ordinary LoRA of twice the rank for the base as it was."""
 
     kind: ClassVar[str] = "pissa"
+    quantises: ClassVar[bool] = False
     embeds: ClassVar[bool] = False
 
     def beside(self, base: nn.Module) -> nn.Module:
