@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+import tracemalloc
 import types
 from dataclasses import asdict, replace
 from itertools import islice
@@ -272,3 +273,22 @@ def test_a_feed_may_be_left_at_any_time():
     assert len(list(islice(steps, 3))) == 3
     steps.close()
     assert asdict(next(feed.steps(0, None, Events()))[0])
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for at in range(1000):
+            file.write(json.dumps({"text": f"t {at} " + "word " * 2000}) + "\n")
+    assert path.stat().st_size > 10e6
+    tracemalloc.start()
+    stream = load_data(Data(train=str(path), stream=True, shuffle_buffer=20), Events()).stream
+
+    def short(examples, events):
+        return [Encoded(one.id, (1, 2), (0.0, 1.0)) for one in examples]
+
+    feed = StreamedRows(stream, short, batch_size=4, steps=200, seed=0, window=20, shuffled=True, by_length=True)
+    seen = {row.id for rows in feed.steps(0, None, Events()) for row in rows}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(seen) == 800 and peak < 4e6

@@ -68,8 +68,9 @@ def add_fields(parser: Parser, config: type[Config], skip: Sequence[str] = ()) -
         if _is_bool(field.annotation):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif name == "data":
-            options["help"] += "; given again, one more source"
-            group.add_argument(flag, metavar="VALUE", action="append", **options)
+            group.add_argument(
+                flag, metavar="VALUE", action="append", **{**options, "help": text + " Given again: one more source."}
+            )
         else:
             group.add_argument(flag, metavar=_metavar(field.annotation), **options)
     group.add_argument(
