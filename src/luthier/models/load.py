@@ -20,6 +20,7 @@ from transformers import (
 from luthier.core.errors import ConfigError, LuthierError, MissingExtra, ModelError
 from luthier.core.events import Events
 from luthier.core.types import Task
+from luthier.models.adapters.peft_methods import read as read_peft
 from luthier.models.adapters.peft_files import ADAPTER_CONFIG, attach_adapter, read_adapter_config
 from luthier.models.facts import fingerprint, kind_of
 from luthier.models.heads import Pooled
@@ -117,7 +118,10 @@ def load_model(
             f"{saved.base_fingerprint}), and {base_name} is now {found}; bring the old base back or tune again"
         )
     if adapter is not None and isinstance(place, Path):
-        settings = attach_adapter(network, place, adapter, base_name)
+        if adapter.get("peft_type") == "LORA":
+            settings = attach_adapter(network, place, adapter, base_name)
+        else:
+            settings = read_peft(network, spec, place, adapter)
         update = {"adapter": settings, "base": lasting_name(base_name), "base_fingerprint": found}
         spec = spec.model_copy(update=update)
     module, spec = add_head(network, tokenizer, spec, saved, tuple(labels), multi_label)

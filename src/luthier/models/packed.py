@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from luthier.core.events import Events
 from luthier.models.attention import Segments, packed_attention
 from luthier.models.spec import LoadedModel
+from luthier.models.virtual import insert, reads_packed
 
 # Families that number positions from just after the pad id.
 SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
@@ -58,7 +59,7 @@ def packs(model: LoadedModel, events: Events | None = None) -> bool:
 
 @torch.no_grad()
 def _try(model: LoadedModel) -> bool:
-    if model.spec.kind == "encoder-decoder":
+    if model.spec.kind == "encoder-decoder" or not reads_packed(model.network):
         return False
     vocabulary = model.network.get_input_embeddings().weight.shape[0]
     lengths = (5, 11)
@@ -77,6 +78,7 @@ def _try(model: LoadedModel) -> bool:
 
 def _packed(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
     network = model.network
+    ids_N, lengths, text_N = insert(network, ids_N, lengths)
     places_N = torch.cat([torch.arange(length) for length in lengths]).to(ids_N.device)
     if network.config.model_type in SHIFTED:
         places_N += network.config.pad_token_id + 1
@@ -90,7 +92,8 @@ def _packed(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor
     if hasattr(network.config, "use_cache"):
         inputs["use_cache"] = False
     with packed_attention(network):
-        return network.base_model(**inputs).last_hidden_state[0]
+        states_NE = network.base_model(**inputs).last_hidden_state[0]
+    return states_NE if text_N is None else states_NE[text_N]
 
 
 def _padded(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -104,7 +104,13 @@ def merge_adapter(loaded: LoadedModel) -> None:
     """
     from luthier.models.quantised.network import restore
 
+    if loaded.spec.adapter is None:
+        return
     restore(loaded)
+    if loaded.spec.adapter["kind"] == "peft":
+        from luthier.models.adapters.peft_methods import merge
+
+        merge(loaded.network, loaded.spec.source)
     for name, layer in list(lora_layers(loaded.network)):
         replace_layer(loaded.network, name, layer.merged())
     whole = {"adapter": None, "base": None, "base_fingerprint": None}

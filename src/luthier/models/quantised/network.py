@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,7 @@ def restore(loaded: LoadedModel) -> None:
 
 def _plain(name: str) -> str:
     """The name in the base of what lies in a layer with an adapter."""
-    return name.replace(".base.", ".").removesuffix(".base")
+    return re.sub(r"\.base(_layer)?(?=\.|$)", "", name)
 
 
 def _read_base(loaded: LoadedModel) -> Any:
