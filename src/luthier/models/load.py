@@ -21,6 +21,7 @@ from luthier.core.errors import ConfigError, LuthierError, MissingExtra, ModelEr
 from luthier.core.events import Events
 from luthier.core.types import Task
 from luthier.models.adapters.peft_files import ADAPTER_CONFIG, attach_adapter, read_adapter_config
+from luthier.models.adapters.peft_methods import read as read_peft
 from luthier.models.facts import fingerprint, kind_of
 from luthier.models.heads import Pooled
 from luthier.models.precision import cast_network, cast_weights
@@ -119,8 +120,11 @@ def load_model(
             f"{saved.base_fingerprint}), and {base_name} is now {found}; bring the old base back or tune again"
         )
     if adapter is not None and isinstance(place, Path):
-        made_here = saved.adapter if saved else None
-        settings = attach_adapter(network, place, adapter, base_name, tokenizer=tokenizer, saved=made_here)
+        if adapter.get("peft_type") == "LORA":
+            made_here = saved.adapter if saved else None
+            settings = attach_adapter(network, place, adapter, base_name, tokenizer=tokenizer, saved=made_here)
+        else:
+            settings = read_peft(network, spec, place, adapter)
         update = {"adapter": settings, "base": lasting_name(base_name), "base_fingerprint": found}
         spec = spec.model_copy(update=update)
     if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:

@@ -46,7 +46,8 @@ def cast_network(network: Any, dtype: torch.dtype) -> None:
     """Bring all weights to `dtype`, in place, but for matrices of an adapter, which learn in fp32, and quantised weights,
     which are rebuilt in it. Buffers (the frequencies of rotary positions) stay as they are."""
     for name, parameter in network.named_parameters():
-        if parameter.is_floating_point() and not name.rpartition(".")[2].startswith("lora_"):
+        learned = name.rpartition(".")[2].startswith("lora_") or vars(parameter).get("added")
+        if parameter.is_floating_point() and not learned:
             parameter.data = parameter.data.to(dtype)
     for _, layer in quantised_layers(network):
         layer.dtype = dtype

@@ -117,6 +117,8 @@ class Work:
                 from_scratch=config.from_scratch,
                 learn=config.learn,
                 device=self.world.device(config.device),
+                # In full: what an earlier tuning rounded to bfloat16 would stay rounded in one that computes in fp32.
+                dtype="float32",
                 quantize=form,  # type: ignore[arg-type]
                 events=events,
                 **wanted,

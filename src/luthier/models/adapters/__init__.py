@@ -11,6 +11,7 @@ ADAPTERS: "Catalog[Adapter]" = Catalog(
         "lora": ".lora:Lora",
         "dora": ".dora:Dora",
         "pissa": ".pissa:Pissa",
+        "peft": ".peft:Peft",
     },
     __name__,
 )

@@ -30,6 +30,10 @@ def merge_adapter(loaded: LoadedModel) -> None:
         return
     widen(loaded)
     network = loaded.network
+    if loaded.spec.adapter["kind"] == "peft":
+        from luthier.models.adapters.peft_methods import merge
+
+        merge(network, loaded.spec.source)
     separate(network)
     for name, layer in list(network.named_modules(remove_duplicate=False)):
         if isinstance(layer, LoraLinear | LoraEmbedding | TokenRows):
@@ -45,6 +49,8 @@ def widen(loaded: LoadedModel) -> None:
 
     Raises ModelError when they are gone or hold another model.
     """
+    from luthier.models.quantised.network import plain_name
+
     network, spec = loaded.network, loaded.spec
     if all(one.dtype.itemsize >= 4 for one in network.parameters()):
         return
@@ -52,7 +58,7 @@ def widen(loaded: LoadedModel) -> None:
     own = {id(parameter) for module in also.values() for parameter in module.parameters()}
     whole = dict(read_base(loaded).named_parameters(remove_duplicate=False))
     for name, parameter in network.named_parameters():
-        plain = name.replace(".base.", ".")
+        plain = plain_name(name)
         if id(parameter) in own or plain not in whole:
             parameter.data = parameter.data.float()
             continue

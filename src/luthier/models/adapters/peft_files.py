@@ -60,7 +60,8 @@ Named = dict[str, dict[str, Tensor]]
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any] | None:
-    """The adapter's settings; None where there is no adapter. Raises ModelError for one that is damaged or no LoRA."""
+    """The adapter's settings; None where there is no adapter. Raises ModelError for one that is damaged, or a LoRA of a
+    kind that cannot be loaded. Adapters of other types are read by `peft_methods`."""
     path = directory / ADAPTER_CONFIG
     if not path.is_file():
         return None
@@ -69,7 +70,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as err:
         raise ModelError(f"{path}: cannot be read as an adapter's settings ({type(err).__name__})") from None
     if settings.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: the adapter is of the type {settings.get('peft_type')!r}; only LORA can be loaded")
+        return settings  # type: ignore[no-any-return]
     for name in UNSUPPORTED:
         if settings.get(name):
             raise ModelError(f"{path}: {name} is set, which cannot be loaded; merge the adapter with peft first")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -81,13 +82,13 @@ def restore(loaded: LoadedModel) -> None:
         return
     whole = read_base(loaded).requires_grad_(False)
     for name, layer in held.items():
-        own = whole.get_submodule(_plain(name))
+        own = whole.get_submodule(plain_name(name))
         own.train(layer.training)
         replace_layer(network, name, own)
     loaded.spec = loaded.spec.model_copy(update={"quantize": "none"})
     loaded.head = None
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """The name in the base of what lies in a layer with an adapter."""
-    return name.replace(".base.", ".").removesuffix(".base")
+    return re.sub(r"\.base(_layer)?(?=\.|$)", "", name)

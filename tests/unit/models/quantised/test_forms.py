@@ -43,10 +43,10 @@ def test_nf4_levels_are_quantiles():
 
 def test_nf4_by_hand():
     weight = torch.zeros(1, 128)
-    weight[0, :5] = torch.tensor([-2.0, 1.0, 0.4, -0.09, 0.7])  # largest 2
+    weight[0, :5] = torch.tensor([-2.0, 1.0, 0.42, -0.09, 0.7])  # largest 2
     weight[0, 64:67] = torch.tensor([4.0, -4.0, 1.0])  # largest 4
     packed = nf4.pack(weight)
-    # Shares -1, 0.5, 0.2, -0.045, 0.35 lie next to the levels 0, 12 (0.4407), 10 (0.2461 is nearer than 0.1609), 7 (0
+    # Shares -1, 0.5, 0.21, -0.045, 0.35 lie next to the levels 0, 12 (0.4407), 10 (0.2461 is nearer than 0.1609), 7 (0
     # is nearer than -0.0911) and 11; the zeros are level 7.
     assert packed.codes[:3].tolist() == [0 * 16 + 12, 10 * 16 + 7, 11 * 16 + 7]
     assert packed.codes[32:34].tolist() == [15 * 16 + 0, 10 * 16 + 7]
