@@ -104,7 +104,9 @@ def load_model(
         )
     if adapter is not None and isinstance(place, Path):
         made_here = saved.adapter if saved else None
-        settings = attach_adapter(network, place, adapter, base_name, tokenizer=tokenizer, saved=made_here)
+        settings = attach_adapter(
+            network, place, adapter, base_name, tokenizer=tokenizer, events=events, saved=made_here
+        )
         update = {"adapter": settings, "base": lasting_name(base_name), "base_fingerprint": found}
         spec = spec.model_copy(update=update)
     if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:

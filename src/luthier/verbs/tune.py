@@ -36,7 +36,7 @@ class Tune(Config):
     objective: OBJECTIVES.field_or_auto = "auto"  # type: ignore[name-defined]
     """What to learn: pretrain, sft, classify, regress, seq2seq, or auto (by the shape of the rows)."""
     adapter: ADAPTERS.field = "full"  # type: ignore[name-defined]
-    """Which weights learn: full (all), freeze (the last layers and the head), lora (small matrices beside the weights)."""
+    """Which weights learn: full (all), freeze (the last layers and the head), lora, dora or pissa (small matrices)."""
     optimizer: OPTIMIZERS.field = "adamw"  # type: ignore[name-defined]
     """How gradients move weights: sgd, adam, adamw, adafactor, muon."""
     schedule: SCHEDULES.field = "linear"  # type: ignore[name-defined]

@@ -12,7 +12,9 @@ from luthier.faces.cli.results import print_json
 def parser():  # type: ignore[no-untyped-def]
     from luthier.verbs.merge import Merge
 
-    made = make_parser("merge", "Fold an adapter into its base, in full precision, and check that it computes the same.")
+    made = make_parser(
+        "merge", "Fold an adapter into its base, in full precision, and check that it computes the same."
+    )
     made.add_argument("source", help="run:ID of a tuning with an adapter, or a directory with a PEFT adapter")
     add_fields(made, Merge, skip=("model",))
     return made

@@ -35,9 +35,9 @@ class Lora(Adapter):
     """Multiply by alpha / sqrt(rank) instead, which keeps high ranks useful."""
     ratio: float = Field(1.0, gt=0)
     """Learning rate of B over that of A (LoRA+, arXiv:2402.12354, which takes 16 and a lower learning_rate)."""
-    tokens: list[str] = []
+    tokens: list[str] = Field(default_factory=list)
     """Tokens to learn, added if they are new; their rows alone learn, in the embedding and in the output layer."""
-    also: list[str] = []
+    also: list[str] = Field(default_factory=list)
     """Modules that learn whole, by the end of their name, such as embed_tokens or lm_head; tied weights stay tied."""
 
     def apply(self, loaded: LoadedModel) -> None:
@@ -81,8 +81,9 @@ class Lora(Adapter):
 
     def beside(self, base: nn.Module) -> nn.Module:
         """The layer that takes the place of `base`."""
-        from luthier.models.adapters.inject import LoraEmbedding, LoraLinear
         from torch import nn
+
+        from luthier.models.adapters.inject import LoraEmbedding, LoraLinear
 
         made = LoraEmbedding if isinstance(base, nn.Embedding) else LoraLinear
         return made(base, self.rank, self.alpha, dropout=self.dropout, rslora=self.rslora)
@@ -118,9 +119,10 @@ class Lora(Adapter):
 
     def _choose(self, loaded: LoadedModel) -> list[str]:
         """Names of the layers that get an adapter; of an encoder-decoder that classifies, in its encoder only."""
+        from torch import nn
+
         from luthier.models.adapters.inject import edge_layers, linear_layers
         from luthier.models.heads import Pooled
-        from torch import nn
 
         network = loaded.network
         layers = linear_layers(network)
