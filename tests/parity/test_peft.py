@@ -261,7 +261,7 @@ def test_a_norm_learned_whole(tmp_path):
 def test_dora_of_an_embedding_is_refused(tmp_path):
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], use_dora=True)
     peft.get_peft_model(base_network("llama"), config).save_pretrained(tmp_path / "theirs")
-    with pytest.raises(ModelError, match="use_dora is set for the embedding model.embed_tokens"):
+    with pytest.raises(ModelError, match=r"use_dora is set for the embedding model\.embed_tokens"):
         load_model(str(tmp_path / "theirs"))
 
 

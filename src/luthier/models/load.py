@@ -122,7 +122,9 @@ def load_model(
     if adapter is not None and isinstance(place, Path):
         if adapter.get("peft_type") == "LORA":
             made_here = saved.adapter if saved else None
-            settings = attach_adapter(network, place, adapter, base_name, tokenizer=tokenizer, saved=made_here)
+            settings = attach_adapter(
+                network, place, adapter, base_name, tokenizer=tokenizer, events=events, saved=made_here
+            )
         else:
             settings = read_peft(network, spec, place, adapter)
         update = {"adapter": settings, "base": lasting_name(base_name), "base_fingerprint": found}

@@ -67,7 +67,9 @@ def _started(asked: Resolved[Tune], resume: str | None, count: int) -> Iterator[
 
     from luthier.training.world import World
 
-    store = dist.TCPStore("127.0.0.1", 0, count, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, count, is_master=True, wait_for_workers=False
+    )
     followers = [_Follower(rank, count, store.port, pickle.dumps((asked, resume))) for rank in range(1, count)]
 
     def check() -> None:
@@ -75,7 +77,15 @@ def _started(asked: Resolved[Tune], resume: str | None, count: int) -> Iterator[
             follower.check()
 
     try:
-        yield World(0, count, local_size=count, store=dist.PrefixStore("luthier/1", store), check=check)
+        yield World(
+            0,
+            count,
+            local_size=count,
+            store=dist.PrefixStore(  # type: ignore[attr-defined]
+                "luthier/1", store
+            ),
+            check=check,
+        )
     except BaseException:
         # Their side of the error is known; whoever still waits for us waits in vain.
         _end(followers, patience=LAST)
@@ -89,7 +99,7 @@ class _Follower:
 
     def __init__(self, rank: int, count: int, port: int, request: bytes):
         self.rank, self.count = rank, count
-        self._said: IO[bytes] = tempfile.TemporaryFile()
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         which = {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
         paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

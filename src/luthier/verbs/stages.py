@@ -146,14 +146,14 @@ class Work:
         """The form to hold the base in; a whole one where its weights learn or the adapter is merged."""
         config, adapter = self.config, self.config.adapter
         if config.quantize in ("int8", "nf4"):
-            if not adapter.quantises:  # type: ignore[attr-defined]
+            if not adapter.quantises:
                 raise ConfigError(
                     f"quantize: the adapter {adapter.kind!r} needs the base's own weights, which {config.quantize} cannot "
                     "hold; choose adapter lora, or leave quantize out"
                 )
             if config.from_scratch:
                 raise ConfigError("quantize: random weights learn nothing under an adapter; leave out from_scratch")
-        return config.quantize if adapter.quantises or config.quantize != "auto" else "none"  # type: ignore[attr-defined]
+        return config.quantize if adapter.quantises or config.quantize != "auto" else "none"
 
     def _choose_precision(self) -> None:
         from luthier.models.facts import count_parameters
@@ -293,7 +293,7 @@ class Work:
         world.begin(self.model.device)
         with torch.no_grad():
             # Heads and adapters start at random, from the same seed on machines that need not be alike.
-            start = world.spread({name: one for name, one in self.parameters} if world.leads else None)
+            start = world.spread(dict(self.parameters) if world.leads else None)
             for name, parameter in self.parameters:
                 parameter.copy_(start[name])
         self.events.choose("processes", world.size, "each learns from its share of every step; gradients are added up")

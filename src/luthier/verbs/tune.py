@@ -40,7 +40,7 @@ class Tune(Config):
     objective: OBJECTIVES.field_or_auto = "auto"  # type: ignore[name-defined]
     """What to learn: pretrain, sft, distil, dpo, orpo, simpo, kto, reward, grpo, classify, regress, seq2seq, or auto."""
     adapter: ADAPTERS.field = "full"  # type: ignore[name-defined]
-    """Which weights learn: full (all), freeze (the last layers and the head), lora (small matrices beside the weights)."""
+    """Which weights learn: full (all), freeze (the last layers and the head), lora, dora or pissa (small matrices)."""
     optimizer: OPTIMIZERS.field = "adamw"  # type: ignore[name-defined]
     """How gradients move weights: adamw, adamw8bit, adam, sgd, adafactor, muon, lion, schedule_free, apollo, galore."""
     schedule: SCHEDULES.field = "linear"  # type: ignore[name-defined]
@@ -124,8 +124,9 @@ def tune(
     """Tune a model and return the run's record.
 
     `luthier.tune(model=..., data=..., objective=...)` from Python, a Resolved[Tune] from the command line, or
-    `resume="run:<id>"` to go on with an interrupted run (with `processes` for another number of them). Raises LuthierError (ConfigError, DataError, ModelError,
-    RunError, TrainingError); KeyboardInterrupt after a checkpoint when it is told to stop.
+    `resume="run:<id>"` to go on with an interrupted run (with `processes` for another number of them). Raises
+    LuthierError (ConfigError, DataError, ModelError, RunError, TrainingError); KeyboardInterrupt after a checkpoint when
+    it is told to stop.
     """
     return tune_model(_as_resolved(asked, resume, settings), sinks=sinks, resume=resume)[0]
 

@@ -70,7 +70,7 @@ def exchange(then: str) -> tuple[World, subprocess.Popen]:
 def test_the_error_of_one_is_the_error_of_all():
     world, process = exchange("raise DataError('row 7 is bad')")
     started = time.monotonic()
-    with pytest.raises(DataError, match="^row 7 is bad$"), world.guard():
+    with pytest.raises(DataError, match=r"^row 7 is bad$"), world.guard():
         world.sum(1.0)
     assert time.monotonic() - started < 20
     assert "row 7 is bad" in process.communicate(timeout=30)[1] and process.returncode == 1

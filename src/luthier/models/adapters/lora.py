@@ -36,9 +36,9 @@ class Lora(Adapter):
     """Multiply by alpha / sqrt(rank) instead, which keeps high ranks useful."""
     ratio: float = Field(1.0, gt=0)
     """Learning rate of B over that of A (LoRA+, arXiv:2402.12354, which takes 16 and a lower learning_rate)."""
-    tokens: list[str] = []
+    tokens: list[str] = Field(default_factory=list)
     """Tokens to learn, added if they are new; their rows alone learn, in the embedding and in the output layer."""
-    also: list[str] = []
+    also: list[str] = Field(default_factory=list)
     """Modules that learn whole, by the end of their name, such as embed_tokens or lm_head; tied weights stay tied."""
 
     def apply(self, loaded: LoadedModel) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from luthier.core.errors import ModelError
+from luthier.core.events import Events
 from luthier.models.adapters.inject import (
     LoraEmbedding,
     LoraLayer,
@@ -84,22 +85,25 @@ def attach_adapter(
     base: str,
     *,
     tokenizer: Any,
+    events: Events,
     saved: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Put the adapter in `directory` on `network`, and return it as settings of the Part that it is.
 
-    `saved` are those settings where it was made here. Raises ModelError when a layer is not there or has another shape:
+    `saved` are those settings where it was made here. What belongs to an output layer that the network lacks, since it
+    was loaded to classify, is left out with a warning. Raises ModelError when a layer is not there or has another shape:
     the adapter is for another base.
     """
-    found = _sort(directory, network, base)
+    found = _sort(directory, network, base, events)
     _make_room(network, found, settings, directory, base)
-    pissa = saved if saved is not None and saved["kind"] == "pissa" else None
+    pissa = saved if saved is not None and saved.get("kind") == "pissa" else None
     for name, parts in found.items():
         if "A" in parts or "B" in parts:
             layer = _beside(network, name, parts, settings, directory, base, pissa)
             replace_layer(network, name, layer)
-    known = len(tokenizer)
-    ids = _put_tokens(network, found, settings, directory)
+    # Files of peft bring no tokenizer with the tokens they add.
+    tokens = [tokenizer.convert_ids_to_tokens(one) for one in _put_tokens(network, found, settings, directory)]
+    tokens = [token for token in tokens if token is not None]
     also = _put_whole(network, found, settings, directory, base)
     pairs = {name for name, parts in found.items() if "A" in parts}
     every = pairs == {name.removesuffix(".base") for name in linear_layers(network)} - set(edge_layers(network))
@@ -110,15 +114,13 @@ def attach_adapter(
         "dropout": float(settings.get("lora_dropout") or 0.0),
         "targets": "all-linear" if every else sorted({name.rpartition(".")[2] for name in pairs}),
         "rslora": bool(settings.get("use_rslora")),
-        "ratio": float(saved["ratio"]) if saved else 1.0,
-        "tokens": list(saved["tokens"])
-        if saved
-        else [tokenizer.convert_ids_to_tokens(one) for one in ids if one < known],
-        "also": list(saved["also"]) if saved else _shortest(network, also),
+        "ratio": float((saved or {}).get("ratio", 1.0)),
+        "tokens": list((saved or {}).get("tokens") or tokens),
+        "also": list((saved or {}).get("also") or _shortest(network, also)),
     }
 
 
-def _sort(directory: Path, network: Any, base: str) -> Named:
+def _sort(directory: Path, network: Any, base: str, events: Events) -> Named:
     """The adapter's tensors by layer and by what they are; names of PARTS, or "=weight" for what was learned whole."""
     path = directory / ADAPTER_WEIGHTS
     try:
@@ -127,8 +129,13 @@ def _sort(directory: Path, network: Any, base: str) -> Named:
         raise ModelError(f"{path}: cannot be read ({type(err).__name__}); the adapter is not whole") from None
     layers = linear_layers(network) | edge_layers(network)
     ends = "|".join(re.escape(end) for end in PARTS)
+    body = network.base_model_prefix + "."
+    headless = network.base_model is network and any(key.startswith(PREFIX + body) for key in tensors)
     found: Named = {}
     for key, tensor in tensors.items():
+        if headless and not key.startswith(PREFIX + body):
+            events.warn(f"{directory}: the adapter's part for the output layer is left out: this model has none")
+            continue
         match = re.fullmatch(rf"(.+?)\.({ends})", key.removeprefix(PREFIX))
         if match is not None:
             name, part = _find(match[1], layers, network, directory, base), PARTS[match[2]]
@@ -280,7 +287,9 @@ def _ids_of(settings: dict[str, Any], name: str) -> list[int]:
     """Which rows of the layer `name` learn: one list for the embedding, or one for each layer by the end of its name."""
     stated = settings.get("trainable_token_indices") or []
     if isinstance(stated, dict):
-        stated = next((ids for key, ids in stated.items() if ("." + name).endswith("." + key)), [])
+        # One of the two may have the body's prefix.
+        pairs = {("." + key, "." + name): ids for key, ids in stated.items()}
+        stated = next((ids for (one, two), ids in pairs.items() if two.endswith(one) or one.endswith(two)), [])
     return [int(one) for one in stated]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,15 +87,15 @@ def add_tokens(loaded: LoadedModel, tokens: Sequence[str]) -> None:
     rows = network.get_input_embeddings().weight.shape[0]
     grow(network, len(tokenizer))
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
-    with torch.no_grad():
-        for weight in {id(layer.weight): layer.weight for layer in edge_layers(network).values()}.values():
-            for token in new:
-                begin = weight[pieces[token]] if pieces[token] else weight[:rows]
-                weight[tokenizer.convert_tokens_to_ids(token)] = begin.mean(0)  # type: ignore[index]
     put_rows(network, dict.fromkeys(edge_layers(network), ids))
+    with torch.no_grad():
+        for _, layer in token_layers(network):
+            for token in new:
+                begin = layer.weight[pieces[token]] if pieces[token] else layer.weight[:rows]
+                layer.rows[tokens.index(token)] = begin.float().mean(0)
 
 
-def put_rows(network: Any, ids_of: dict[str, Sequence[int]], *, apart: bool = False) -> None:
+def put_rows(network: Any, ids_of: Mapping[str, Sequence[int]], *, apart: bool = False) -> None:
     """Let rows learn in the named layers; layers that share one weight share the rows too, unless `apart`."""
     shared: dict[int, nn.Parameter] = {}
     for name, ids in ids_of.items():
@@ -115,8 +115,13 @@ def put_rows(network: Any, ids_of: dict[str, Sequence[int]], *, apart: bool = Fa
 
 
 def grow(network: Any, rows: int) -> None:
-    """Give the vocabulary `rows` rows if it has less. What the new ones hold is for the caller to say."""
-    if rows <= network.get_input_embeddings().weight.shape[0]:
+    """Give the vocabulary `rows` rows if it has less. The new ones hold zeros: what they mean is for the caller to say."""
+    size = network.get_input_embeddings().weight.shape[0]
+    if rows <= size:
         return
     with quiet(), torch.random.fork_rng():
         network.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for layer in edge_layers(network).values():
+            for parameter in layer.parameters():
+                parameter[size:] = 0

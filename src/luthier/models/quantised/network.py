@@ -72,7 +72,8 @@ def quantised_layers(network: nn.Module) -> Iterator[tuple[str, QuantisedLinear]
 def restore(loaded: LoadedModel) -> None:
     """Put the full weights back where they were quantised, from the files of the base, in place.
 
-    An adapter is merged into these: into rounded weights, much of what it learned would be rounded away. Raises ModelError when the base is gone, or is no longer the model that it was.
+    An adapter is merged into these: into rounded weights, much of what it learned would be rounded away. Raises
+    ModelError when the base is gone, or is no longer the model that it was.
     """
     from luthier.models.adapters.merge import read_base
 
