@@ -115,6 +115,8 @@ class Encoded:
     """For each of `segments` the one in this row whose tokens it continues (a shared prompt), or -1; empty: none does."""
     cut: int = 0
     """Tokens cut off to fit the context (0 unless the user asked for truncation)."""
+    source: str = ""
+    """The source that it came from, where there are several."""
 
 
 @dataclass(frozen=True, slots=True)

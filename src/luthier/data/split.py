@@ -48,8 +48,12 @@ class Parts:
     test: list[Example]
 
 
-def split_examples(examples: Sequence[Example], split: Split, shares: dict[str, float]) -> Parts:
-    """Divide `examples` into the parts of `shares` (train is the rest). Deterministic in the rows and the seed.
+def split_examples(
+    examples: Sequence[Example], split: Split, shares: dict[str, float], sources: Sequence[str] = ()
+) -> Parts:
+    """Divide `examples` into the parts of `shares` (train is the rest), each of `sources` (one a row) in proportion.
+
+    Deterministic in the rows and the seed.
 
     Groups of rows that belong together are dealt in a drawn order, the largest first, each to the part that lacks most
     of its class relative to what it should get. Raises DataError for a `by` column that rows do not have.
@@ -57,6 +61,8 @@ def split_examples(examples: Sequence[Example], split: Split, shares: dict[str, 
     groups = group_rows(examples, split.by)
     stratify = split.method == "stratified" or (split.method == "auto" and isinstance(examples[0], Labelled))
     classes = [_class_of(example) if stratify else "" for example in examples]
+    if any(sources):
+        classes = [f"{source}\n{name}" for source, name in zip(sources, classes)]
     wanted: dict[tuple[str, str], float] = {}
     for name, count in Counter(classes).items():
         for part, share in {"train": 1 - sum(shares.values()), **shares}.items():

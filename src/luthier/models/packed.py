@@ -13,6 +13,7 @@ from luthier.core.events import Events
 from luthier.models.attention import packed_attention
 from luthier.models.segments import Segments
 from luthier.models.spec import LoadedModel
+from luthier.models.virtual import insert, reads_packed
 
 # Families that number positions from just after the pad id.
 SHIFTED = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "roberta-prelayernorm")
@@ -78,7 +79,7 @@ def shares(model: LoadedModel, events: Events | None = None) -> bool:
 @torch.no_grad()
 def _try(model: LoadedModel, parents: Sequence[int] = ()) -> bool:
     """Whether two short texts laid end to end (with `parents`: two, and what continues the first) are read as they are alone."""
-    if model.spec.kind == "encoder-decoder":
+    if model.spec.kind == "encoder-decoder" or not reads_packed(model.network):
         return False
     vocabulary = model.network.get_input_embeddings().weight.shape[0]
     lengths = (5, 11, 3, 4) if parents else (5, 11)
@@ -98,6 +99,7 @@ def _try(model: LoadedModel, parents: Sequence[int] = ()) -> bool:
 
 def _packed(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int], parents: Sequence[int] = ()) -> Tensor:
     network = model.network
+    ids_N, lengths, text_N = insert(network, ids_N, lengths, parents)
     starts = [lengths[up] if up >= 0 else 0 for up in parents or (-1,) * len(lengths)]
     places = [torch.arange(start, start + length) for start, length in zip(starts, lengths)]
     places_N = torch.cat(places).to(ids_N.device)
@@ -113,7 +115,8 @@ def _packed(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int], parents: 
     if hasattr(network.config, "use_cache"):
         inputs["use_cache"] = False
     with packed_attention(network):
-        return network.base_model(**inputs).last_hidden_state[0]
+        states_NE = network.base_model(**inputs).last_hidden_state[0]
+    return states_NE if text_N is None else states_NE[text_N]
 
 
 def _padded(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -58,6 +58,8 @@ class ModelSpec(Config):
     """Fingerprint of that base's weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What it was tuned in, and computes in when it is loaded again."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """The form in which the frozen base was held under its adapter, and is held when it is loaded again."""
     target_mean: float = 0.0
     """Mean of the numbers learned, for regress: prediction = score x target_scale + target_mean."""
     target_scale: float = 1.0

@@ -205,7 +205,7 @@ def _writes(model: LoadedModel) -> bool:
 def _answers_turns(model: LoadedModel) -> bool:
     """Whether a plain text should be a user's turn: tuned so here, or from elsewhere with a template of its own."""
     if model.spec.learned is not None:
-        return model.spec.learned in ("sft", "dpo", "orpo", "simpo", "kto")
+        return model.spec.learned in ("sft", "dpo", "orpo", "simpo", "kto", "grpo")
     return model.spec.template is not None and model.spec.template["name"] == "own"
 
 

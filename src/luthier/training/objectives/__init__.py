@@ -16,6 +16,8 @@ OBJECTIVES: "Catalog[Objective]" = Catalog(
         "classify": ".classify:Classify",
         "regress": ".regress:Regress",
         "seq2seq": ".seq2seq:Seq2Seq",
+        "distil": ".distil:Distil",
+        "grpo": ".grpo:GRPO",
     },
     __name__,
 )

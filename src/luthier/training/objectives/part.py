@@ -47,6 +47,9 @@ class Objective(Part):
     metric: ClassVar[tuple[str, int]] = ("loss", -1)
     """The validation number that picks the best checkpoint, and whether more (+1) or less (-1) of it is better."""
 
+    idle: ClassVar[bool] = False
+    """Whether a step may hold nothing to learn, and so leave the weights where they are."""
+
     refers: ClassVar[bool] = False
     """Whether rows are measured against the model as it was before the first step."""
 
@@ -60,9 +63,16 @@ class Objective(Part):
     def adapt(self, model: LoadedModel, train: Sequence[Example]) -> None:
         """Note in the loaded model what it must remember of the training rows."""
 
+    def ready(self, model: LoadedModel, events: Events) -> None:
+        """Take what is needed beside the model (a teacher, a copy), once it is as it will be trained."""
+
     def prepare(self, train: Sequence[Example], events: Events) -> Objective:
         """A copy with what has to be read off the training rows filled in (class weights, mean and scale)."""
         return self
+
+    def learned(self) -> str:
+        """What the model is said to have learned: this, or the objective that this is another way to."""
+        return self.kind
 
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         """Examples as the model sees them. Raises DataError that counts and names the rows that cannot be."""
@@ -76,6 +86,10 @@ class Objective(Part):
     def draw(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Sequence[Encoded]:
         """The rows of one step as they are learned: for objectives in which the model itself writes them."""
         return rows
+
+    def tally(self, rows: Sequence[Encoded]) -> dict[str, float]:
+        """What of a step's rows, as drawn, is worth keeping beside its loss."""
+        return {}
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         """Rows end to end; `seed` is for objectives that draw at random (masking)."""
