@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from luthier.models.segments import Group, Segments
+from luthier.native.softmax import can_see, seen_softmax_, seen_softmax_backward_
 
 NAME = "luthier"
 
@@ -107,14 +108,20 @@ class ShortAttention(torch.autograd.Function):
         for at, (group, share) in enumerate(zip(segments.short, shares)):
             (take_q, put_q), take_k = segments.rows(at, heads), segments.key_rows(at, kv)
             go = flat_go.index_select(0, take_q)
-            if not group.even:
+            if not group.even and not can_see(share):
                 # Padding repeats a token, and must not count twice.
                 go[put_q == tokens * heads] = 0
             go = go.view(share.shape[0], share.shape[1], size)
             q = flat_q.index_select(0, take_q).view_as(go)
             k, v = (one.index_select(0, take_k).view(len(share), -1, size) for one in (flat_k, flat_v))
             grad_share = torch.bmm(go, v.transpose(1, 2))
-            grad_score = torch._softmax_backward_data(grad_share, share, -1, share.dtype).mul_(rules.scale)
+            if can_see(share):
+                shape = (len(group.lengths), heads, group.width, -1)
+                grads_SHTK, share_SHTK = grad_share.view(shape), share.view(shape)
+                seen_softmax_backward_(grads_SHTK, share_SHTK, group.sizes, rules.causal, rules.window, rules.scale)
+                grad_score = grad_share
+            else:
+                grad_score = torch._softmax_backward_data(grad_share, share, -1, share.dtype).mul_(rules.scale)
             made[0].index_copy_(0, put_q, torch.bmm(grad_score, k).view(-1, size))
             _put_keys(made[1], torch.bmm(grad_score.transpose(1, 2), q), segments, at, kv)
             _put_keys(made[2], torch.bmm(share.transpose(1, 2), go), segments, at, kv)
@@ -127,8 +134,12 @@ def _shares(flat_q: Tensor, flat_k: Tensor, segments: Segments, at: int, heads: 
     group, size = segments.short[at], flat_q.shape[-1]
     q = flat_q.index_select(0, segments.rows(at, heads)[0]).view(len(group.lengths) * kv, -1, size)
     k = flat_k.index_select(0, segments.key_rows(at, kv)).view(len(q), -1, size)
-    scores = torch.bmm(q.mul_(rules.scale), k.transpose(1, 2))
-    _hide(scores.view(len(group.lengths), heads, group.width, -1), segments, group, rules)
+    scores = torch.bmm(q, k.transpose(1, 2))
+    scores_SHTK = scores.view(len(group.lengths), heads, group.width, -1)
+    if can_see(scores):
+        seen_softmax_(scores_SHTK, group.sizes, rules.causal, rules.window, rules.scale)
+        return scores
+    _hide(scores_SHTK.mul_(rules.scale), segments, group, rules)
     return scores.softmax(-1)
 
 

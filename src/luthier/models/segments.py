@@ -38,6 +38,8 @@ class Group:
     """[S, B + T]: the flat places of what it may see."""
     real: Tensor
     """[S, T]: whether a place holds a token of its own."""
+    sizes: Tensor
+    """[2, S]: how many tokens each has, and how many its parent."""
     seen: Tensor | None
     """[S, B]: whether a place holds a token of the parent; None where all do."""
 
@@ -106,6 +108,7 @@ class Segments:
             tokens=tokens_ST.to(self.device),
             keys=keys_SK.to(self.device),
             real=(places_T < size_S1).to(self.device),
+            sizes=torch.tensor([lengths, befores], device=self.device),
             seen=None if min(befores) == before else (back_B <= before_S1).to(self.device),
         )
 
