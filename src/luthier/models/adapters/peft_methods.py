@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ConfigError, MissingExtra, ModelError, did_you_mean
 from luthier.models.adapters.inject import linear_layers
-from luthier.models.adapters.peft_files import ADAPTER_WEIGHTS, PREFIX, TASK_TYPES
+from luthier.models.adapters.peft_files import ADAPTER_WEIGHTS, PREFIX
+from luthier.models.adapters.peft_write import TASK_TYPES
 from luthier.models.quiet import quiet
 from luthier.models.virtual import VirtualEmbedding, add_prefix, add_virtual_tokens
 
