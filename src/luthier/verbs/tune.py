@@ -112,6 +112,7 @@ def tune(
 def plan(asked: Resolved[Tune], *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Everything decided and nothing done: what `--dry-run` prints. Reads the data and loads the model."""
     work = Work(asked, Events(sinks=sinks))
+    work.check()
     work.read()
     work.encode()
     return {
@@ -142,6 +143,7 @@ def tune_model(
     work = Work(asked, run.events, model)
     with run.working():
         try:
+            work.check()
             work.read()
             if resume and run.record.data.get("fingerprint") not in (None, work.dataset.fingerprint):
                 raise RunError(
