@@ -75,7 +75,7 @@ class StreamedRows:
 
     The next window is made in a thread while this one is learned from, so two are in memory at most. A place is where
     the window began in every source, with the few rows left over from the one before it: to go on, that one window is
-    made again. `order` is shuffled, or given: as they come.
+    made again. Weights that move are those of the step at which a window begins. `shuffled` false: rows as they come.
     """
 
     rows_an_epoch = None

@@ -62,6 +62,11 @@ class Work:
     def config(self) -> Tune:
         return self.asked.config
 
+    def check(self) -> None:
+        """Raises ConfigError for settings that do not go together, before anything is read."""
+        _check_stream(self.config)
+        _check_order(self.config)
+
     def read(self) -> None:
         """Read the data and load the model for the objective."""
         import torch
@@ -75,8 +80,6 @@ class Work:
             torch.set_num_threads(threads)
         torch.manual_seed(config.seed)
         keep_freed_memory()
-        _check_stream(config)
-        _check_order(config)
         events.stage("reading the data")
         self.dataset = load_data(config.data, events)
         if config.objective == "auto":

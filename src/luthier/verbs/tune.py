@@ -134,6 +134,7 @@ def tune(
 def plan(asked: Resolved[Tune], *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Everything decided and nothing done: what `--dry-run` prints. Reads the data and loads the model."""
     work = Work(asked, Events(sinks=sinks))
+    work.check()
     work.read()
     work.encode()
     return {
@@ -175,6 +176,7 @@ def _lead(
     # What another process died of is what the record says: the guard stands inside.
     with run.working(), world.guard():
         try:
+            work.check()
             work.read()
             if resume and run.record.data.get("fingerprint") not in (None, work.dataset.fingerprint):
                 raise RunError(

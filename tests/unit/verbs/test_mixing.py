@@ -153,6 +153,16 @@ def test_what_does_not_go_together_is_one_sentence(change, error, part):
     assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_prepare_shows_the_rows_of_a_stream_and_of_several_sources(folder, capsys):
+    for data in (
+        ["chat.jsonl", "--set", "data.stream=true"],
+        [json.dumps("chat.jsonl"), "--set", f"data.train={mixture(1, 1)}"],
+    ):
+        assert main(["prepare", "show", *data, "--model", str(tiny_model("llama")), "--rows", "2", "--json"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert len(shown) == 2 and shown[0]["id"].startswith("chat.jsonl:")
+
+
 def test_a_python_source_streams():
     def endless():
         at = 0
