@@ -92,7 +92,13 @@ def dpo(loss: str, beta: float, logs_ST: torch.Tensor, start_S: torch.Tensor, pa
     value = DPOTrainer._compute_loss(me, model_giving(logs_ST), inputs, False)
     value.backward()
     # The gradient after any token of an answer is that after the answer.
-    return {"loss_type": loss, "beta": beta, "pairs": pairs, "loss": float(value), "gradient": logs_ST.grad[:, 0].tolist()}
+    return {
+        "loss_type": loss,
+        "beta": beta,
+        "pairs": pairs,
+        "loss": float(value),
+        "gradient": logs_ST.grad[:, 0].tolist(),
+    }
 
 
 def kto(desirable: float, logs_ST, start_S, other_S, other_start_S) -> dict:
@@ -176,13 +182,11 @@ def main() -> None:
     other_start_S = other_S - torch.tensor([0.5, -0.25, 1.0, 0.75], dtype=torch.float64)
     means_S = logs_ST.sum(1) / mask_ST.sum(1)
     rewards_S, margin = torch.randn(8, dtype=torch.float64), torch.tensor([0.0, 0.5, 1.0, 0.25])
-    orpo = ORPOTrainer.odds_ratio_loss(
-        SimpleNamespace(beta=0.25, accelerator=accelerator()), means_S[:4], means_S[4:]
-    )[0]
+    orpo = ORPOTrainer.odds_ratio_loss(SimpleNamespace(beta=0.25, accelerator=accelerator()), means_S[:4], means_S[4:])[
+        0
+    ]
     cpo = {"beta": 2.0, "label_smoothing": 0.0, "alpha": 0.0, "accelerator": accelerator()}
-    simpo = CPOTrainer.cpo_loss(
-        SimpleNamespace(**cpo, loss_type="simpo", simpo_gamma=1.0), means_S[:4], means_S[4:]
-    )[0]
+    simpo = CPOTrainer.cpo_loss(SimpleNamespace(**cpo, loss_type="simpo", simpo_gamma=1.0), means_S[:4], means_S[4:])[0]
     smooth = CPOTrainer.cpo_loss(
         SimpleNamespace(**{**cpo, "beta": 0.3, "label_smoothing": 0.1}, loss_type="sigmoid"),
         *(logs_ST.sum(1) - start_S).chunk(2),
@@ -210,7 +214,9 @@ def main() -> None:
         "rewards": rewards_S.tolist(),
         "margin": margin.tolist(),
         "dpo": [
-            dpo(loss, beta, logs_ST, start_S, [0, 1, 2, 3]) for loss in ("sigmoid", "ipo", "hinge") for beta in (0.1, 0.5)
+            dpo(loss, beta, logs_ST, start_S, [0, 1, 2, 3])
+            for loss in ("sigmoid", "ipo", "hinge")
+            for beta in (0.1, 0.5)
         ]
         + [dpo("rpo", 0.1, logs_ST, start_S, [pair]) for pair in range(4)],
         "smoothed": smooth.tolist(),
