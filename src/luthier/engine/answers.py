@@ -85,14 +85,13 @@ def gives_rewards(model: LoadedModel) -> bool:
 
 
 def encode_scored(model: LoadedModel, item: tuple[Message, ...] | tuple[str, str | None], id: str) -> Encoded:
-    """What a reward model reads: a conversation, a prompt and an answer, or an answer alone. Raises DataError."""
+    """What a reward model reads: a conversation, a prompt and an answer, or an answer alone (to nothing). Raises DataError."""
     if item and isinstance(item[0], Message):
         turns = tuple(turn for turn in item if isinstance(turn, Message))
     else:
-        text, answer = str(item[0]), item[1]
-        turns = (Message("assistant", text),)
-        if answer is not None:
-            turns = (Message("user", text), Message("assistant", str(answer)))
+        # Chat templates cannot begin with an answer.
+        prompt, answer = ("", item[0]) if item[1] is None else item
+        turns = (Message("user", str(prompt)), Message("assistant", str(answer)))
     if turns[-1].role != "assistant":
         raise DataError(f"{id}: a reward model scores an answer, and these turns end with one of the {turns[-1].role}")
     row = render_answers(model.renderer, turns[:-1], [turns[-1:]], (), id)
