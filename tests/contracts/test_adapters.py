@@ -59,6 +59,26 @@ def test_contract(kind, family, task, tmp_path):
     assert torch.allclose(outputs(load_model(str(tmp_path / "merged"))), moved, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS.names() if ADAPTERS.load(kind).quantises])
+def test_over_a_quantised_base(kind, form, tmp_path):
+    loaded = load_model(str(tiny_model("llama")), quantize=form)
+    held = outputs(loaded)
+    adapter = ADAPTERS.parse(kind)
+    adapter.apply(loaded)
+    assert torch.allclose(outputs(loaded), held, atol=1e-6)  # starts equal to the quantised base
+    with torch.no_grad():
+        for _, parameter in adapter.trainable(loaded):
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    save_model(loaded, tmp_path / "model")
+    assert torch.equal(outputs(load_model(str(tmp_path / "model"))), outputs(loaded))
+
+    whole = load_model(str(tmp_path / "model"), quantize="none")
+    adapter.merge(loaded)
+    assert loaded.spec.quantize == "none"
+    assert torch.allclose(outputs(loaded), outputs(whole), atol=1e-5)  # merged into the full base
+
+
 @pytest.mark.parametrize("family, task", PURPOSES)
 @pytest.mark.parametrize("kind", ADAPTERS.names())
 def test_gradient_reaches_all_that_learns(kind, family, task):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from luthier.core.errors import ModelError
+from luthier.core.errors import ConfigError, ModelError
 from luthier.models.adapters import ADAPTERS
 from luthier.models.adapters.inject import lora_layers
 from luthier.models.load import AUTO_CLASSES, load_model
@@ -265,7 +265,8 @@ def test_dora_of_an_embedding_is_refused(tmp_path):
         load_model(str(tmp_path / "theirs"))
 
 
-def test_other_kinds_of_adapter_are_refused(tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(ModelError, match="of the type 'IA3'; only LORA can be loaded"):
+def test_kinds_of_adapter_that_cannot_be_used_are_refused(tmp_path):
+    settings = {"peft_type": "CARTRIDGE", "base_model_name_or_path": str(tiny_model("llama"))}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="cartridge is distilled from a long text, not tuned on rows"):
         load_model(str(tmp_path))

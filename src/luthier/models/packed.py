@@ -134,7 +134,8 @@ def _padded(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor
     separator = getattr(model.module, "separator", None)
     if separator is not None:
         inputs["token_type_ids"] = torch.stack([text_of_pair(row, separator) for row in ids_ST]) * mask_ST
-    return body(**inputs).last_hidden_state[mask_ST.bool()]
+    # An encoder keeps the states of virtual tokens, in front, for its decoder.
+    return body(**inputs).last_hidden_state[:, -ids_ST.shape[1] :][mask_ST.bool()]
 
 
 def pad(flat_N: Tensor, lengths: Sequence[int], fill: int | float) -> Tensor:

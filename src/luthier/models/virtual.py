@@ -9,11 +9,15 @@ it is called, and take away the states of virtual tokens, so that nothing else n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+
+# What transformers calls the argument: the second, in later versions the first.
+CACHE_NAMES = ("cache", "past_key_values")
 
 
 class VirtualEmbedding(nn.Module):
@@ -50,7 +54,7 @@ def insert(
 ) -> tuple[Tensor, Sequence[int], Tensor | None]:
     """A flat batch with the model's virtual tokens before each segment that has no parent, and which of its places hold
     text; as it is, and None, for a model that has none."""
-    embedding = network.get_input_embeddings()
+    embedding = reader(network).get_input_embeddings()
     if not isinstance(embedding, VirtualEmbedding):
         return ids_N, lengths, None
     ids_P, pieces, more, real = embedding.ids_P, [], [], []
@@ -67,8 +71,7 @@ def add_virtual_tokens(network: Any, embedding: VirtualEmbedding, *, kept: bool)
 
     `kept`: the states of virtual tokens stay, for a decoder that attends to them (an encoder-decoder that generates).
     """
-    both = network.config.is_encoder_decoder
-    body = network.get_encoder() if both else network.base_model
+    body = reader(network)
     body.set_input_embeddings(embedding)
     virtual = _Virtual(embedding)
     body.register_forward_pre_hook(virtual.before, with_kwargs=True)
@@ -80,13 +83,23 @@ def add_virtual_tokens(network: Any, embedding: VirtualEmbedding, *, kept: bool)
 
 def add_prefix(network: Any, learned: nn.Module, prefix: Callable[[int], Any], count: int) -> None:
     """Let every layer of a decoder see `prefix(rows)`, a cache of `count` keys and values for each row."""
-    network.base_model.add_module("prefix", learned)
-    network.base_model.register_forward_pre_hook(_Prefix(prefix, count), with_kwargs=True)
+    reader(network).add_module("prefix", learned)
+    reader(network).register_forward_pre_hook(_Prefix(prefix, count), with_kwargs=True)
 
 
 def reads_packed(network: Any) -> bool:
     """Whether nothing here keeps the model from reading texts laid end to end: a prefix is one for each row."""
-    return not any(isinstance(hook, _Prefix) for hook in network.base_model._forward_pre_hooks.values())
+    return not any(isinstance(hook, _Prefix) for hook in reader(network)._forward_pre_hooks.values())
+
+
+def reader(network: Any) -> Any:
+    """The stack of layers that every call goes through: the encoder of an encoder-decoder, and OPT's decoder inside its
+    body, which its language model calls past that."""
+    if network.config.is_encoder_decoder:
+        return network.get_encoder()
+    found = network.get_decoder() if hasattr(network, "get_decoder") else None
+    inside = found is not None and any(found is module for module in network.base_model.modules())
+    return found if inside else network.base_model
 
 
 class _Virtual:
@@ -98,7 +111,7 @@ class _Virtual:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # Packed texts had them put in by `insert`.
-        self.put = "segments" not in kwargs and _length(kwargs.get("past_key_values")) == 0
+        self.put = "segments" not in kwargs and _length(_cache(kwargs)) == 0
         if "segments" in kwargs:
             return None
         args, kwargs, ids_ST = _ids(args, kwargs)
@@ -135,14 +148,14 @@ class _Prefix:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs, ids_ST = _ids(args, kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = _cache(kwargs)
         _shift(kwargs, self.count, inside=False)
         if _length(cache) == 0:
-            cache = DynamicCache() if cache is None else cache
+            if cache is None:
+                cache = kwargs[_name_of_cache(module)] = DynamicCache()
             dtype = next(module.parameters()).dtype
             for at, layer in enumerate(self.prefix(len(ids_ST)).layers):
                 cache.update(layer.keys.to(dtype), layer.values.to(dtype), at)
-            kwargs["past_key_values"] = cache
         return args, kwargs
 
 
@@ -169,6 +182,14 @@ def _shift(kwargs: dict[str, Any], count: int, *, inside: bool) -> None:
 
 def _ones_before(mask_ST: Tensor, count: int) -> Tensor:
     return nn.functional.pad(mask_ST, (count, 0), value=1)
+
+
+def _cache(kwargs: dict[str, Any]) -> Any:
+    return next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def _name_of_cache(module: nn.Module) -> str:
+    return next(name for name in CACHE_NAMES if name in signature(module.forward).parameters)
 
 
 def _length(cache: Any) -> int:

@@ -30,7 +30,7 @@ class Peft(Adapter):
     """Its settings, as in PEFT's config class of the method, such as num_virtual_tokens, r or target_modules."""
 
     def apply(self, loaded: LoadedModel) -> None:
-        from luthier.models.adapters.peft_methods import make_config, put_in
+        from luthier.models.adapters.peft_methods import let_learn, make_config, put_in
         from luthier.models.facts import fingerprint
         from luthier.models.heads import Pooled
         from luthier.models.sources import lasting_name
@@ -42,6 +42,7 @@ class Peft(Adapter):
             taken = put_in(loaded.network, loaded.spec, make_config(self.method, self.options))
             loaded.spec = loaded.spec.model_copy(update={"adapter": self.model_dump(), **base})
             leave_room(loaded, taken)
+        let_learn(loaded)
         loaded.packs = loaded.head = None
         if isinstance(loaded.module, Pooled):
             loaded.module.head.requires_grad_(True)
@@ -79,9 +80,6 @@ class Peft(Adapter):
                 "be trained further; start from the base"
             )
         config.inference_mode = False
-        loaded.module.requires_grad_(False)
-        for parameter in loaded.module.parameters():
-            parameter.requires_grad_(bool(vars(parameter).get("added")))
 
 
 def leave_room(loaded: LoadedModel, tokens: int) -> None:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from luthier.core.errors import ConfigError, MissingExtra, ModelError, did_you_mean
 from luthier.models.adapters.inject import linear_layers
 from luthier.models.adapters.peft_files import ADAPTER_WEIGHTS, PREFIX
 from luthier.models.adapters.peft_write import TASK_TYPES
 from luthier.models.quiet import quiet
-from luthier.models.virtual import VirtualEmbedding, add_prefix, add_virtual_tokens
+from luthier.models.virtual import VirtualEmbedding, add_prefix, add_virtual_tokens, reader
 
 if TYPE_CHECKING:
-    from luthier.models.spec import ModelSpec
+    from luthier.models.spec import LoadedModel, ModelSpec
 
 # Names that the papers and users give to methods, and PEFT's own.
 ALIASES = {
@@ -42,6 +45,9 @@ REFUSED = {
     "cartridge": "is distilled from a long text, not tuned on rows; prefix_tuning is the nearest",
     "adaption_prompt": "changes the attention of one family; prefix_tuning is the nearest",
     "shadow": "runs a second network beside the model",
+    "adamss": "chooses its layers' parts anew at every load, so its files do not come back",
+    "frod": "computes its matrices from the base anew at every load, so they depend on the precision of that",
+    "trainable_tokens": "learns rows of the embedding, which prompt_tuning does without changing the vocabulary",
     "osf": "replaces the base's own weights, and projects their gradients",
 }
 # Settings of a method that are the model's or the file's, and not the user's.
@@ -82,7 +88,7 @@ def make_config(method: str, options: Mapping[str, Any], **given: Any) -> Any:
         if name not in names:
             raise ConfigError(f"adapter.options: {method} has no option {name!r}; {did_you_mean(name, names)}")
     try:
-        with quiet():
+        with _hushed():
             return made(**options, **given)
     except (TypeError, ValueError, KeyError) as err:
         raise ConfigError(f"adapter.options: {method} does not take these options: {_first_line(err)}") from None
@@ -104,7 +110,7 @@ def put_in(network: Any, spec: ModelSpec, config: Any) -> int:
         )
     _choose_layers(config, network, method)
     try:
-        with quiet():
+        with _hushed():
             around = PeftModel(network, config, NAME)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, NotImplementedError) as err:
         raise ConfigError(
@@ -120,12 +126,20 @@ def put_in(network: Any, spec: ModelSpec, config: Any) -> int:
     for parameter in learned.parameters():
         vars(parameter)["added"] = True
     if method in VIRTUAL:
-        base = (network.get_encoder() if spec.kind == "encoder-decoder" else network).get_input_embeddings()
-        embedding = VirtualEmbedding(base, learned, lambda: around.get_prompt(1)[0, :count], count)
+        embedding = VirtualEmbedding(reader(network).get_input_embeddings(), learned, lambda: around.get_prompt(1)[0, :count], count)
         add_virtual_tokens(network, embedding, kept=spec.task == "seq2seq")
     else:
         add_prefix(network, learned, around.get_prompt, count)
     return count
+
+
+def let_learn(loaded: LoadedModel) -> None:
+    """Open what the method added, and nothing else of the network; of an encoder-decoder that classifies, in its encoder."""
+    from luthier.models.adapters.inject import used_parameters
+
+    used = {id(parameter) for parameter in used_parameters(loaded)}
+    for parameter in loaded.network.parameters():
+        parameter.requires_grad_(bool(vars(parameter).get("added")) and id(parameter) in used)
 
 
 def peft_of(network: Any) -> Any:
@@ -199,7 +213,7 @@ def merge(network: Any, source: str) -> None:
     if around is None or around.peft_config[NAME].is_prompt_learning:
         raise ConfigError(refusal.format("it stands before the text"))
     try:
-        with quiet():
+        with _hushed():
             whole = around.merge_and_unload()
     except (AttributeError, ValueError, NotImplementedError, RuntimeError, TypeError) as err:
         raise ConfigError(refusal.format(_first_line(err))) from None
@@ -213,6 +227,8 @@ def _choose_layers(config: Any, network: Any, method: str) -> None:
     """Where neither the user nor PEFT says which layers of a family get the method: all linear ones but the output layer."""
     from peft.utils import constants
 
+    if hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in linear_layers(network).values())
     if getattr(config, "target_modules", "none") is not None:
         return
     known = getattr(constants, f"TRANSFORMERS_MODELS_TO_{method.upper()}_TARGET_MODULES_MAPPING", {})
@@ -242,6 +258,14 @@ def _rename(
             f"{path}: {lost[0]} is in the adapter or in the model, and not in the other; it is for another base"
         )
     return found
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """`quiet`, and without what PEFT is told of coming versions of transformers, which is no matter of the user's."""
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _first_line(err: BaseException) -> str:
