@@ -126,7 +126,9 @@ def put_in(network: Any, spec: ModelSpec, config: Any) -> int:
     for parameter in learned.parameters():
         vars(parameter)["added"] = True
     if method in VIRTUAL:
-        embedding = VirtualEmbedding(reader(network).get_input_embeddings(), learned, lambda: around.get_prompt(1)[0, :count], count)
+        embedding = VirtualEmbedding(
+            reader(network).get_input_embeddings(), learned, lambda: around.get_prompt(1)[0, :count], count
+        )
         add_virtual_tokens(network, embedding, kept=spec.task == "seq2seq")
     else:
         add_prefix(network, learned, around.get_prompt, count)
