@@ -35,16 +35,10 @@ EXEMPT_CALLS = {
 }
 EXEMPT = {
     "model name": "a key of /proc/cpuinfo",
-    "\\n\\n(Human|Assistant):[ \\n]?": "a pattern",
     "{} is no kind of row": "for those who write a Part",
     "{}, form={}": "how a layer is printed in Python",
     "{}, {} MB": "a unit",
     "from luthier.verbs.launch import follow; follow()": "a program",
-    "{} goes by log p gained over the model at the start; {} by mean log p": NOTES,
-    "no ROC-AUC: these rows hold only one kind": NOTES,
-    "chosen ({}): {}": "what a row holds, in the predictions",
-    "{}rejected ({}): {}": "what a row holds, in the predictions",
-    "answer ({}): {}": "what a row holds, in the predictions",
     "{} of {} rows": "a table in memory, from Python only",
     "Label .* is present in all training examples": "a pattern for scikit-learn's warning",
     r"{} ?[[\p{L}\p{M}]&&[^\p{Han}]]+": "a pattern",

@@ -120,7 +120,7 @@ def test_the_average_is_what_is_validated_and_kept(case, best, tmp_path, monkeyp
     outcome = loop.train(
         work.model,
         work.objective,
-        work.rows,
+        work.feed,
         [] if best == "none" else work.validation,
         parameters=work.parameters,
         optimizer=work.config.optimizer,

@@ -1,5 +1,6 @@
 """A tuning with any adapter of the family, stopped and resumed, ends where it would have."""
 
+import json
 import signal
 
 import pytest
@@ -16,9 +17,11 @@ CHATS = [{"prompt": f"call {number}", "completion": f"<tool> {number + 1}"} for 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_stopped_run_goes_on_to_the_same_end(kind, precision, tmp_path, monkeypatch):
     monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path))
+    rows = tmp_path / "chats.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in CHATS), encoding="utf-8")
     values = {
         "model": str(tiny_model("llama")),
-        "data": {"train": CHATS, "split": {"validation": 0.25}},
+        "data": {"train": str(rows), "split": {"validation": 0.25}},
         "objective": "sft",
         "adapter": {"kind": kind, "rank": 4, "tokens": ["<tool>"], "also": ["norm"]},
         "precision": precision,

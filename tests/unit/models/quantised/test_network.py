@@ -174,7 +174,7 @@ def test_the_adapter_is_merged_into_the_full_base(precision, tmp_path):
 def test_a_base_that_is_gone_cannot_be_merged_into(tmp_path):
     loaded = tuned()
     loaded.spec = loaded.spec.model_copy(update={"base": str(tmp_path / "gone")})
-    with pytest.raises(ModelError, match=r"cannot be read in full precision: .*gone: no such directory"):
+    with pytest.raises(ModelError, match=r"cannot be read again in full precision: .*gone: no such directory"):
         ADAPTERS.parse(LORA).merge(loaded)
     loaded.spec = loaded.spec.model_copy(update={"base": str(tiny_model("llama", seed=1))})
     with pytest.raises(ModelError, match="now holds another model"):
