@@ -50,7 +50,7 @@ def merge(
     if config.output.exists() and (not config.output.is_dir() or any(config.output.iterdir())):
         raise ConfigError(f"output: {config.output} exists and is not empty; name a new directory")
     events.stage(f"loading the model {config.model}")
-    loaded = load_model(config.model, dtype="float32", events=events)
+    loaded = load_model(config.model, dtype="float32", quantize="none", events=events)
     if loaded.spec.adapter is None:
         raise ConfigError(f"model: {config.model} holds no adapter, so there is nothing to merge")
     dtype: str = config.dtype

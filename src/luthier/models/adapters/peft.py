@@ -48,7 +48,7 @@ class Peft(Adapter):
             loaded.module.head.requires_grad_(True)
 
     def merge(self, loaded: LoadedModel) -> None:
-        from luthier.models.adapters.inject import merge_adapter
+        from luthier.models.adapters.merge import merge_adapter
 
         merge_adapter(loaded)
 

@@ -99,3 +99,21 @@ def test_verb_keeps_the_precision_of_the_bases_files(tmp_path):
     assert {one.dtype for one in held.values()} == {torch.bfloat16}
     made = merge(model=str(tmp_path / "adapter"), output=tmp_path / "fine", dtype="float32")
     assert made["rounding"] < 1e-5
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_an_adapter_over_a_quantised_base_is_merged_into_the_full_one(form, tmp_path):
+    from luthier.models.quantised.network import quantise_loaded
+
+    loaded = load_model(str(tiny_model("llama")))
+    quantise_loaded(loaded, form)
+    part = ADAPTERS.parse({"kind": "lora", "rank": 4})
+    part.apply(loaded)
+    with torch.no_grad():
+        for name, parameter in part.trainable(loaded):
+            parameter.add_((0.02 if "lora_b" in name else 0.002) * torch.randn_like(parameter))
+    save_model(loaded, tmp_path / "adapter")
+    found = merge(model=str(tmp_path / "adapter"), output=tmp_path / "whole", dtype="float32")
+    assert found["difference"] <= 1e-4
+    beside = load_model(str(tmp_path / "adapter"), dtype="float32", quantize="none")
+    assert torch.allclose(logits(load_model(str(tmp_path / "whole"))), logits(beside), atol=1e-5)
