@@ -33,7 +33,7 @@ def test_contract(kind, family, task, tmp_path):
     base = outputs(loaded)
     adapter = ADAPTERS.parse(kind)
     adapter.apply(loaded)
-    assert torch.equal(outputs(loaded), base)  # starts equal to the base
+    assert torch.allclose(outputs(loaded), base, atol=1e-5)  # starts equal to the base
 
     named = adapter.trainable(loaded)
     assert named
@@ -57,6 +57,26 @@ def test_contract(kind, family, task, tmp_path):
     assert torch.allclose(outputs(again), moved, atol=1e-5)  # merged equals unmerged
     save_model(again, tmp_path / "merged")
     assert torch.allclose(outputs(load_model(str(tmp_path / "merged"))), moved, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS.names() if ADAPTERS.load(kind).quantises])
+def test_over_a_quantised_base(kind, form, tmp_path):
+    loaded = load_model(str(tiny_model("llama")), quantize=form)
+    held = outputs(loaded)
+    adapter = ADAPTERS.parse(kind)
+    adapter.apply(loaded)
+    assert torch.allclose(outputs(loaded), held, atol=1e-6)  # starts equal to the quantised base
+    with torch.no_grad():
+        for _, parameter in adapter.trainable(loaded):
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    save_model(loaded, tmp_path / "model")
+    assert torch.equal(outputs(load_model(str(tmp_path / "model"))), outputs(loaded))
+
+    whole = load_model(str(tmp_path / "model"), quantize="none")
+    adapter.merge(loaded)
+    assert loaded.spec.quantize == "none"
+    assert torch.allclose(outputs(loaded), outputs(whole), atol=1e-5)  # merged into the full base
 
 
 @pytest.mark.parametrize("family, task", PURPOSES)

@@ -11,10 +11,8 @@ from torch import nn
 
 from luthier.core.errors import ModelError
 from luthier.models.heads import width_of
+from luthier.models.quantised.linear import QuantisedLinear, sample
 from luthier.models.spec import Kind
-
-# Values sampled from each tensor for a fingerprint: enough to tell two trainings apart, quick for billions of weights.
-SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ def read_facts(network: Any) -> ModelFacts:
         heads=int(getattr(config, "num_attention_heads", 0) or 0),
         vocabulary=int(config.vocab_size),
         context=context_of(config),
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        parameters=count_parameters(network),
     )
 
 
@@ -93,17 +91,22 @@ def context_of(config: Any) -> int | None:
 def fingerprint(network: nn.Module) -> str:
     """A short name of the weights below the head: SHA-256 over names, shapes and sampled values, 16 hex digits.
 
-    The same for a model loaded for another task or in another precision (values are compared in bf16); different for
-    another architecture or training.
+    The same for a model loaded for another task, in another precision or quantised (values are compared in bf16, as they
+    were); different for another architecture or training.
     """
     digest = hashlib.sha256()
     below: Any = getattr(network, "base_model", network)
-    for name, tensor in sorted(below.state_dict().items()):
-        if name.startswith("pooler."):
-            continue
-        flat = tensor.reshape(-1)
-        # In double precision: from 2^24 on, single precision rounds the last place to one past the end.
-        places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).long().to(flat.device)
-        values = flat[places].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values)
+    found = {name: (tuple(tensor.shape), sample(tensor)) for name, tensor in below.state_dict().items()}
+    for name, module in below.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantisedLinear):
+            found[name + ".weight"] = (module.original_shape, module.original_sample)
+    for name, (shape, values) in sorted(found.items()):
+        if not name.startswith("pooler."):
+            digest.update(f"{name}{shape}".encode() + values)
     return digest.hexdigest()[:16]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Parameters of a module, each once; a quantised weight counts as what it stands for."""
+    packed = sum(one.in_features * one.out_features for one in module.modules() if isinstance(one, QuantisedLinear))
+    return packed + sum(parameter.numel() for parameter in module.parameters())

@@ -21,9 +21,12 @@ from luthier.core.errors import ConfigError, LuthierError, MissingExtra, ModelEr
 from luthier.core.events import Events
 from luthier.core.types import Task
 from luthier.models.adapters.peft_files import ADAPTER_CONFIG, attach_adapter, read_adapter_config
+from luthier.models.adapters.peft_methods import read as read_peft
 from luthier.models.facts import fingerprint, kind_of
 from luthier.models.heads import Pooled
+from luthier.models.precision import cast_network, cast_weights
 from luthier.models.purpose import add_head, check_task, choose_length, choose_pooling, keeps_head, make_renderer
+from luthier.models.quantised.network import quantise
 from luthier.models.quiet import quiet
 from luthier.models.sources import knock, lasting_name, resolve_source
 from luthier.models.spec import HEAD_FILE, NATURAL_TASK, Kind, LoadedModel, ModelSpec, read_spec
@@ -52,6 +55,8 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     from_scratch: bool = False,
+    conversations: bool = False,
+    quantize: Literal["auto", "none", "int8", "nf4"] = "auto",
     events: Events | None = None,
 ) -> LoadedModel:
     """Load `source` (a shipped name, run:<id>, a directory, a hub id) for `task`, in eval mode.
@@ -59,7 +64,9 @@ def load_model(
     `task` None: what it was saved for, else what its kind is made for. `labels` makes a classification head; the saved
     one is kept when its labels are the same, or when none are given. `dtype` auto is what the model was tuned in here,
     else float32, whatever the files hold.
-    `from_scratch` takes the shape alone and draws the weights from torch's generator. A directory with a PEFT adapter
+    `from_scratch` takes the shape alone and draws the weights from torch's generator. `quantize` is the form in which the
+    linear layers of the body are held; auto: as the adapter was tuned. `conversations` asks for a chat template where the
+    task alone would not: for reward models. A directory with a PEFT adapter
     loads its base first. Raises ModelError (not found, unreachable, damaged, an adapter for another base), ConfigError
     (a task that the kind cannot do, a length beyond the context) and MissingExtra.
     """
@@ -78,13 +85,22 @@ def load_model(
     task = check_task(task or (saved.task if saved else NATURAL_TASK[kind]), kind, source)
     if dtype == "auto" and saved is not None:
         dtype = saved.precision
-    network = load_network(base, config, task, hub, dtype=dtype, from_scratch=from_scratch, events=events)
-    tokenizer = load_tokenizer(place if adapter is None or saved is not None else base, hub)
-    if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
-        raise ModelError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds "
-            f"{network.get_input_embeddings().weight.shape[0]}; the two do not belong together"
+    if quantize == "auto":
+        quantize = saved.quantize if saved is not None and adapter is not None else "none"
+    elif quantize == "none" and saved is not None and saved.quantize != "none":
+        events.choose(
+            "base", "in full", f"the adapter was tuned over a base in {saved.quantize}, and its answers may differ"
         )
+    # What PiSSA leaves in the base is taken from it in full precision, and rounded after.
+    late = saved is not None and (saved.adapter or {}).get("kind") == "pissa" and dtype == "bfloat16"
+    # In the precision of the files, weights are read from the disk only when their layer is quantised.
+    first = "float32" if late else dtype if quantize == "none" or from_scratch else "file"
+    network = load_network(base, config, task, hub, dtype=first, from_scratch=from_scratch, events=events)
+    if quantize != "none":
+        quantise(network, quantize, events)
+        cast_network(network, DTYPES[dtype])
+    whole = adapter is None or saved is not None or (isinstance(place, Path) and (place / "tokenizer.json").is_file())
+    tokenizer = load_tokenizer(place if whole else base, hub)
     spec = ModelSpec(
         source=source,
         kind=kind,
@@ -94,6 +110,7 @@ def load_model(
         max_length=choose_length(max_length, saved, config, tokenizer),
         pooling=choose_pooling(pooling, saved, kind),
         precision="bfloat16" if dtype == "bfloat16" else "float32",
+        quantize=quantize,
     )
     network.to(_device(device))
     found = fingerprint(network) if adapter is not None else None
@@ -103,9 +120,20 @@ def load_model(
             f"{saved.base_fingerprint}), and {base_name} is now {found}; bring the old base back or tune again"
         )
     if adapter is not None and isinstance(place, Path):
-        settings = attach_adapter(network, place, adapter, base_name)
+        if adapter.get("peft_type") == "LORA":
+            made_here = saved.adapter if saved else None
+            settings = attach_adapter(
+                network, place, adapter, base_name, tokenizer=tokenizer, events=events, saved=made_here
+            )
+        else:
+            settings = read_peft(network, spec, place, adapter)
         update = {"adapter": settings, "base": lasting_name(base_name), "base_fingerprint": found}
         spec = spec.model_copy(update=update)
+    if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
+        raise ModelError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds "
+            f"{network.get_input_embeddings().weight.shape[0]}; the two do not belong together"
+        )
     module, spec = add_head(network, tokenizer, spec, saved, tuple(labels), multi_label)
     if isinstance(module, Pooled) and isinstance(place, Path) and keeps_head(spec, saved):
         module.head.load_state_dict(load_file(place / HEAD_FILE, device=str(_device(device))))
@@ -118,8 +146,12 @@ def load_model(
         truncate=truncate,
         learn=learn,
         events=events,
+        conversations=conversations or (task == "regress" and spec.learned == "reward"),
     )
-    return LoadedModel(module, tokenizer, spec, renderer)
+    loaded = LoadedModel(module, tokenizer, spec, renderer)
+    if late:
+        cast_weights(loaded, "bfloat16")
+    return loaded
 
 
 def read_kind(source: str) -> Kind:
@@ -149,8 +181,11 @@ def load_tokenizer(place: Path | str, hub: dict[str, Any]) -> Any:
 def load_network(
     place: Path | str, config: Any, task: Task, hub: dict[str, Any], *, dtype: str, from_scratch: bool, events: Events
 ) -> Any:
-    """The transformers model for `task`. Raises ModelError when weights below the head are missing or of other shapes."""
-    if dtype not in DTYPES:
+    """The transformers model for `task`, in `dtype` or as the "file" has it.
+
+    Raises ModelError when weights below the head are missing or of other shapes.
+    """
+    if dtype not in (*DTYPES, "file"):
         raise ConfigError(f"dtype: {dtype!r} is not among {', '.join(DTYPES)}")
     factory = AUTO_CLASSES[task]
     if from_scratch:
@@ -160,10 +195,11 @@ def load_network(
             f"{place}: there is a config.json but no weights; ask for random ones with `from_scratch: true` "
             "(--from-scratch), or give the directory of a trained model"
         )
+    held: Any = DTYPES.get(dtype, "auto")
     network, info = _ask(
         place,
         "weights",
-        lambda: factory.from_pretrained(str(place), dtype=DTYPES[dtype], output_loading_info=True, **hub),
+        lambda: factory.from_pretrained(str(place), dtype=held, output_loading_info=True, **hub),
     )
     below = network.base_model_prefix + "."
     missing = [name for name in sorted(info["missing_keys"]) if not _is_computed(network, name)]

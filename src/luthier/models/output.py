@@ -29,7 +29,10 @@ class Head:
 
     def logits(self, hidden_NE: Tensor) -> Tensor:
         """[N, V]"""
-        logits_NV = nn.functional.linear(hidden_NE, self.weight_VE, self.bias_V)
+        return self.finish(nn.functional.linear(hidden_NE, self.weight_VE, self.bias_V))
+
+    def finish(self, logits_NV: Tensor) -> Tensor:
+        """[N, V]: the product of states and weight as logits."""
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
@@ -52,6 +55,29 @@ class OwnHead:
                 held.enter_context(_giving(one, hidden_NE[None]))
             ids_1N = torch.zeros(1, len(hidden_NE), dtype=torch.long, device=hidden_NE.device)
             return self.module(**_inputs(self.module, ids_1N)).logits[0]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class Tempered:
+    """A head whose logits are divided by a temperature after its soft-cap."""
+
+    head: Head | OwnHead
+    module: Any
+    temperature: float
+
+    def logits(self, hidden_NE: Tensor) -> Tensor:
+        """[N, V]"""
+        return self.head.logits(hidden_NE) / self.temperature
+
+
+def at_temperature(model: LoadedModel, temperature: float) -> Any:
+    """The head of a loaded language model with its logits over `temperature`: what is drawn from, as a likelihood."""
+    head = head_of(model)
+    if temperature == 1:
+        return head
+    if isinstance(head, Head) and head.softcap is None:
+        return replace(head, scale=head.scale / temperature)
+    return Tempered(head, model.module, temperature)
 
 
 def head_of(model: LoadedModel) -> Head | OwnHead:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
+from luthier.models.quantised.network import quantised_layers
 from luthier.models.spec import LoadedModel
 
 Precision: TypeAlias = Literal["float32", "bfloat16"]
@@ -34,13 +35,20 @@ def is_fast(device: torch.device) -> bool:
     return any(bool(getattr(torch.cpu, name)()) for name in asked if hasattr(torch.cpu, name))
 
 
-@torch.no_grad()
 def cast_weights(model: LoadedModel, precision: Precision) -> None:
-    """Bring the network's weights to `precision`, in place, but for matrices of an adapter, which learn in fp32. Buffers
-    (the frequencies of rotary positions) stay as they are."""
-    dtype = getattr(torch, precision)
-    for name, parameter in model.network.named_parameters():
-        if parameter.is_floating_point() and not name.rpartition(".")[2].startswith("lora_"):
-            parameter.data = parameter.data.to(dtype)
-    model.network.config.dtype = dtype
+    """Bring the network's weights to `precision`, in place, and say so in its spec."""
+    cast_network(model.network, getattr(torch, precision))
     model.spec = model.spec.model_copy(update={"precision": precision})
+
+
+@torch.no_grad()
+def cast_network(network: Any, dtype: torch.dtype) -> None:
+    """Bring all weights to `dtype`, in place, but for matrices of an adapter, which learn in fp32, and quantised weights,
+    which are rebuilt in it. Buffers (the frequencies of rotary positions) stay as they are."""
+    for name, parameter in network.named_parameters():
+        learned = name.rpartition(".")[2].startswith("lora_") or vars(parameter).get("added")
+        if parameter.is_floating_point() and not learned:
+            parameter.data = parameter.data.to(dtype)
+    for _, layer in quantised_layers(network):
+        layer.dtype = dtype
+    network.config.dtype = dtype

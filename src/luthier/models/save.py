@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from luthier.core.errors import ModelError
 from luthier.models.adapters import ADAPTERS
 from luthier.models.heads import Pooled
 from luthier.models.quiet import quiet
@@ -30,6 +31,11 @@ def save_model(loaded: LoadedModel, directory: Path, *, dtype: str | None = None
 
 
 def _write(loaded: LoadedModel, directory: Path, dtype: str | None) -> None:
+    if loaded.spec.quantize != "none" and loaded.spec.adapter is None:
+        raise ModelError(
+            f"{loaded.spec.source}: its weights are held in {loaded.spec.quantize} for tuning an adapter, and are not written "
+            "without one; load it with quantize: none to save it whole"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     if loaded.spec.adapter is not None:
         ADAPTERS.parse(loaded.spec.adapter).save(loaded, directory)

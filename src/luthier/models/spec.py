@@ -58,6 +58,8 @@ class ModelSpec(Config):
     """Fingerprint of that base's weights."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What it was tuned in, and computes in when it is loaded again."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """The form in which the frozen base was held under its adapter, and is held when it is loaded again."""
     target_mean: float = 0.0
     """Mean of the numbers learned, for regress: prediction = score x target_scale + target_mean."""
     target_scale: float = 1.0
@@ -74,6 +76,8 @@ class LoadedModel:
     renderer: Renderer
     packs: bool | None = None
     """Whether it reads texts laid end to end as if each were alone; None: not tried yet (`models.packed.packs`)."""
+    shares: bool | None = None
+    """Whether it reads a text once for all that continue it; None: not tried yet (`models.packed.shares`)."""
 
     head: Any = None
     """Its output layer, and how logits are made with it; None: not read yet (`models.output.head_of`)."""

@@ -39,6 +39,10 @@ class Progress:
     first_loss: float | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     """Every validation so far."""
+    place: dict[str, Any] | None = None
+    """Where the feed stands, for one that does not know by the step."""
+    drawn: dict[str, int] = field(default_factory=dict)
+    """Rows learned from of each source, where there are several."""
 
 
 @dataclass(slots=True)

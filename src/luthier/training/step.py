@@ -13,6 +13,8 @@ from luthier.core.errors import TrainingError
 from luthier.core.types import Encoded
 from luthier.data.batches import deal, split_step
 from luthier.training.learner import Learner
+from luthier.training.noise import noisy_inputs
+from luthier.training.objectives.part import Objective
 
 # Beyond this many times its start (and at least this much), a loss is not coming back.
 DIVERGED = 1000.0
@@ -29,6 +31,7 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
     world, idle = learner.world, rows[:1]
     rows = [rows[at] for at in deal([len(row.ids) + len(row.target) for row in rows], world.size)[world.rank]]
     rows = learner.objective.draw(rows, model, seed) if rows else rows
+    learner.tally = _tally(learner, rows)
     lengths = [len(row.ids) + len(row.target) for row in rows]
     micro = [
         learner.objective.batch([rows[at] for at in part], model, seed)
@@ -46,10 +49,11 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
         group["lr"] = group["base_lr"] * factor
     total = 0.0
     for at, batch in enumerate(micro):
-        loss, _ = learner.measure(batch.to(model.device))
-        share = loss.sum if at < counted else loss.sum * 0
-        # Sharded gradients come back as means over the processes; the others are added up below.
-        (share * (1 if learner.sharded is None else world.size) / weight).backward()
+        with noisy_inputs(model, batch.to(model.device), settings.noise, seed):
+            loss, _ = learner.measure(batch)
+            share = loss.sum if at < counted else loss.sum * 0
+            # Sharded gradients come back as means over the processes; the others are added up below.
+            (share * (1 if learner.sharded is None else world.size) / weight).backward()
         value = float(share.detach())
         total += value
         if not math.isfinite(value):
@@ -66,9 +70,22 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
     if mean > DIVERGED * max(progress.first_loss, 1.0):
         raise _diverged(f"went from {progress.first_loss:.4g} to {mean:.4g}", progress.step, names, learner.rate)
     learner.engine.step()
+    if learner.ema is not None:
+        learner.ema.update()
     learner.engine.zero_grad(set_to_none=True)
     progress.tokens += int(tokens)
     return mean, norm
+
+
+def _tally(learner: Learner, rows: Sequence[Encoded]) -> dict[str, float]:
+    """What the objective counts in the rows of all processes: each of its numbers is a mean over rows."""
+    counts = type(learner.objective).tally is not Objective.tally
+    own = learner.objective.tally(rows) if counts and rows else {}
+    if not counts or learner.world.size == 1:
+        return own
+    parts = [(count, found) for count, found in learner.world.gather((len(rows), own)) if count]
+    total = sum(count for count, _ in parts)
+    return {name: sum(count * found[name] for count, found in parts) / total for name in parts[0][1]}
 
 
 def _clip(parameters: Sequence[Parameter], limit: float) -> float:

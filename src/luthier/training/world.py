@@ -66,8 +66,8 @@ class World:
             return asked
         if self.local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"{self.local_size} processes share {torch.cuda.device_count()} CUDA devices here; start one for each, "
-                "or set device: cpu"
+                f"{self.local_size} processes share {torch.cuda.device_count()} CUDA devices here; start one for each, or "
+                "set device: cpu"
             )
         return f"cuda:{self.local_rank}"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, LuthierError, RunError
@@ -15,6 +15,7 @@ from luthier.core.events import Events, Sink
 from luthier.core.record import Record, now
 from luthier.core.run import Run, discard, find_run
 from luthier.data.load import Data
+from luthier.data.plans import Order
 from luthier.models.adapters import ADAPTERS
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.optimizers import OPTIMIZERS
@@ -37,13 +38,13 @@ class Tune(Config):
     data: Data
     """A file, a directory, "sms_spam", hub:owner/name, or a table of settings: train, validation, test, columns, split ..."""
     objective: OBJECTIVES.field_or_auto = "auto"  # type: ignore[name-defined]
-    """What to learn: pretrain, sft, classify, regress, seq2seq, or auto (by the shape of the rows)."""
+    """What to learn: pretrain, sft, distil, dpo, orpo, simpo, kto, reward, grpo, classify, regress, seq2seq, or auto."""
     adapter: ADAPTERS.field = "full"  # type: ignore[name-defined]
-    """Which weights learn: full (all), freeze (the last layers and the head), lora (small matrices beside the weights)."""
+    """Which weights learn: full (all), freeze (the last layers and the head), lora, dora or pissa (small matrices)."""
     optimizer: OPTIMIZERS.field = "adamw"  # type: ignore[name-defined]
-    """How gradients move weights: sgd, adam, adamw, adafactor, muon."""
+    """How gradients move weights: adamw, adamw8bit, adam, sgd, adafactor, muon, lion, schedule_free, apollo, galore."""
     schedule: SCHEDULES.field = "linear"  # type: ignore[name-defined]
-    """How the learning rate moves: constant, linear, cosine, wsd; each with a warm-up."""
+    """How the learning rate moves: constant, linear, polynomial, cosine, inverse_sqrt, wsd; each with a warm-up."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak learning rate."""
     epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
@@ -58,6 +59,12 @@ class Tune(Config):
     """Most tokens that go through the model at once: a step with more is split; the result is the same."""
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 leaves gradients alone."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer below the last learns at this times the rate of the one above it, embeddings least; 1: all alike."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of a moving average of what learns, such as 0.999, which is then validated and saved; 0: none."""
+    noise: float = Field(0.0, ge=0)
+    """Strength of noise on the input embeddings while learning (NEFTune's alpha, 5 is usual); 0: none."""
     max_length: int | None = Field(None, gt=1)
     """Longest row in tokens; by default the model's context."""
     truncate: bool = False
@@ -70,6 +77,8 @@ class Tune(Config):
     """How a classifier or regressor makes one vector of a text."""
     from_scratch: bool = False
     """Start from random weights of the model's shape."""
+    quantize: Literal["auto", "none", "int8", "nf4"] = "auto"
+    """How the frozen base is held under an adapter such as lora: none, int8 (half of bfloat16), nf4 (a quarter, QLoRA)."""
     validate_every: Annotated[int, Field(gt=0)] | Literal["auto", "epoch"] = "auto"
     """Steps between validations."""
     patience: int = Field(0, ge=0)
@@ -78,6 +87,9 @@ class Tune(Config):
     """Steps between checkpoints, beside one at every validation."""
     by_length: bool = True
     """Put rows of like length into one step, so that little is padded."""
+    order: Order = "shuffled"
+    """The order of the rows: shuffled, given (as the data have them), short_first (the first pass goes from short to long),
+    competence (over the first half of the run from a growing share of the shortest)."""
     baselines: bool = True
     """Judge plain baselines on the same rows."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -94,6 +106,12 @@ class Tune(Config):
     """What each of several processes holds: the whole model, or its part of weights, gradients and optimiser (FSDP2)."""
     name: str | None = None
     """The run's name; by default the verb and the time."""
+
+    @model_validator(mode="after")
+    def _check_averages(self) -> Tune:
+        if self.ema and getattr(self.optimizer, "averages", False):
+            raise ValueError(f"ema: the optimiser {self.optimizer.kind} averages the weights itself; leave ema at 0")
+        return self
 
 
 def tune(
@@ -116,6 +134,7 @@ def tune(
 def plan(asked: Resolved[Tune], *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Everything decided and nothing done: what `--dry-run` prints. Reads the data and loads the model."""
     work = Work(asked, Events(sinks=sinks))
+    work.check()
     work.read()
     work.encode()
     return {
@@ -157,6 +176,7 @@ def _lead(
     # What another process died of is what the record says: the guard stands inside.
     with run.working(), world.guard():
         try:
+            work.check()
             work.read()
             if resume and run.record.data.get("fingerprint") not in (None, work.dataset.fingerprint):
                 raise RunError(
@@ -191,11 +211,12 @@ def _learn(path: Path, work: Work, *, resume: bool) -> Outcome:
     """The part of a tuning that all processes do together."""
     from luthier.training.loop import train
 
+    work.refer(path)
     work.begin()
     outcome = train(
         work.model,
         work.objective,
-        work.rows,
+        work.feed,
         work.validation,
         parameters=work.parameters,
         optimizer=work.config.optimizer,
@@ -204,6 +225,7 @@ def _learn(path: Path, work: Work, *, resume: bool) -> Outcome:
         checkpoints=work.checkpoints(path),
         events=work.events,
         resume=resume,
+        scales=work.scales(),
         world=work.world,
         sharded=work.sharded,
     )
@@ -224,7 +246,8 @@ def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
             "tokens_per_second": round(outcome.tokens_per_second, 1),
             "training_seconds": round(run.record.numbers.get("training_seconds", 0.0) + outcome.seconds, 1),
             "stopped_early": outcome.stopped_early,
-        }
+        },
+        data={**run.record.data, **work.drawn(outcome.progress)},
     )
     work.keep_model(run)
     work.judge(run)

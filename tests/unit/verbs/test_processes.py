@@ -107,7 +107,8 @@ def test_sharded_stops_and_goes_on_with_another_number_of_processes(places):
         tune(resume="run:parts", processes=1, sinks=[stop_at(4)])
     assert tune(resume="run:parts", processes=2).state == "finished"
     assert seen(path) == pytest.approx(seen(places / "one"), rel=1e-5)
-    torch.testing.assert_close(weights(load_model("run:parts")), weights(one), rtol=1e-5, atol=1e-5)
+    # Adam makes a whole step of a gradient that is all rounding.
+    torch.testing.assert_close(weights(load_model("run:parts")), weights(one), rtol=1e-5, atol=1e-4)
 
 
 def test_a_process_that_dies_ends_the_run(places):

@@ -51,7 +51,11 @@ def _run(arguments: Sequence[str]) -> int:
             more = {} if found.processes is None else {"processes": parse_scalar(found.processes)}
             record = tune(resume=found.resume, sinks=sinks, **more)
         else:
-            if found.file is None and found.data is None:
+            if (
+                found.file is None
+                and found.data is None
+                and not any(one.startswith("data.train=") for one in found.set)
+            ):
                 raise ConfigError("tune needs a YAML file, or at least --data; luthier tune --help says more")
             asked = read_fields(found, Tune, file=found.file)
             if found.dry_run and follows():

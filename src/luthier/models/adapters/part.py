@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from luthier.core.catalog import Part
 
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 class Adapter(Part):
     """Chooses the weights that learn, adding some beside the model's own if it wants."""
 
+    quantises: ClassVar[bool] = False
+    """Whether the base may be held in fewer bits under it: none of the base's linear weights learn."""
+
     def apply(self, loaded: LoadedModel) -> None:
         """Make the model ready to learn, in place; its outputs do not change."""
         raise NotImplementedError(f"{type(self).__name__} must define apply()")
@@ -23,6 +26,10 @@ class Adapter(Part):
     def trainable(self, loaded: LoadedModel) -> list[tuple[str, Parameter]]:
         """(name, parameter) of all that learns, each once."""
         return [(name, one) for name, one in loaded.module.named_parameters() if one.requires_grad]
+
+    def scales(self, loaded: LoadedModel) -> dict[str, float]:
+        """By how much the learning rate of a parameter is multiplied, by its name in `trainable`; missing: 1."""
+        return {}
 
     def merge(self, loaded: LoadedModel) -> None:
         """Fold what was added into the model's own weights, in place; its outputs stay equal up to rounding."""

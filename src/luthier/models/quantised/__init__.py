@@ -1,0 +1,1 @@
+"""Frozen weights of linear layers in fewer bits, rebuilt when they are used."""

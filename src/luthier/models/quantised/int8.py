@@ -1,0 +1,44 @@
+"""Weights as int8, one scale for each output."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+VALUES_AT_ONCE = 2**18
+
+
+class Int8(NamedTuple):
+    """A weight [out, in] as whole numbers from -127 to 127, each row times its own scale."""
+
+    codes: Tensor
+    """[out, in], int8."""
+    scales: Tensor
+    """[out, 1], fp32: a row's largest magnitude / 127."""
+
+    def unpack(self, out: Tensor) -> None:
+        """Write the weight to `out` [out * in], some rows at a time: the products in fp32, rounded once."""
+        rows = rows_at_once(self.codes.shape[1])
+        found = zip(out.view(self.codes.shape).split(rows), self.codes.split(rows), self.scales.split(rows))
+        for part, codes, scales in found:
+            torch.mul(codes, scales, out=part)
+
+
+def pack(weight_OI: Tensor) -> Int8:
+    """The nearest of 255 even levels between plus and minus the largest magnitude of a row (symmetric, round to nearest).
+
+    No value moves by more than half a scale. A row of zeros stays one.
+    """
+    scales = weight_OI.abs().amax(1, keepdim=True).float() / 127
+    found = Int8(torch.empty_like(weight_OI, dtype=torch.int8), scales)
+    rows = rows_at_once(weight_OI.shape[1])
+    for codes, part, scale in zip(found.codes.split(rows), weight_OI.split(rows), scales.split(rows)):
+        codes.copy_((part.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_())
+    return found
+
+
+def rows_at_once(width: int) -> int:
+    """Rows whose values stay in the cache of a processor while they are unpacked."""
+    return max(1, VALUES_AT_ONCE // width)

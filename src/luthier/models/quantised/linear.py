@@ -1,0 +1,142 @@
+"""A frozen linear layer that keeps its weight in fewer bits, and rebuilds it for the moment of a product."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.models.quantised import int8, nf4
+
+Form: TypeAlias = Literal["int8", "nf4"]
+PACKED = {"int8": (int8.pack, int8.Int8), "nf4": (nf4.pack, nf4.NF4)}
+
+
+# Values sampled from each tensor for a fingerprint: enough to tell two trainings apart, quick for billions of weights.
+SAMPLES = 64
+
+
+class QuantisedLinear(nn.Linear):
+    """y = x W.T + bias with W frozen in int8 or NF4, and small matrices beside it if asked for.
+
+    W is rebuilt in the precision of x, in the forward and again in the backward pass: nothing of its size is kept between
+    them. To code that asks for `weight` it looks like any linear layer; what it gets is a copy, and changing that changes
+    nothing. `nn.Linear` and GPT-2's `Conv1D` can be taken.
+    """
+
+    def __init__(self, linear: nn.Module, form: Form):
+        nn.Module.__init__(self)
+        held: Tensor = linear.weight.detach()  # type: ignore[assignment,operator]
+        weight_OI = held.T if isinstance(linear, Conv1D) else held
+        self.out_features, self.in_features = weight_OI.shape
+        self.form, self.dtype = form, held.dtype
+        self.bias = linear.bias
+        # What the fingerprint of the model looks at, as it was.
+        self.original_shape, self.original_sample = tuple(held.shape), sample(held)
+        parts = PACKED[form][0](weight_OI.contiguous())
+        self._names = parts._fields
+        for name, part in zip(self._names, parts):
+            self.register_buffer(name, part, persistent=False)
+        self.requires_grad_(False)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """[out, in]: rebuilt, in the precision that the model computes in."""
+        return self.rebuilt(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes."""
+        return sum(getattr(self, name).nbytes for name in self._names)
+
+    def rebuilt(self, dtype: torch.dtype, *, lasting: bool = True) -> Tensor:
+        """[out, in] in `dtype`; one that does not last is overwritten by the next of its thread."""
+        packed = PACKED[self.form][1](*(getattr(self, name) for name in self._names))
+        size = self.out_features * self.in_features
+        device = getattr(self, self._names[0]).device
+        flat = torch.empty(size, dtype=dtype, device=device) if lasting else _scratch(size, dtype, device)
+        packed.unpack(flat)
+        return flat.view(self.out_features, self.in_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in] to [..., out], in the precision of the input."""
+        return self.beside(input, None, None, 0.0)
+
+    def beside(self, x: Tensor, a_RI: Tensor | None, b_OR: Tensor | None, scale: float) -> Tensor:
+        """The output with scale x (x A.T) B.T added; without, where there is no A."""
+        flat = RebuiltProduct.apply(x.flatten(0, -2), self, self.bias, a_RI, b_OR, scale)
+        return flat.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantisedLinear:
+        # `.to(torch.bfloat16)` rounds every floating tensor: scales stay fp32, and what is computed in is remembered.
+        own = {name: getattr(self, name) for name in self._names}
+        self.dtype = fn(next(iter(own.values())).new_empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)
+        for name, held in own.items():
+            setattr(self, name, held.to(getattr(self, name).device))
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, form={self.form}"
+
+
+_kept = threading.local()
+
+
+def _scratch(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for the weight of the layer at work. Room of its own for each, between what is kept for the backward pass,
+    tears the heap of a processor apart: at 135 M parameters a step then takes 300 MB more than it holds."""
+    rooms: dict[tuple[torch.dtype, torch.device], Tensor] = vars(_kept).setdefault("rooms", {})
+    room = rooms.get((dtype, device))
+    if room is None or len(room) < size:
+        room = rooms[dtype, device] = torch.empty(size, dtype=dtype, device=device)
+    return room[:size]
+
+
+def sample(tensor: Tensor) -> bytes:
+    """Up to 64 evenly spread values of a tensor, in bf16: what a fingerprint looks at."""
+    flat = tensor.reshape(-1)
+    # In double precision: from 2^24 on, single precision rounds the last place to one past the end.
+    places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).long().to(flat.device)
+    return flat[places].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
+
+
+class RebuiltProduct(torch.autograd.Function):
+    """x W.T + bias + scale (x A.T) B.T, W rebuilt from its quantised form. Beside x, only x A.T [N, rank] is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        layer: QuantisedLinear,
+        bias_O: Tensor | None,
+        a_RI: Tensor | None,
+        b_OR: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        bias_O = bias_O if bias_O is None else bias_O.to(x_NI.dtype)
+        y_NO = nn.functional.linear(x_NI, layer.rebuilt(x_NI.dtype, lasting=False), bias_O)
+        ctx.layer, ctx.scale = layer, scale
+        if a_RI is None or b_OR is None:
+            return y_NO
+        low_NR = x_NI @ a_RI.to(x_NI.dtype).T
+        ctx.save_for_backward(x_NI, a_RI, b_OR, low_NR)
+        return y_NO.addmm_(low_NR, b_OR.to(x_NI.dtype).T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_NO,) = grads
+        grad_x = grad_NO @ ctx.layer.rebuilt(grad_NO.dtype, lasting=False) if ctx.needs_input_grad[0] else None
+        grad_bias = grad_NO.sum(0) if ctx.needs_input_grad[2] else None
+        if not ctx.saved_tensors:
+            return grad_x, None, grad_bias, None, None, None
+        x_NI, a_RI, b_OR, low_NR = ctx.saved_tensors
+        back_NR = (grad_NO @ b_OR.to(grad_NO.dtype)).mul_(ctx.scale)
+        if grad_x is not None:
+            grad_x.addmm_(back_NR, a_RI.to(grad_NO.dtype))
+        grad_a = (back_NR.T @ x_NI).to(a_RI.dtype)
+        grad_b = (grad_NO.T @ low_NR).to(b_OR.dtype).mul_(ctx.scale)
+        return grad_x, None, grad_bias, grad_a, grad_b, None
