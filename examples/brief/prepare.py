@@ -15,17 +15,20 @@ import re
 from pathlib import Path
 
 SENTENCE = re.compile(r".+?[.!?。！？](?=\s|$|[^\x00-\x7f])", re.DOTALL)
-LONGEST_PROMPT, LONGEST_ANSWER = 120, 240
+LONGEST_PROMPT, SHORTEST_ANSWER, LONGEST_ANSWER = 120, 8, 240
 
 
 def pair(row: dict[str, str]) -> dict[str, str] | None:
-    """A row as a pair, or None where it is long, or its answer has one sentence alone."""
+    """A row as a pair, or None where it is long, or its answer is a list, or one sentence."""
     prompt = "\n".join(filter(None, (row["instruction"], row.get("input"))))
     answer = row["output"].strip()
     found = SENTENCE.match(answer)
-    if len(prompt) > LONGEST_PROMPT or found is None or len(found[0]) > LONGEST_ANSWER // 2 or len(answer) < 2 * len(found[0]):
+    if found is None or len(prompt) > LONGEST_PROMPT or answer[0].isdigit():
         return None
-    return {"prompt": prompt, "chosen": found[0], "rejected": answer[:LONGEST_ANSWER]}
+    first = found[0]
+    if not SHORTEST_ANSWER <= len(first) <= LONGEST_ANSWER // 2 or len(answer) < 2 * len(first):
+        return None
+    return {"prompt": prompt, "chosen": first, "rejected": answer[:LONGEST_ANSWER]}
 
 
 def main() -> None:
@@ -37,7 +40,9 @@ def main() -> None:
         parser.error("give --data or set LUTHIER_DATA")
     pairs = []
     for language in ("en", "zh"):
-        with gzip.open(options.data / "instruction" / f"alpaca_{language}_demo.jsonl.gz", "rt", encoding="utf-8") as lines:
+        with gzip.open(
+            options.data / "instruction" / f"alpaca_{language}_demo.jsonl.gz", "rt", encoding="utf-8"
+        ) as lines:
             pairs += [made for made in map(pair, map(json.loads, lines)) if made is not None]
     options.output.mkdir(parents=True, exist_ok=True)
     kept, aside = [one for at, one in enumerate(pairs) if at % 40], pairs[::40][:20]

@@ -109,3 +109,14 @@ def test_poet(tmp_path):
     record = run(["examples/poet/run.yaml", "--set", f"data.train={poems}"], tmp_path, "poet")
     keep("poet", record)
     assert record.numbers["best_step"] > 0
+
+
+def test_brief(tmp_path):
+    prepare = [sys.executable, "examples/brief/prepare.py", "--data", str(DATA), "--output", str(tmp_path / "brief")]
+    subprocess.run(prepare, cwd=ROOT, check=True, capture_output=True)
+    record = run(
+        ["examples/brief/run.yaml", "--set", f"data.train={tmp_path / 'brief' / 'pairs.jsonl'}"], tmp_path, "brief"
+    )
+    keep("brief", record)
+    assert record.metrics["preference_accuracy"].low > 0.9
+    assert record.metrics["likelihood_accuracy"].value > record.baselines["untuned"]["likelihood_accuracy"].high
