@@ -208,7 +208,7 @@ class Work:
         self.rows = self.objective.refer(self.rows, self.model, run.events, keep)
         self.validation = self.objective.refer(self.validation, self.model, run.events, keep)
         held = self.dataset.test or self.dataset.validation
-        if reads_answers(held) and self.objective.task is None:
+        if reads_answers(held) and self.objective.task is None and (self.objective.refers or self.config.baselines):
             run.events.stage(f"reading {len(held)} held-out rows with the model as it starts")
             self.before = read_answers(self.model, held, run.events, "reference")
 
@@ -273,6 +273,7 @@ class Work:
             predictions, metrics, details, found = judge_answers(
                 examples, logs, self.before, refers=self.objective.refers
             )
+            found = found if self.config.baselines else {}
         else:
             predictions = predict_examples(self.model, examples, events=run.events)
             metrics, details = judge(predictions, spec.task, spec.labels)
