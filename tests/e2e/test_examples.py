@@ -118,3 +118,14 @@ def test_one_sentence(tmp_path):
     rewards = [event["tally"]["reward"] for event in events if event["event"] == "step"]
     assert rewards[0] < 0.15 and sum(rewards[-10:]) / 10 > 0.8
     assert max(event["reward"] for event in events if event["event"] == "validate") >= 0.9
+
+
+def test_brief(tmp_path):
+    prepare = [sys.executable, "examples/brief/prepare.py", "--data", str(DATA), "--output", str(tmp_path / "brief")]
+    subprocess.run(prepare, cwd=ROOT, check=True, capture_output=True)
+    record = run(
+        ["examples/brief/run.yaml", "--set", f"data.train={tmp_path / 'brief' / 'pairs.jsonl'}"], tmp_path, "brief"
+    )
+    keep("brief", record)
+    assert record.metrics["preference_accuracy"].low > 0.9
+    assert record.metrics["likelihood_accuracy"].value > record.baselines["untuned"]["likelihood_accuracy"].high

@@ -392,7 +392,7 @@ class Work:
         if not self.world.leads:
             return
         held = self.dataset.test or self.dataset.validation
-        if reads_answers(held) and self.objective.task is None:
+        if reads_answers(held) and self.objective.task is None and (self.objective.refers or self.config.baselines):
             self.events.stage(f"reading {len(held)} held-out rows with the model as it starts")
             self.before = read_answers(self.model, held, self.events, "reference")
 
@@ -457,6 +457,7 @@ class Work:
             predictions, metrics, details, found = judge_answers(
                 examples, logs, self.before, refers=self.objective.refers
             )
+            found = found if self.config.baselines else {}
         else:
             predictions = predict_examples(self.model, examples, events=run.events)
             metrics, details = judge(predictions, spec.task, spec.labels)
