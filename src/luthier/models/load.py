@@ -21,6 +21,7 @@ from luthier.core.errors import ConfigError, LuthierError, MissingExtra, ModelEr
 from luthier.core.events import Events
 from luthier.core.types import Task
 from luthier.models.adapters.peft_methods import read as read_peft
+from luthier.models.adapters.peft_methods import room_left
 from luthier.models.adapters.peft_files import ADAPTER_CONFIG, attach_adapter, read_adapter_config
 from luthier.models.facts import fingerprint, kind_of
 from luthier.models.heads import Pooled
@@ -123,6 +124,8 @@ def load_model(
         else:
             settings = read_peft(network, spec, place, adapter)
         update = {"adapter": settings, "base": lasting_name(base_name), "base_fingerprint": found}
+        if adapter.get("peft_type") != "LORA":
+            update["max_length"] = room_left(network, spec.max_length)
         spec = spec.model_copy(update=update)
     module, spec = add_head(network, tokenizer, spec, saved, tuple(labels), multi_label)
     if isinstance(module, Pooled) and isinstance(place, Path) and keeps_head(spec, saved):

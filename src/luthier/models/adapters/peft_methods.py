@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.core.errors import ConfigError, MissingExtra, ModelError, did_you_mean
 from luthier.models.adapters.inject import linear_layers
 from luthier.models.adapters.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, TASK_TYPES
+from luthier.models.facts import context_of
 from luthier.models.quiet import quiet
 from luthier.models.virtual import VirtualEmbedding, add_prefix, add_virtual_tokens, reader
 
@@ -79,8 +80,8 @@ def make_config(method: str, options: Mapping[str, Any], **given: Any) -> Any:
         raise ConfigError(f"adapter.options: {method} does not take these options: {_first_line(err)}") from None
 
 
-def put_in(network: Any, spec: ModelSpec, config: Any) -> int:
-    """Put the method into the network, in place; returns how many tokens of the context it takes.
+def put_in(network: Any, spec: ModelSpec, config: Any) -> None:
+    """Put the method into the network, in place.
 
     PEFT's model around the network, of which saving and loading make use, is at `peft_of(network)`. Raises ConfigError
     where the method does not go with the model.
@@ -105,7 +106,7 @@ def put_in(network: Any, spec: ModelSpec, config: Any) -> int:
     if not config.is_prompt_learning:
         for parameter in network.parameters():
             vars(parameter)["added"] = parameter.requires_grad
-        return 0
+        return
     network.requires_grad_(False)
     learned, count = around.prompt_encoder[NAME].to(network.device), int(config.num_virtual_tokens)
     for parameter in learned.parameters():
@@ -115,7 +116,6 @@ def put_in(network: Any, spec: ModelSpec, config: Any) -> int:
         add_virtual_tokens(network, embedding, kept=spec.task == "seq2seq")
     else:
         add_prefix(network, learned, around.get_prompt, count)
-    return count
 
 
 def let_learn(loaded: LoadedModel) -> None:
@@ -130,6 +130,24 @@ def let_learn(loaded: LoadedModel) -> None:
 def peft_of(network: Any) -> Any:
     """PEFT's model around a network; None where there is none."""
     return vars(network).get("luthier_peft")
+
+
+def room_left(network: Any, length: int) -> int:
+    """The longest row, `length`, less what the method's vectors take of the context where both do not fit.
+
+    Raises ConfigError when they leave nothing.
+    """
+    config = peft_of(network).peft_config[NAME]
+    context = context_of(network.config)
+    tokens = int(config.num_virtual_tokens) if config.is_prompt_learning else 0
+    if context is None or length + tokens <= context:
+        return length
+    if context - tokens < 2:
+        raise ConfigError(
+            f"adapter.options: {tokens} virtual tokens leave nothing of the model's context of {context} tokens for a text; "
+            "set num_virtual_tokens to less"
+        )
+    return context - tokens
 
 
 def write(network: Any, spec: ModelSpec, directory: Path) -> None:
