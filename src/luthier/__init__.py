@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from luthier.verbs.generate import generate as generate
     from luthier.verbs.generate import inference as inference
     from luthier.verbs.generate import load as load
+    from luthier.verbs.merge import merge as merge
     from luthier.verbs.report import report as report
     from luthier.verbs.tune import fine_tune as fine_tune
     from luthier.verbs.tune import tune as tune
@@ -34,6 +35,7 @@ _NAMES = {
     "tune": "luthier.verbs.tune",
     "evaluate": "luthier.verbs.evaluate",
     "generate": "luthier.verbs.generate",
+    "merge": "luthier.verbs.merge",
     "report": "luthier.verbs.report",
 }
 __all__ = ["__version__", *_NAMES]

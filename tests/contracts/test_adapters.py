@@ -33,7 +33,7 @@ def test_contract(kind, family, task, tmp_path):
     base = outputs(loaded)
     adapter = ADAPTERS.parse(kind)
     adapter.apply(loaded)
-    assert torch.equal(outputs(loaded), base)  # starts equal to the base
+    assert torch.allclose(outputs(loaded), base, atol=1e-5)  # starts equal to the base
 
     named = adapter.trainable(loaded)
     assert named

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from luthier.core.events import read_events
 from luthier.core.record import Record
 from luthier.core.run import read_record
 
@@ -109,3 +110,11 @@ def test_poet(tmp_path):
     record = run(["examples/poet/run.yaml", "--set", f"data.train={poems}"], tmp_path, "poet")
     keep("poet", record)
     assert record.numbers["best_step"] > 0
+
+
+def test_one_sentence(tmp_path):
+    run(["examples/one_sentence/run.yaml"], tmp_path, "sentence")
+    events = list(read_events(tmp_path / "runs" / "sentence" / "events.jsonl"))
+    rewards = [event["tally"]["reward"] for event in events if event["event"] == "step"]
+    assert rewards[0] < 0.15 and sum(rewards[-10:]) / 10 > 0.8
+    assert max(event["reward"] for event in events if event["event"] == "validate") >= 0.9

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from luthier.core.config import resolve
+from luthier.core.events import Events
 from luthier.engine.generate import generate
 from luthier.engine.sampling import Sampling
 from luthier.models.adapters import ADAPTERS
 from luthier.models.load import AUTO_CLASSES, load_model
 from luthier.models.quiet import quiet
 from luthier.models.save import save_model
-from luthier.verbs.tune import Tune, tune_model
+from luthier.verbs.tune import Tune, encode_for, tune_model
 from tiny import NATURAL_TASK, kind_of, tiny_model
 
 peft = pytest.importorskip("peft")
@@ -18,6 +19,7 @@ peft = pytest.importorskip("peft")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
 ]
 METHODS = {
     "ia3": {},
@@ -29,7 +31,9 @@ METHODS = {
     "prefix": {"num_virtual_tokens": 3},
 }
 TEXTS = ["Win a free prize now!", "Ok, see you at the station at seven.", "The capital of France is Paris.", "One two three"]
-RATE, STEPS = 0.05, 3
+STEPS = 3
+# Learned vectors are far from the loss in a random model, and their gradients small.
+RATES = {"prompt": 200.0, "prefix": 5.0}
 
 
 @pytest.fixture(autouse=True)
@@ -57,16 +61,39 @@ def theirs(family, path, trainable=False):
         return peft.PeftModel.from_pretrained(base, path, is_trainable=trainable).eval()
 
 
-def their_losses(family, path):
-    """Mean loss of each step of SGD on the texts, padded on the right, by PEFT's model alone."""
-    model, tokenizer = theirs(family, path, trainable=True), load_model(str(tiny_model(family))).tokenizer
-    rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, 0] = -100  # nothing of the text predicts its first token
-    engine = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=RATE)
+def asked(method, path):
+    rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[:12]}]} for text in TEXTS]
+    values = {
+        "model": str(path),
+        "data": {"train": rows, "split": {"validation": 0.0}},
+        "objective": "sft",
+        "adapter": {"kind": "peft", "method": method, "options": METHODS[method]},
+        "optimizer": {"kind": "sgd", "momentum": 0.0},
+        "schedule": {"kind": "constant", "warmup": 0},
+        "steps": STEPS,
+        "batch_size": len(TEXTS),
+        "learning_rate": RATES.get(method, 0.5),
+        "clip": 0.0,
+        "by_length": False,
+        "baselines": False,
+    }
+    return resolve(Tune, values=values)
+
+
+def their_losses(family, path, rows, rate):
+    """Mean loss of each step of SGD on encoded rows, padded on the right, by PEFT's model in a plain loop."""
+    model = theirs(family, path)
+    model.peft_config["default"].inference_mode = False
+    # PEFT opens its methods on layers when it is asked to, and refuses to open learned vectors, which it can train.
+    learned = [one for name, one in model.named_parameters() if "default" in name and one.is_floating_point()]
+    for parameter in learned:
+        parameter.requires_grad_(True)
+    width = max(len(row.ids) for row in rows)
+    ids = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows])
+    mask = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows])
+    weights = torch.tensor([[*row.weights, *[0.0] * (width - len(row.ids))] for row in rows])
+    labels = ids.masked_fill(weights == 0, -100)
+    engine = torch.optim.SGD(learned, lr=rate)
     losses = []
     for _ in range(STEPS):
         found = model(input_ids=ids, attention_mask=mask).logits[:, -width:]
@@ -78,32 +105,19 @@ def their_losses(family, path):
     return losses
 
 
-def our_losses(method, path):
-    events = []
-    values = {
-        "model": str(path),
-        "data": {"train": [{"text": text} for text in TEXTS], "split": {"validation": 0.0}},
-        "objective": "pretrain",
-        "adapter": {"kind": "peft", "method": method, "options": METHODS[method]},
-        "optimizer": {"kind": "sgd", "momentum": 0.0},
-        "schedule": {"kind": "constant", "warmup": 0},
-        "steps": STEPS,
-        "batch_size": len(TEXTS),
-        "learning_rate": RATE,
-        "clip": 0.0,
-        "by_length": False,
-        "baselines": False,
-    }
-    tune_model(resolve(Tune, values=values), sinks=[events.append])
-    return [event["loss"] for event in events if event["event"] == "step"]
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", ["ia3", "vera", "oft", "prompt", "prefix"])
 def test_losses_are_those_of_a_plain_loop(method, family, tmp_path):
+    if method == "oft" and family == "gpt2":
+        pytest.skip("PEFT has none for GPT-2's layers")
     start(method, family, tmp_path / "start")
-    ours, plain = our_losses(method, tmp_path / "start"), their_losses(family, tmp_path / "start")
-    assert ours[-1] < ours[0]
+    rows = encode_for(asked(method, tmp_path / "start"), Events(), limit=len(TEXTS))[0]
+    plain = their_losses(family, tmp_path / "start", rows, RATES.get(method, 0.5))
+    events = []
+    tune_model(asked(method, tmp_path / "start"), sinks=[events.append])
+    ours = [event["loss"] for event in events if event["event"] == "step"]
+    print(ours, plain)
+    assert ours[-1] < ours[0] - 2e-6
     assert ours == pytest.approx(plain, abs=2e-5)
 
 
@@ -111,7 +125,7 @@ def test_losses_are_those_of_a_plain_loop(method, family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma", "bert", "t5", "bart"])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_outputs_are_those_of_peft(method, family, tmp_path):
-    if method == "prefix" and kind_of(family) != "decoder" or method == "oft" and family == "gpt2":
+    if method == "prefix" and kind_of(family) != "decoder" or method in ("oft", "lokr") and family == "gpt2":
         pytest.skip("PEFT has no such thing")
     loaded = start(method, family, tmp_path / "model")
     again, own = load_model(str(tmp_path / "model")), theirs(family, tmp_path / "model")
@@ -137,18 +151,23 @@ def test_written_texts_are_those_of_peft(method, family, tmp_path):
     together = generate(loaded, TEXTS[:2], sampling, raw=True)
     for text, found in zip(TEXTS, together, strict=False):
         ids = torch.tensor([loaded.renderer.prompt(text, raw=True)])
-        with quiet(), torch.no_grad():
-            out = own.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=6,
-                do_sample=False,
-                pad_token_id=0,
-                eos_token_id=list(loaded.spec.stop_ids),
-            )
-        new = out[0, 1:] if family == "t5" else out[0, ids.shape[1] :]
-        written = [token for token in new.tolist() if token not in loaded.spec.stop_ids]
-        assert list(found.ids) == written
+        assert list(found.ids) == their_words(own, ids, loaded.spec.stop_ids, 6)
+
+
+@torch.no_grad()
+def their_words(model, ids, stops, count):
+    """The likeliest tokens one after another, by PEFT's forward alone, without a cache: with transformers 5.24 PEFT's own
+    `generate` no longer finds the cache, and puts the vectors in again before every token."""
+    both = model.config.is_encoder_decoder
+    written = [model.config.decoder_start_token_id] if both else []
+    for _ in range(count):
+        new = torch.tensor([written], dtype=torch.long)
+        inputs = {"input_ids": ids, "decoder_input_ids": new} if both else {"input_ids": torch.cat([ids, new], 1)}
+        found = model(attention_mask=torch.ones_like(inputs["input_ids"]), **inputs).logits[0, -1].argmax().item()
+        if found in stops:
+            break
+        written.append(found)
+    return written[1:] if both else written
 
 
 def test_a_file_of_peft_loads_here_and_goes_back(tmp_path):

@@ -13,8 +13,10 @@ Event: TypeAlias = dict[str, Any]
 """`event` (its kind), `time` (seconds since the epoch), and the kind's own fields:
 
 - stage: `name` ("loading the model"), announces what comes next
-- step: `step`, `steps`, `epoch`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `tokens_per_second`, `seconds_left`
-- validate: `step`, `loss`, metric names and values, `best`
+- step: `step`, `steps`, `epoch`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `tokens_per_second`, `seconds_left`;
+  `tally` (names and numbers) where the objective counts something; with several sources `drawn`, the rows of each so
+  far; `epoch` is null for a stream
+- validate: `step`, `loss`, metric names and values, `best`; with several sources `loss/<source>` of each
 - checkpoint: `step`, `path`
 - progress: `name`, `done`, `total`, `seconds_left`
 - choice: `name`, `value`, `why`

@@ -62,7 +62,35 @@ class Pair:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-Example: TypeAlias = Text | Chat | Labelled | Pair
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt, the first liked better, by `margin` where that is known.
+
+    An answer is one turn of the assistant, or several turns that begin and end with the assistant's.
+    """
+
+    id: str
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    margin: float | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """An answer to a prompt, and whether it is good."""
+
+    id: str
+    prompt: tuple[Message, ...]
+    answer: tuple[Message, ...]
+    good: bool
+    tools: tuple[dict[str, Any], ...] = ()
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+Example: TypeAlias = Text | Chat | Labelled | Pair | Preference | Feedback
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +115,8 @@ class Encoded:
     """For each of `segments` the one in this row whose tokens it continues (a shared prompt), or -1; empty: none does."""
     cut: int = 0
     """Tokens cut off to fit the context (0 unless the user asked for truncation)."""
+    source: str = ""
+    """The source that it came from, where there are several."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,22 @@ def split_step(rows: Sequence[int], lengths: Sequence[int], parts: int, tokens: 
     return bins
 
 
+def deal(lengths: Sequence[int], hands: int) -> list[list[int]]:
+    """Places of `lengths` for each of `hands` processes: by falling length, each to the one with the fewest tokens so far.
+
+    Deterministic; a hand stays empty where there are too few. Within one the order is kept.
+    """
+    if hands == 1:
+        return [list(range(len(lengths)))]
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    held = [0] * hands
+    for at in sorted(range(len(lengths)), key=lambda at: (-lengths[at], at)):
+        hand = min(range(hands), key=lambda hand: (held[hand], hand))
+        dealt[hand].append(at)
+        held[hand] += lengths[at]
+    return [sorted(hand) for hand in dealt]
+
+
 def best_fit(lengths: Sequence[int], limit: int) -> list[list[int]]:
     """Places of `lengths` in bins of `limit`: by falling length, each into the fullest bin that has room (Johnson 1974).
 

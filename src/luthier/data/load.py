@@ -9,16 +9,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pydantic import Field, field_serializer, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from luthier.core.config import Config
 from luthier.core.errors import DataError
 from luthier.core.events import Events
 from luthier.core.types import Example, Labelled
+from luthier.data.mix import Source, is_several, list_sources, read_example, weights_of
+from luthier.data.plans import Weight
 from luthier.data.profile import profile_examples
-from luthier.data.shapes import Columns, Shape, recognise, to_example
+from luthier.data.shapes import Columns, Shape, recognise
 from luthier.data.sources import describe_source, read_rows
+from luthier.data.sources.streams import START, stream_rows
 from luthier.data.split import Split, content_key, split_examples
+from luthier.data.stream import Stream, flow_of
 
 # How many bad rows an error names before it only counts.
 NAMED = 5
@@ -28,7 +32,8 @@ class Data(Config):
     """Where the rows are and how to read them. A path alone means `train`."""
 
     train: Any
-    """A file, a directory, "sms_spam", hub:owner/name, or a list or table of rows."""
+    """A file, a directory, "sms_spam", hub:owner/name, a list or table of rows, or a list of several sources: paths, or
+    tables of source, weight, columns, shape and name."""
     validation: Any = None
     """The same, for validation; by default a share of `train` (see split)."""
     test: Any = None
@@ -43,14 +48,31 @@ class Data(Config):
     """How rows are held out where no file is given."""
     limit: int | None = Field(None, gt=0)
     """Use only so many rows of each source, from its start."""
+    stream: bool = False
+    """Read training rows as they come, again and again, instead of all before the first step; goes with `steps`."""
+    shuffle_buffer: int = Field(1000, gt=0)
+    """With stream: rows that are shuffled (and packed) together, and rows of each source that are looked at beforehand."""
 
     @model_validator(mode="before")
     @classmethod
     def _accept_source(cls, value: Any) -> Any:
         return value if isinstance(value, dict | Data) else {"train": value}
 
+    @field_validator("train", "validation", "test")
+    @classmethod
+    def _list_sources(cls, value: Any) -> Any:
+        return list_sources(value)
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Data:
+        if weights_of(self.validation) or weights_of(self.test):
+            raise ValueError("weights mix the training rows; leave them out of validation and test")
+        return self
+
     @field_serializer("train", "validation", "test")
-    def _describe(self, source: Any) -> str | None:
+    def _describe(self, source: Any) -> Any:
+        if is_several(source):
+            return [one.model_dump(mode="json", exclude_none=True) for one in source]
         return None if source is None else describe_source(source)
 
 
@@ -61,13 +83,35 @@ class Dataset:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
-    shape: Shape
+    shape: str
+    """The shape of the rows; several, where sources differ."""
     fingerprint: str
     """SHA-256 over the contents of all parts, in order."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Rows left out, by reason."""
     profile: dict[str, Any] = field(default_factory=dict)
     """`profile_examples` of all rows together, and the rows of each part."""
+    by_source: dict[str, dict[str, list[Example]]] = field(default_factory=dict)
+    """For the training and the validation part the rows of each source, where there are several."""
+    weights: dict[str, Weight] = field(default_factory=dict)
+    """How sources are mixed for training; empty: each row once a pass."""
+    stream: Stream | None = None
+    """Where training rows come from when they are not all read; `train` then holds those at the start of each source."""
+
+    def split_by_source(self, part: str) -> dict[str, list[Example]]:
+        """The rows of the "train" or the "validation" part by the name of their source; "" where it has none."""
+        rows = self.train if part == "train" else self.validation
+        return self.by_source.get(part) or ({"": rows} if rows else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What one source held, and how it was read."""
+
+    source: Source
+    examples: list[Example]
+    shape: Shape
+    columns: dict[str, str]
 
 
 def load_data(data: Data, events: Events) -> Dataset:
@@ -77,38 +121,70 @@ def load_data(data: Data, events: Events) -> Dataset:
     label that occurs in validation or test alone. Rows that stand in two given parts are a counted warning.
     """
     dropped: Counter[str] = Counter()
-    train, shape = _read(data.train, data, events, dropped)
-    validation = _read(data.validation, data, events, dropped)[0] if data.validation is not None else []
-    test = _read(data.test, data, events, dropped)[0] if data.test is not None else []
-    whole = profile_examples([*train, *validation, *test])
-    fingerprint = fingerprint_examples([*train, *validation, *test])
+    sources = _read(data.train, data, events, dropped, data.shuffle_buffer if data.stream else None)
+    train = _join(sources)
+    validation = _read(data.validation, data, events, dropped) if data.validation is not None else []
+    test = _join(_read(data.test, data, events, dropped)) if data.test is not None else []
+    owners = {
+        id(row): str(one.source.name) for one in (*sources, *validation) if one.source.name for row in one.examples
+    }
+    held = _join(validation)
+    whole = profile_examples([*train, *held, *test])
+    fingerprint = fingerprint_examples([*train, *held, *test])
     shares = {}
     if data.validation is None and data.split.validation > 0:
         shares["validation"] = data.split.validation
     if data.test is None and data.split.test > 0:
         shares["test"] = data.split.test
-    _warn_shared(train, {"validation": validation, "test": test}, events)
+    _warn_shared(train, {"validation": held, "test": test}, events)
+    stream = None
+    if data.stream:
+        flows = [flow_of(one.source, one.shape, one.columns, one.examples) for one in sources]
+        drop = data.on_bad_row == "drop"
+        stream = Stream(flows, weights_of(data.train), by=data.split.by, limit=data.limit, drop=drop)
     if shares:
-        parts = split_examples(train, data.split, shares)
-        train, validation, test = parts.train, parts.validation or validation, parts.test or test
-        if not train:
+        read = train
+        parts = split_examples(train, data.split, shares, [owners.get(id(row), "") for row in train])
+        train, held, test = parts.train, parts.validation or held, parts.test or test
+        if not train or (weights_of(data.train) and len({owners[id(row)] for row in train}) < len(sources)):
             raise DataError(
-                f"{describe_source(data.train)}: {whole['rows']} rows are too few to hold any out; set data.split.validation: 0"
+                f"{_describe(data.train)}: {whole['rows']} rows are too few to hold any out; set data.split.validation: 0"
             )
-    _check_labels(train, validation, test)
+        if stream is not None:
+            chosen = {id(row) for row in train}
+            stream.hold_out([row for row in read if id(row) not in chosen])
+    _check_labels(train, held, test)
     if whole["duplicates"]:
         events.choose(
             "duplicates",
             whole["duplicates"],
             "rows repeat an earlier one; equal rows are kept on one side of the split",
         )
-    sizes = {"train": len(train), "validation": len(validation), "test": len(test)}
-    return Dataset(train, validation, test, shape, fingerprint, dict(dropped), {**whole, "parts": sizes})
+    if stream is not None:
+        events.choose(
+            "stream",
+            f"{sum(len(one.examples) for one in sources)} rows looked at",
+            "what is asked of whole data (labels, scores, profile, duplicates, fingerprint, held-out rows, baselines) is "
+            "asked of the first rows of each source",
+        )
+    sizes = {"train": len(train), "validation": len(held), "test": len(test)}
+    return Dataset(
+        train,
+        held,
+        test,
+        ", ".join(dict.fromkeys(one.shape for one in sources)),
+        fingerprint,
+        dict(dropped),
+        {**whole, "parts": sizes},
+        {"train": _group(train, owners), "validation": _group(held, owners)} if owners else {},
+        weights_of(data.train),
+        stream,
+    )
 
 
 def load_examples(source: Any, data: Data, events: Events) -> list[Example]:
     """The examples of one source, read as `data` says. Raises DataError as `load_data` does."""
-    return _read(source, data, events, Counter())[0]
+    return _join(_read(list_sources(source), data, events, Counter()))
 
 
 def fingerprint_examples(examples: Sequence[Example]) -> str:
@@ -121,19 +197,52 @@ def fingerprint_examples(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _read(source: Any, data: Data, events: Events, dropped: Counter[str]) -> tuple[list[Example], Shape]:
+def _read(value: Any, data: Data, events: Events, dropped: Counter[str], most: int | None = None) -> list[Read]:
+    """Every source of `value`: the rows of each, named after it where there are several; `most` of them, as they come."""
+    sources = value if is_several(value) else [Source(source=value)]
+    found = [_read_one(source, data, events, dropped, most) for source in sources]
+    bad = _check_kinds(_join(found)) if len(found) > 1 else []
+    if bad:
+        raise DataError(f"{bad[0][0]}: {bad[0][1]}; sources that are learned together have golds of one kind")
+    return found
+
+
+def _join(found: Sequence[Read]) -> list[Example]:
+    return [example for one in found for example in one.examples]
+
+
+def _group(examples: Sequence[Example], owners: dict[int, str]) -> dict[str, list[Example]]:
+    grouped: dict[str, list[Example]] = {}
+    for example in examples:
+        grouped.setdefault(owners.get(id(example), ""), []).append(example)
+    return grouped
+
+
+def _describe(value: Any) -> str:
+    return ", ".join(str(one.name) for one in value) if is_several(value) else describe_source(value)
+
+
+def _read_one(source: Source, data: Data, events: Events, dropped: Counter[str], most: int | None) -> Read:
     bad: list[tuple[str, str]] = []
     examples: list[Example] = []
     shape: Shape | None = None
     found: dict[str, str] = {}
-    for row in read_rows(source, bad=lambda where, why: bad.append((where, why))):
+
+    def note(where: str, why: str) -> None:
+        bad.append((where, why))
+
+    limit = min((one for one in (data.limit, most) if one is not None), default=None)
+    rows = read_rows(source.source, bad=note)
+    if most is not None:
+        rows = (row for row, _ in stream_rows(source.source, START, note))
+    for row in rows:
         if shape is None:
-            shape, found = recognise(row, data.columns, data.shape)
+            shape, found = recognise(row, source.columns or data.columns, source.shape or data.shape)
         try:
-            examples.append(to_example(row, shape, found))
+            examples.append(read_example(row, shape, found, source))
         except DataError as err:
             bad.append((row.where, str(err)))
-        if data.limit is not None and len(examples) >= data.limit:
+        if limit is not None and len(examples) >= limit:
             break
     bad += _check_kinds(examples)
     spoilt = {where for where, _ in bad}
@@ -149,14 +258,15 @@ def _read(source: Any, data: Data, events: Events, dropped: Counter[str]) -> tup
         dropped[why] += 1
     if bad:
         events.warn(
-            f"{describe_source(source)}: rows dropped because they cannot be used, {bad[0][0]} first ({bad[0][1]})",
+            f"{describe_source(source.source)}: rows dropped because they cannot be used, {bad[0][0]} first ({bad[0][1]})",
             len(bad),
         )
     if not examples or shape is None:
         raise DataError(
-            f"{describe_source(source)}: there are no rows to use" + (f" ({len(bad)} were dropped)" if bad else "")
+            f"{describe_source(source.source)}: there are no rows to use"
+            + (f" ({len(bad)} were dropped)" if bad else "")
         )
-    return examples, shape
+    return Read(source, examples, shape, found)
 
 
 def _check_kinds(examples: Sequence[Example]) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.core.types import Chat, Example, Labelled, Pair, Text
+from luthier.core.types import Chat, Example, Feedback, Labelled, Pair, Preference, Text
 from luthier.data.split import content_key
 
 SCRIPTS = {
@@ -71,13 +71,37 @@ def profile_examples(examples: Sequence[Example]) -> dict[str, Any]:
     if examples and isinstance(examples[0], Chat):
         turns = [len(example.messages) for example in examples if isinstance(example, Chat)]
         found["turns"] = {"median": int(np.median(turns)), "max": max(turns)}
+    found.update(_profile_answers(examples))
     return found
+
+
+def _profile_answers(examples: Sequence[Example]) -> dict[str, Any]:
+    """Of preferences: characters of the chosen and the rejected answers, and how often the longer one is chosen (a model
+    may learn that alone). Of feedback: how many answers are good."""
+    pairs = [
+        [sum(len(turn.content) for turn in answer) for answer in (example.chosen, example.rejected)]
+        for example in examples
+        if isinstance(example, Preference)
+    ]
+    if pairs:
+        chosen_N, rejected_N = np.array(pairs).T
+        return {
+            "chosen_characters": int(np.median(chosen_N)),
+            "rejected_characters": int(np.median(rejected_N)),
+            "longer_chosen": round(float((chosen_N > rejected_N).mean()), 4),
+        }
+    verdicts = [example.good for example in examples if isinstance(example, Feedback)]
+    return {"good": sum(verdicts), "bad": len(verdicts) - sum(verdicts)} if verdicts else {}
 
 
 def text_of(example: Example) -> str:
     """All the text of an example, in reading order."""
     if isinstance(example, Chat):
         return "\n".join(turn.content for turn in example.messages)
+    if isinstance(example, Preference):
+        return "\n".join(turn.content for turn in (*example.prompt, *example.chosen, *example.rejected))
+    if isinstance(example, Feedback):
+        return "\n".join(turn.content for turn in (*example.prompt, *example.answer))
     if isinstance(example, Pair):
         return f"{example.source}\n{example.target}"
     if isinstance(example, Labelled) and example.pair is not None:

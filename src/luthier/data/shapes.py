@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 from luthier.core.config import Config
 from luthier.core.errors import DataError, did_you_mean
-from luthier.core.types import Chat, Example, Labelled, Message, Pair, Role, Text
+from luthier.core.types import Chat, Example, Labelled, Message, Pair, Text
+from luthier.data.preferences import ANSWERS, as_feedback, as_preference, is_verdict
 from luthier.data.sources.row import Row
+from luthier.data.turns import read_number, read_text, read_tools, read_turns
 
-Shape: TypeAlias = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "pair", "scored", "labelled", "text"]
+Shape: TypeAlias = Literal[
+    *(
+        "preference",
+        "feedback",
+        "messages",
+        "sharegpt",
+        "alpaca",
+        "prompt_completion",
+        "pair",
+        "scored",
+        "labelled",
+        "text",
+    )
+]
 
 
 class Columns(Config):
@@ -46,6 +60,14 @@ class Columns(Config):
     """OpenAI's list of messages."""
     conversations: str | None = None
     """ShareGPT's list of turns."""
+    chosen: str | None = None
+    """The better of two answers, or the conversation with it (usual: chosen, chosen_response, preferred_output)."""
+    rejected: str | None = None
+    """The worse one (usual: rejected, rejected_response, non_preferred_output)."""
+    margin: str | None = None
+    """By how much the chosen answer is better, for reward models."""
+    good: str | None = None
+    """Whether an answer is good: true or false (usual: kto_tag; label where it holds true and false beside an answer)."""
     tools: str | None = None
     """Tools that the assistant may call: a list, or the same as JSON text."""
     weight: str | None = None
@@ -61,9 +83,14 @@ USUAL: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "question"),
     "completion": ("completion", "response", "answer"),
     "output": ("output", "response"),
+    "chosen": ("chosen", "chosen_response", "chosen_messages", "preferred_output"),
+    "rejected": ("rejected", "rejected_response", "rejected_messages", "non_preferred_output"),
+    "good": ("kto_tag", "label"),
 }
 # What each shape needs, in the order in which shapes are tried.
 NEEDS: dict[Shape, tuple[str, ...]] = {
+    "preference": ("chosen", "rejected"),
+    "feedback": ("good",),
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
@@ -73,10 +100,6 @@ NEEDS: dict[Shape, tuple[str, ...]] = {
     "labelled": ("text", "label"),
     "text": ("text",),
 }
-ROLES: dict[str, Role] = {
-    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-    "bot": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "function_call": "assistant",
-}  # fmt: skip
 
 
 def find_columns(names: Iterable[str], columns: Columns) -> dict[str, str]:
@@ -102,6 +125,10 @@ def recognise(row: Row, columns: Columns, asked: str = "auto") -> tuple[Shape, d
     Columns that are mapped by hand decide before those found by name. Raises DataError when nothing fits.
     """
     found = find_columns(row.values, columns)
+    # `label` is a class name beside a text, and a verdict beside an answer.
+    judged = "good" in found and is_verdict(row.values[found["good"]]) and any(role in found for role in ANSWERS)
+    if columns.good is None and asked != "feedback" and not judged:
+        found.pop("good", None)
     if asked != "auto":
         lacking = [role for role in NEEDS[asked] if role not in found]  # type: ignore[index]
         if lacking:
@@ -115,7 +142,8 @@ def recognise(row: Row, columns: Columns, asked: str = "auto") -> tuple[Shape, d
     if not fits:
         raise DataError(
             f"{row.where}: no known shape fits the columns {_named(row.values)}; name them: columns.text (and columns.label or "
-            "columns.score), columns.prompt and columns.completion, columns.source and columns.target, or columns.messages"
+            "columns.score), columns.prompt and columns.completion, columns.source and columns.target, columns.chosen and "
+            "columns.rejected, or columns.messages"
         )
     best = max(fits, key=lambda shape: (len(mapped & set(NEEDS[shape])), -list(NEEDS).index(shape)))
     if best == "labelled" and isinstance(row.values[found["label"]], float):
@@ -134,118 +162,39 @@ def to_example(row: Row, shape: Shape, found: Mapping[str, str]) -> Example:
     meta = {name: value for name, value in values.items() if name not in used}
     name = str(values[found["id"]]) if "id" in found and values.get(found["id"]) is not None else row.where
     if "weight" in found:
-        meta["weight"] = _number(values.get(found["weight"]), found["weight"])
+        meta["weight"] = read_number(values.get(found["weight"]), found["weight"])
 
     def get(role: str) -> Any:
         return values.get(found[role]) if role in found else None
 
+    if shape == "preference":
+        return as_preference(name, get, found, meta)
+    if shape == "feedback":
+        return as_feedback(name, get, found, meta)
     if shape == "text":
-        return Text(name, _text(get("text"), found["text"]), meta)
+        return Text(name, read_text(get("text"), found["text"]), meta)
     if shape == "pair":
-        return Pair(name, _text(get("source"), found["source"]), _text(get("target"), found["target"]), meta)
+        return Pair(name, read_text(get("source"), found["source"]), read_text(get("target"), found["target"]), meta)
     if shape == "prompt_completion":
-        return Pair(name, _text(get("prompt"), found["prompt"]), _text(get("completion"), found["completion"]), meta)
+        return Pair(
+            name, read_text(get("prompt"), found["prompt"]), read_text(get("completion"), found["completion"]), meta
+        )
     if shape in ("labelled", "scored"):
-        second = _text(get("text_pair"), found["text_pair"]) if "text_pair" in found else None
-        text = _text(get("text"), found["text"])
-        gold = _number(get("score"), found["score"]) if shape == "scored" else _label(get("label"), found["label"])
+        second = read_text(get("text_pair"), found["text_pair"]) if "text_pair" in found else None
+        text = read_text(get("text"), found["text"])
+        gold = read_number(get("score"), found["score"]) if shape == "scored" else _label(get("label"), found["label"])
         return Labelled(name, text, gold, second, meta)
     if shape == "alpaca":
-        question = _text(get("instruction"), found["instruction"])
+        question = read_text(get("instruction"), found["instruction"])
         if str(get("input") or "").strip():
             question = f"{question}\n{get('input')}"
-        turns = [Message("user", question), Message("assistant", _text(get("output"), found["output"]))]
+        turns = [Message("user", question), Message("assistant", read_text(get("output"), found["output"]))]
     else:
         column = found["messages" if shape == "messages" else "conversations"]
-        turns = _turns(values[column], column)
+        turns = read_turns(values[column], column)
     if get("system") and turns[0].role != "system":
         turns.insert(0, Message("system", str(get("system"))))
-    return Chat(name, tuple(turns), _tools(get("tools")), meta)
-
-
-def _turns(value: Any, column: str) -> list[Message]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise DataError(f"{column!r} is a text and no list of turns") from None
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{column!r} holds no list of turns")
-    turns = [_turn(turn, number) for number, turn in enumerate(value, 1)]
-    if not any(turn.role == "assistant" for turn in turns):
-        raise DataError(f"{column!r} holds no turn of the assistant")
-    return turns
-
-
-def _turn(turn: Any, number: int) -> Message:
-    if not isinstance(turn, Mapping):
-        raise DataError(f"turn {number} is a {type(turn).__name__}, expected an object with a role and a content")
-    said = turn.get("role", turn.get("from"))
-    if said not in ROLES:
-        raise DataError(f"turn {number} has the role {said!r}; {did_you_mean(str(said), ROLES)}")
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):
-        content = "".join(_part(part, number) for part in content)
-    calls = tuple(turn.get("tool_calls") or ())
-    if said == "function_call":
-        calls, content = (_call(content, number),), ""
-    if content is None and calls:
-        content = ""
-    if not isinstance(content, str):
-        raise DataError(f"turn {number} has no content")
-    weight = turn.get("weight")
-    return Message(
-        ROLES[said],
-        content,
-        calls,
-        turn.get("tool_call_id"),
-        turn.get("name"),
-        None if weight is None else _number(weight, "weight"),
-    )
-
-
-def _part(part: Any, number: int) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    if kind in ("text", "input_text", "output_text"):
-        text = part.get("text", part.get("value"))
-        if isinstance(text, str):
-            return text
-    raise DataError(f"turn {number} holds a part of the type {kind!r}; only text can be learned")
-
-
-def _call(content: Any, number: int) -> dict[str, Any]:
-    try:
-        call = json.loads(content) if isinstance(content, str) else dict(content)
-        return {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"turn {number} is a function call that is no JSON with a name and arguments") from None
-
-
-def _tools(value: Any) -> tuple[dict[str, Any], ...]:
-    if isinstance(value, str):
-        if not value.strip():
-            return ()
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as err:
-            raise DataError(f"the tools are no JSON ({err.msg})") from None
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise DataError("the tools are no list of objects")
-    return tuple(dict(tool) for tool in value)
-
-
-def _text(value: Any, column: str) -> str:
-    if isinstance(value, float) and math.isnan(value):
-        value = None  # how pandas marks what is missing
-    if value is None:
-        raise DataError(f"{column!r} is missing")
-    if not isinstance(value, str):
-        raise DataError(f"{column!r} holds a {type(value).__name__}, expected a text")
-    if not value.strip():
-        raise DataError(f"{column!r} is empty")
-    return value
+    return Chat(name, tuple(turns), read_tools(get("tools")), meta)
 
 
 def _label(value: Any, column: str) -> str | tuple[str, ...]:
@@ -260,16 +209,6 @@ def _label(value: Any, column: str) -> str | tuple[str, ...]:
     if isinstance(value, str) and value.strip():
         return value.strip()
     raise DataError(f"{column!r} holds {value!r}, expected a class name")
-
-
-def _number(value: Any, column: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise DataError(f"{column!r} holds {value!r}, expected a number") from None
-    if isinstance(value, bool) or not math.isfinite(number):
-        raise DataError(f"{column!r} holds {value!r}, expected a number")
-    return number
 
 
 def _named(names: Iterable[str]) -> str:

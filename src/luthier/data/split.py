@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from luthier.core.config import Config
 from luthier.core.errors import DataError, did_you_mean
-from luthier.core.types import Chat, Example, Labelled, Pair, Text
+from luthier.core.types import Chat, Example, Feedback, Labelled, Pair, Preference, Text
 
 
 class Split(Config):
@@ -48,8 +48,12 @@ class Parts:
     test: list[Example]
 
 
-def split_examples(examples: Sequence[Example], split: Split, shares: dict[str, float]) -> Parts:
-    """Divide `examples` into the parts of `shares` (train is the rest). Deterministic in the rows and the seed.
+def split_examples(
+    examples: Sequence[Example], split: Split, shares: dict[str, float], sources: Sequence[str] = ()
+) -> Parts:
+    """Divide `examples` into the parts of `shares` (train is the rest), each of `sources` (one a row) in proportion.
+
+    Deterministic in the rows and the seed.
 
     Groups of rows that belong together are dealt in a drawn order, the largest first, each to the part that lacks most
     of its class relative to what it should get. Raises DataError for a `by` column that rows do not have.
@@ -57,6 +61,8 @@ def split_examples(examples: Sequence[Example], split: Split, shares: dict[str, 
     groups = group_rows(examples, split.by)
     stratify = split.method == "stratified" or (split.method == "auto" and isinstance(examples[0], Labelled))
     classes = [_class_of(example) if stratify else "" for example in examples]
+    if any(sources):
+        classes = [f"{source}\n{name}" for source, name in zip(sources, classes)]
     wanted: dict[tuple[str, str], float] = {}
     for name, count in Counter(classes).items():
         for part, share in {"train": 1 - sum(shares.values()), **shares}.items():
@@ -109,6 +115,9 @@ def content_key(example: Example) -> str:
         last = max((at for at, turn in enumerate(example.messages) if turn.role == "assistant"), default=0)
         text = "\n".join(f"{turn.role}: {turn.content}" for turn in example.messages[:last] if turn.role != "system")
         text = text or example.messages[last].content
+    elif isinstance(example, Preference | Feedback):
+        turns = [turn for turn in example.prompt if turn.role != "system"] or example.prompt
+        text = "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
     elif isinstance(example, Pair):
         text = example.source
     elif isinstance(example, Labelled):

@@ -41,7 +41,7 @@ def generate(
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         rows = [encoded[at] for at in part]
-        written = _run(model, rows, sampling)
+        written = write(model, rows, sampling)
         for at, ids in zip(part, written):
             found[at] = _complete(model, ids, sampling, len(encoded[at]))
         if on_progress is not None:
@@ -87,7 +87,7 @@ def stream(
 
     def work() -> None:
         try:
-            _run(model, [ids], sampling, streamer=Tap())
+            write(model, [ids], sampling, streamer=Tap())
             queue.put(None)
         except _Left:
             queue.put(None)
@@ -148,11 +148,18 @@ def _check(model: LoadedModel) -> None:
 
 
 @torch.no_grad()
-def _run(
-    model: LoadedModel, rows: Sequence[Sequence[int]], sampling: Sampling, streamer: Any = None
+def write(
+    model: LoadedModel,
+    rows: Sequence[Sequence[int]],
+    sampling: Sampling,
+    streamer: Any = None,
+    processor: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> list[list[int]]:
-    """New ids of each row, from the model's own `generate`."""
-    from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
+    """New ids of each row, from the model's own `generate`; after a row's stop token anything may follow.
+
+    `processor` makes the scores [S, V] of the next token anew, given the ids [S, T] so far.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
     module, spec = model.module, model.spec
     width = max(len(row) for row in rows)
@@ -195,6 +202,7 @@ def _run(
                 attention_mask=mask.to(model.device),
                 generation_config=GenerationConfig(**settings),
                 stopping_criteria=stops,
+                logits_processor=LogitsProcessorList([processor] if processor else []),
                 streamer=streamer,
             )
     finally:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from luthier.core.errors import ModelError
-from luthier.core.types import Encoded, Prediction
+from luthier.core.types import Encoded, Message, Prediction
 from luthier.data.batches import Batch, collate, fill_batches
+from luthier.engine.answers import encode_scored, gives_rewards
 from luthier.engine.likelihood import TOKENS
 from luthier.models.packed import hidden_states
 from luthier.models.spec import LoadedModel
 
+Item: TypeAlias = tuple[str, str | None] | tuple[Message, ...]
+"""A text with a second one or none; for a reward model a prompt and an answer, an answer alone, or a conversation."""
+
 
 def predict(
     model: LoadedModel,
-    items: Sequence[tuple[str, str | None]],
+    items: Sequence[Item],
     *,
     tokens: int = TOKENS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Prediction]:
-    """A prediction for each (text, second text or None), in order; its id is the item's place.
+    """A prediction for each item, in order; its id is the item's place.
 
     A classifier gives a class and the probability of each; with several labels a row, all above one half; a regressor
     a number in the unit of its data. `tokens` go through the model at once. Raises ModelError for other models, and
@@ -31,11 +36,11 @@ def predict(
     spec = model.spec
     if spec.task not in ("classify", "regress"):
         raise ModelError(f"{spec.source}: this model is made to {spec.task}, not to classify or to give numbers")
-    rows = [model.renderer.labelled(text, pair, id=str(at)) for at, (text, pair) in enumerate(items)]
+    rows = [_encode(model, item, str(at)) for at, item in enumerate(items)]
     scores_NC = score_rows(model, rows, tokens=tokens, on_progress=on_progress)
     found = []
-    for row, scores_C, (text, pair) in zip(rows, scores_NC, items):
-        shown = text if pair is None else f"{text}\n{pair}"
+    for row, scores_C, item in zip(rows, scores_NC, items):
+        shown = "\n".join(part.content if isinstance(part, Message) else part for part in item if part is not None)
         if spec.task == "regress":
             value = float(scores_C[0]) * spec.target_scale + spec.target_mean
             found.append(Prediction(row.id, value, input=shown))
@@ -49,6 +54,15 @@ def predict(
                 Prediction(row.id, max(shares, key=lambda label: shares[label]), probabilities=shares, input=shown)
             )
     return found
+
+
+def _encode(model: LoadedModel, item: Item, id: str) -> Encoded:
+    if gives_rewards(model):
+        return encode_scored(model, item, id)
+    texts = [part.content if isinstance(part, Message) else part for part in item]
+    if isinstance(item[0], Message):
+        return model.renderer.labelled("\n".join(str(text) for text in texts), id=id)
+    return model.renderer.labelled(str(texts[0]), texts[1], id=id)
 
 
 @torch.no_grad()

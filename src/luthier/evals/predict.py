@@ -132,8 +132,8 @@ def _score_masked(
             rows_PT[torch.arange(len(part_P)), part_P] = model.tokenizer.mask_token_id
             with torch.no_grad():
                 hidden_NE = hidden_states(model, rows_PT.flatten(), [len(ids_T)] * len(part_P))
-            at_P = torch.arange(len(part_P), device=model.device) * len(ids_T) + part_P
-            nll += float(token_nll(head_of(model), hidden_NE[at_P], ids_T[part_P]).double().sum())
+                at_P = torch.arange(len(part_P), device=model.device) * len(ids_T) + part_P
+                nll += float(token_nll(head_of(model), hidden_NE[at_P], ids_T[part_P]).double().sum())
         found.append(Prediction(example.id, None, None, nll=nll, tokens=len(places), input=example.text[:2000]))
         tell(number, len(examples))
     return found

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,13 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from luthier.models.segments import Group, Segments
+from luthier.native.softmax import can_see, seen_softmax_, seen_softmax_backward_
+
 NAME = "luthier"
-# Up to this length three matrix operations beat the fused kernel on a CPU (2 x Zen 5, bf16, forward and backward of
-# 2,048 tokens: segments of 128 take 15 ms against 41, of 512 64 against 61).
-SHORT = 320
-# Segments are computed side by side while no more than this share of their scores is padding, and while the scores of a
-# group stay small.
-WASTE, SCORES = 0.25, 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,71 +35,6 @@ class Rules:
     sinks: Tensor | None = None
     """[H]: a learned score that takes its share of the softmax and gives nothing."""
     dropout: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """S segments of like length side by side, T places each; places beyond a segment's end repeat its last token."""
-
-    lengths: tuple[int, ...]
-    width: int
-    tokens: Tensor
-    """[S, T]: the flat place of each token."""
-    real: Tensor
-    """[S, T]: whether a place holds a token of its own."""
-
-    @property
-    def even(self) -> bool:
-        return min(self.lengths) == self.width
-
-
-class Segments:
-    """The segments of a flat batch, and the plan to compute them: made once a step, on the host.
-
-    `short` are groups computed side by side, `long` the (start, end) of segments computed alone.
-    """
-
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
-        self.lengths, self.device = tuple(lengths), torch.device(device)
-        starts = [0, *accumulate(lengths)]
-        order = sorted(range(len(lengths)), key=lambda at: lengths[at])
-        self.long = [(starts[at], starts[at + 1]) for at in range(len(lengths)) if lengths[at] > SHORT]
-        groups: list[list[int]] = []
-        used = 0
-        for at in order:
-            size = lengths[at]
-            if size > SHORT:
-                break
-            area = (len(groups[-1]) + 1) * size**2 if groups else 0
-            if groups and used + size**2 >= (1 - WASTE) * area and area <= SCORES:
-                groups[-1].append(at)
-                used += size**2
-            else:
-                groups.append([at])
-                used = size**2
-        self.short = [self._group([starts[at] for at in one], [lengths[at] for at in one]) for one in groups]
-        inside = [torch.arange(start, end) for start, end in self.long]
-        self.long_tokens = torch.cat(inside).to(self.device) if inside else None
-        self._rows: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-
-    def _group(self, starts: Sequence[int], lengths: Sequence[int]) -> Group:
-        width = max(lengths)
-        places_T = torch.arange(width)
-        size_S1, start_S1 = torch.tensor(lengths)[:, None], torch.tensor(starts)[:, None]
-        tokens_ST = start_S1 + torch.minimum(places_T, size_S1 - 1)
-        return Group(tuple(lengths), width, tokens_ST.to(self.device), (places_T < size_S1).to(self.device))
-
-    def rows(self, at: int, heads: int) -> tuple[Tensor, Tensor]:
-        """Where the heads of group `at` lie in a flat [N * heads] list of vectors, in the order [S, heads, T]: (places to
-        take from, places to put to). What is put for padding goes to the place N * heads."""
-        key = (at, heads)
-        if key not in self._rows:
-            group = self.short[at]
-            head_H11 = torch.arange(heads, device=self.device)[:, None]
-            take_SHT = group.tokens[:, None] * heads + head_H11
-            put_SHT = torch.where(group.real[:, None], take_SHT, sum(self.lengths) * heads)
-            self._rows[key] = (take_SHT.flatten(), put_SHT.flatten())
-        return self._rows[key]
 
 
 def attend(
@@ -156,9 +86,9 @@ class ShortAttention(torch.autograd.Function):
         flat_q, flat_k, flat_v = (one.reshape(-1, size) for one in (q_NHD, k_NKD, v_NKD))
         out = flat_q.new_empty(tokens * heads + 1, size)
         shares = []
-        for at, group in enumerate(segments.short):
+        for at in range(len(segments.short)):
             share = _shares(flat_q, flat_k, segments, at, heads, kv, rules)
-            v = flat_v.index_select(0, segments.rows(at, kv)[0]).view(-1, group.width, size)
+            v = flat_v.index_select(0, segments.key_rows(at, kv)).view(len(share), -1, size)
             out.index_copy_(0, segments.rows(at, heads)[1], torch.bmm(share, v).view(-1, size))
             shares.append(share)
         ctx.save_for_backward(flat_q, flat_k, flat_v, *shares)
@@ -174,67 +104,88 @@ class ShortAttention(torch.autograd.Function):
         # The long segments' tokens have their gradient from elsewhere: here it is zero.
         new = flat_q.new_zeros if segments.long else flat_q.new_empty
         made = [new(tokens * one + 1, size) for one in (heads, kv, kv)]
+        # Groups that have parents come last, so that what they add meets the parents' own.
         for at, (group, share) in enumerate(zip(segments.short, shares)):
-            (take_q, put_q), (take_k, put_k) = segments.rows(at, heads), segments.rows(at, kv)
+            (take_q, put_q), take_k = segments.rows(at, heads), segments.key_rows(at, kv)
             go = flat_go.index_select(0, take_q)
-            if not group.even:
+            if not group.even and not can_see(share):
                 # Padding repeats a token, and must not count twice.
                 go[put_q == tokens * heads] = 0
             go = go.view(share.shape[0], share.shape[1], size)
             q = flat_q.index_select(0, take_q).view_as(go)
-            k, v = (one.index_select(0, take_k).view(-1, group.width, size) for one in (flat_k, flat_v))
+            k, v = (one.index_select(0, take_k).view(len(share), -1, size) for one in (flat_k, flat_v))
             grad_share = torch.bmm(go, v.transpose(1, 2))
-            grad_score = torch._softmax_backward_data(grad_share, share, -1, share.dtype).mul_(rules.scale)
+            if can_see(share):
+                shape = (len(group.lengths), heads, group.width, -1)
+                grads_SHTK, share_SHTK = grad_share.view(shape), share.view(shape)
+                seen_softmax_backward_(grads_SHTK, share_SHTK, group.sizes, rules.causal, rules.window, rules.scale)
+                grad_score = grad_share
+            else:
+                grad_score = torch._softmax_backward_data(grad_share, share, -1, share.dtype).mul_(rules.scale)
             made[0].index_copy_(0, put_q, torch.bmm(grad_score, k).view(-1, size))
-            made[1].index_copy_(0, put_k, torch.bmm(grad_score.transpose(1, 2), q).view(-1, size))
-            made[2].index_copy_(0, put_k, torch.bmm(share.transpose(1, 2), go).view(-1, size))
+            _put_keys(made[1], torch.bmm(grad_score.transpose(1, 2), q), segments, at, kv)
+            _put_keys(made[2], torch.bmm(share.transpose(1, 2), go), segments, at, kv)
         gq, gk, gv = (one[:-1].view(tokens, -1, size) for one in made)
         return gq, gk, gv, None, None
 
 
 def _shares(flat_q: Tensor, flat_k: Tensor, segments: Segments, at: int, heads: int, kv: int, rules: Rules) -> Tensor:
-    """Softmax of the scores of group `at`: [S * KV, (H / KV) * T, T]."""
+    """Softmax of the scores of group `at`: [S * KV, (H / KV) * T, B + T]."""
     group, size = segments.short[at], flat_q.shape[-1]
-    width = group.width
     q = flat_q.index_select(0, segments.rows(at, heads)[0]).view(len(group.lengths) * kv, -1, size)
-    k = flat_k.index_select(0, segments.rows(at, kv)[0]).view(-1, width, size)
-    scores = torch.bmm(q.mul_(rules.scale), k.transpose(1, 2))
-    _hide(scores.view(len(group.lengths), heads, width, width), group, rules)
+    k = flat_k.index_select(0, segments.key_rows(at, kv)).view(len(q), -1, size)
+    scores = torch.bmm(q, k.transpose(1, 2))
+    scores_SHTK = scores.view(len(group.lengths), heads, group.width, -1)
+    if can_see(scores):
+        seen_softmax_(scores_SHTK, group.sizes, rules.causal, rules.window, rules.scale)
+        return scores
+    _hide(scores_SHTK.mul_(rules.scale), segments, group, rules)
     return scores.softmax(-1)
 
 
-def _hide(scores_SHTT: Tensor, group: Group, rules: Rules) -> None:
+def _hide(scores_SHTK: Tensor, segments: Segments, group: Group, rules: Rules) -> None:
     """Take from the scores, in place, what a token must not see."""
-    mask_TT = _mask(group.width, rules.causal, rules.window, scores_SHTT.dtype, scores_SHTT.device)
-    if mask_TT is not None:
-        scores_SHTT.add_(mask_TT)
+    lowest = torch.finfo(scores_SHTK.dtype).min
+    mask_TK = segments.mask(group.width, group.before, rules.causal, rules.window, scores_SHTK.dtype)
+    if mask_TK is not None:
+        scores_SHTK.add_(mask_TK)
+    if group.seen is not None:
+        scores_SHTK[..., : group.before].masked_fill_(~group.seen[:, None, None], lowest)
     if not rules.causal and not group.even:
-        scores_SHTT.masked_fill_(~group.real[:, None, None], torch.finfo(scores_SHTT.dtype).min)
+        scores_SHTK[..., group.before :].masked_fill_(~group.real[:, None, None], lowest)
 
 
-@lru_cache(maxsize=256)
-def _mask(width: int, causal: bool, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """[T, T] to add to scores: 0 where the row's token sees the column's; None where it sees all."""
-    if not causal and (window is None or width <= window):
-        return None
-    places = torch.arange(width, device=device)
-    away_TT = places[:, None] - places
-    seen_TT = away_TT.abs() < (window or width)
-    if causal:
-        seen_TT &= away_TT >= 0
-    return torch.zeros(width, width, dtype=dtype, device=device).masked_fill_(~seen_TT, torch.finfo(dtype).min)
+def _put_keys(made: Tensor, grads: Tensor, segments: Segments, at: int, kv: int) -> None:
+    """Put the gradient [S * KV, B + T, D] of the keys or values of group `at` where it belongs in `made` [N * KV + 1, D]:
+    that of a segment's own is all it has, that of a parent's comes on top, summed over the segments in fp32."""
+    group, size = segments.short[at], grads.shape[-1]
+    put = segments.rows(at, kv)[1]
+    if not group.before:
+        made.index_copy_(0, put, grads.view(-1, size))
+        return
+    made.index_copy_(0, put, grads[:, group.before :].reshape(-1, size))
+    which_S, take, places = segments.parent_rows(at, kv)
+    wide = torch.promote_types(grads.dtype, torch.float32)
+    shared = grads[:, : group.before].to(wide).reshape(len(which_S), -1)
+    total = shared.new_zeros(len(set(group.parents)), shared.shape[1]).index_add_(0, which_S, shared)
+    whole = made.index_select(0, places).to(wide) + total.view(-1, size).index_select(0, take)
+    made.index_copy_(0, places, whole.to(made.dtype))
 
 
 def _attend_long(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, segments: Segments, rules: Rules) -> Tensor:
     """[M, H, D] of the long segments, end to end: the fused kernel for each."""
+    pieces = [one.split(segments.lengths) for one in (q_NHD, k_NKD, v_NKD)]
     parts = []
-    for start, end in segments.long:
-        windowed = rules.window is not None and end - start > rules.window
-        mask_TT = _mask(end - start, rules.causal, rules.window, q_NHD.dtype, q_NHD.device) if windowed else None
+    for at in segments.long:
+        q_THD, k_PKD, v_PKD = pieces[0][at], *(_seen(one, segments, at) for one in pieces[1:])
+        width, whole = len(q_THD), len(k_PKD)
+        # The kernel's own causal mask begins at the first key, which is not where a continuation begins.
+        masked = (rules.causal and whole > width) or (rules.window is not None and whole > rules.window)
+        mask_TP = segments.mask(width, whole - width, rules.causal, rules.window, q_NHD.dtype) if masked else None
         out_HTD = F.scaled_dot_product_attention(
-            *(one[start:end].transpose(0, 1)[None] for one in (q_NHD, k_NKD, v_NKD)),
-            attn_mask=mask_TT,
-            is_causal=rules.causal and not windowed,
+            *(one.transpose(0, 1)[None] for one in (q_THD, k_PKD, v_PKD)),
+            attn_mask=mask_TP,
+            is_causal=rules.causal and not masked,
             scale=rules.scale,
             enable_gqa=q_NHD.shape[1] != k_NKD.shape[1],
         )[0]
@@ -242,23 +193,31 @@ def _attend_long(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, segments: Segments
     return torch.cat(parts)
 
 
+def _seen(pieces: Sequence[Tensor], segments: Segments, at: int) -> Tensor:
+    """Of keys or values by segment, those that segment `at` sees: its own, after its parent's."""
+    up = segments.parents[at]
+    return torch.cat([pieces[up], pieces[at]]) if up >= 0 else pieces[at]
+
+
 def _attend_plainly(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, segments: Segments, rules: Rules) -> Tensor:
     """[N, H, D], segment by segment in plain operations: what soft-caps, sinks and dropout ask for, and the reference."""
     times = q_NHD.shape[1] // k_NKD.shape[1]
+    pieces = [one.split(segments.lengths) for one in (q_NHD, k_NKD, v_NKD)]
     parts = []
-    for q_THD, k_TKD, v_TKD in zip(*(one.split(segments.lengths) for one in (q_NHD, k_NKD, v_NKD))):
-        k_HTD, v_HTD = (one.transpose(0, 1).repeat_interleave(times, 0) for one in (k_TKD, v_TKD))
-        scores_HTT = (q_THD.transpose(0, 1) * rules.scale) @ k_HTD.transpose(1, 2)
+    for at, q_THD in enumerate(pieces[0]):
+        k_HPD, v_HPD = (_seen(one, segments, at).transpose(0, 1).repeat_interleave(times, 0) for one in pieces[1:])
+        width, whole = len(q_THD), k_HPD.shape[1]
+        scores_HTP = (q_THD.transpose(0, 1) * rules.scale) @ k_HPD.transpose(1, 2)
         if rules.softcap is not None:
-            scores_HTT = torch.tanh(scores_HTT / rules.softcap) * rules.softcap
-        mask_TT = _mask(len(q_THD), rules.causal, rules.window, scores_HTT.dtype, scores_HTT.device)
-        if mask_TT is not None:
-            scores_HTT = scores_HTT + mask_TT
+            scores_HTP = torch.tanh(scores_HTP / rules.softcap) * rules.softcap
+        mask_TP = segments.mask(width, whole - width, rules.causal, rules.window, scores_HTP.dtype)
+        if mask_TP is not None:
+            scores_HTP = scores_HTP + mask_TP
         if rules.sinks is not None:
-            sink_HT1 = rules.sinks.to(scores_HTT.dtype)[:, None, None].expand(-1, len(q_THD), 1)
-            scores_HTT = torch.cat([scores_HTT, sink_HT1], -1)
-        share_HTT = scores_HTT.softmax(-1)[..., : len(q_THD)]
-        parts.append((F.dropout(share_HTT, rules.dropout) @ v_HTD).transpose(0, 1))
+            sink_HT1 = rules.sinks.to(scores_HTP.dtype)[:, None, None].expand(-1, width, 1)
+            scores_HTP = torch.cat([scores_HTP, sink_HT1], -1)
+        share_HTP = scores_HTP.softmax(-1)[..., :whole]
+        parts.append((F.dropout(share_HTP, rules.dropout) @ v_HPD).transpose(0, 1))
     return torch.cat(parts)
 
 

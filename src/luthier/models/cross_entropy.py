@@ -42,15 +42,25 @@ def naive_token_loss(
     return _chunk_loss(head, hidden_NE, target_N, weight_N, smoothing)
 
 
-@torch.no_grad()
 def token_nll(head: Head | OwnHead, hidden_NE: Tensor, target_N: Tensor) -> Tensor:
-    """[N]: -log p(target) of each, in fp32."""
+    """[N]: -log p(target) of each, in fp32, from the states that predict them; a gradient for each token flows back.
+
+    For losses that are no weighted sum of tokens. Logits are made once forward and once more backward, in chunks.
+    """
+    if isinstance(head, Head):
+        return LinearTokenNLL.apply(hidden_NE, head.weight_VE, head.bias_V, target_N, head.scale, head.softcap)
     rows = _rows(head, hidden_NE)
-    parts = [
-        F.cross_entropy(head.logits(states).float(), targets, reduction="none")
-        for states, targets in zip(hidden_NE.split(rows), target_N.split(rows))
-    ]
+    chunks = list(zip(hidden_NE.split(rows), target_N.split(rows)))
+    if not torch.is_grad_enabled():
+        parts = [naive_token_nll(head, *chunk) for chunk in chunks]
+    else:
+        parts = [checkpoint(naive_token_nll, head, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.cat(parts) if parts else hidden_NE.new_zeros(0, dtype=torch.float32)
+
+
+def naive_token_nll(head: Head | OwnHead, hidden_NE: Tensor, target_N: Tensor) -> Tensor:
+    """The same from all logits at once: the reference."""
+    return F.cross_entropy(head.logits(hidden_NE).float(), target_N, reduction="none")
 
 
 def _rows(head: Head | OwnHead, hidden_NE: Tensor) -> int:
@@ -140,6 +150,79 @@ class LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+class LinearTokenNLL(torch.autograd.Function):
+    """`naive_token_nll` of a matrix head, in chunks of rows, which are made again on the way back.
+
+    Unlike in `LinearCrossEntropy` the weight of a token is not known before the loss is, so no gradient can be made
+    forward; kept are the states, and the logarithm of each token's partition sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NE: Tensor,
+        weight_VE: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        rows = _rows(Head(weight_VE), hidden_NE)
+        nll_N = hidden_NE.new_empty(hidden_NE.shape[0], dtype=torch.float32)
+        mass_N = torch.empty_like(nll_N)
+        for start in range(0, hidden_NE.shape[0], rows):
+            part = slice(start, start + rows)
+            logits_CV, _ = _wide_logits(hidden_NE[part], weight_VE, bias_V, scale, softcap)
+            mass_N[part] = logits_CV.logsumexp(1)
+            nll_N[part] = mass_N[part] - logits_CV.gather(1, target_N[part, None]).squeeze(1)
+        ctx.save_for_backward(hidden_NE, weight_VE, bias_V, target_N, mass_N)
+        ctx.scale, ctx.softcap, ctx.rows = scale, softcap, rows
+        return nll_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_NE, weight_VE, bias_V, target_N, mass_N = ctx.saved_tensors
+        (grad_N,) = grads
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        grad_hidden_NE = torch.empty_like(hidden_NE) if want_hidden else None
+        grad_weight_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if want_weight else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if want_bias else None
+        for start in range(0, hidden_NE.shape[0], ctx.rows):
+            part = slice(start, start + ctx.rows)
+            target_C1, grad_C1 = target_N[part, None], grad_N[part, None].float()
+            logits_CV, slope_CV = _wide_logits(hidden_NE[part], weight_VE, bias_V, ctx.scale, ctx.softcap)
+            grad_CV = logits_CV.sub_(mass_N[part, None]).exp_().mul_(grad_C1)
+            grad_CV.scatter_add_(1, target_C1, -grad_C1)
+            if slope_CV is not None:
+                grad_CV.mul_(slope_CV)
+            if ctx.scale != 1.0:
+                grad_CV.mul_(ctx.scale)
+            wide = grad_CV.to(weight_VE.dtype)
+            _collect(wide, hidden_NE[part], weight_VE, start, grad_hidden_NE, grad_weight_VE, grad_bias_V)
+        return (
+            grad_hidden_NE,
+            None if grad_weight_VE is None else grad_weight_VE.to(weight_VE.dtype),
+            None if grad_bias_V is None else grad_bias_V.to(weight_VE.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _wide_logits(
+    chunk_CE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """(logits in fp32, the slope of the soft-cap at each)."""
+    logits_CV = F.linear(chunk_CE, weight_VE, bias_V).float()
+    if scale != 1.0:
+        logits_CV.mul_(scale)
+    if softcap is None:
+        return logits_CV, None
+    logits_CV.div_(softcap).tanh_()
+    slope_CV = 1 - logits_CV**2
+    return logits_CV.mul_(softcap), slope_CV
 
 
 def _collect(

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.events import Events
-from luthier.models.attention import NAME, Rules, Segments, attend_flat
+from luthier.models.adapters.inject import project
+from luthier.models.attention import NAME, Rules, attend_flat
+from luthier.models.segments import Segments
 from luthier.models.spec import LoadedModel
 from luthier.native.layers import RMSNorm, Rotate, SwiGLU, usable, why_none
 
@@ -60,7 +62,8 @@ def norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 def mlp_forward(self: Any, x: Tensor) -> Tensor:
     """down(silu(gate(x)) up(x)) without the tensors between."""
-    return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+    gate_NF, up_NF = project(x.flatten(0, -2), (self.gate_proj, self.up_proj))
+    return self.down_proj(SwiGLU.apply(gate_NF, up_NF)).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
 
 def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -70,9 +73,8 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
         return type(self).forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
     cosine, sine = kwargs["position_embeddings"]
     size, flat_NE = self.head_dim, hidden_states[0]
-    q_NHD, k_NKD, v_NKD = (
-        layer(flat_NE).view(len(flat_NE), -1, size) for layer in (self.q_proj, self.k_proj, self.v_proj)
-    )
+    made = project(flat_NE, (self.q_proj, self.k_proj, self.v_proj))
+    q_NHD, k_NKD, v_NKD = (one.view(len(flat_NE), -1, size) for one in made)
     if hasattr(self, "q_norm"):
         q_NHD, k_NKD = self.q_norm(q_NHD), self.k_norm(k_NKD)
     q_NHD, k_NKD = (Rotate.apply(one, cosine[0], sine[0]) for one in (q_NHD, k_NKD))

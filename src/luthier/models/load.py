@@ -20,12 +20,12 @@ from transformers import (
 from luthier.core.errors import ConfigError, LuthierError, MissingExtra, ModelError
 from luthier.core.events import Events
 from luthier.core.types import Task
+from luthier.models.adapters.peft_files import ADAPTER_CONFIG, attach_adapter, read_adapter_config
 from luthier.models.adapters.peft_methods import read as read_peft
 from luthier.models.adapters.peft_methods import room_left
-from luthier.models.adapters.peft_files import ADAPTER_CONFIG, attach_adapter, read_adapter_config
 from luthier.models.facts import fingerprint, kind_of
 from luthier.models.heads import Pooled
-from luthier.models.precision import cast_network
+from luthier.models.precision import cast_network, cast_weights
 from luthier.models.purpose import add_head, check_task, choose_length, choose_pooling, keeps_head, make_renderer
 from luthier.models.quantised.network import quantise
 from luthier.models.quiet import quiet
@@ -56,6 +56,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     from_scratch: bool = False,
+    conversations: bool = False,
     quantize: Literal["auto", "none", "int8", "nf4"] = "auto",
     events: Events | None = None,
 ) -> LoadedModel:
@@ -65,7 +66,8 @@ def load_model(
     one is kept when its labels are the same, or when none are given. `dtype` auto is what the model was tuned in here,
     else float32, whatever the files hold.
     `from_scratch` takes the shape alone and draws the weights from torch's generator. `quantize` is the form in which the
-    linear layers of the body are held; auto: as the adapter was tuned. A directory with a PEFT adapter
+    linear layers of the body are held; auto: as the adapter was tuned. `conversations` asks for a chat template where the
+    task alone would not: for reward models. A directory with a PEFT adapter
     loads its base first. Raises ModelError (not found, unreachable, damaged, an adapter for another base), ConfigError
     (a task that the kind cannot do, a length beyond the context) and MissingExtra.
     """
@@ -87,19 +89,19 @@ def load_model(
     if quantize == "auto":
         quantize = saved.quantize if saved is not None and adapter is not None else "none"
     elif quantize == "none" and saved is not None and saved.quantize != "none":
-        events.choose("base", "in full", f"the adapter was tuned over a base in {saved.quantize}, and its answers may differ")
+        events.choose(
+            "base", "in full", f"the adapter was tuned over a base in {saved.quantize}, and its answers may differ"
+        )
+    # What PiSSA leaves in the base is taken from it in full precision, and rounded after.
+    late = saved is not None and (saved.adapter or {}).get("kind") == "pissa" and dtype == "bfloat16"
     # In the precision of the files, weights are read from the disk only when their layer is quantised.
-    read = dtype if quantize == "none" or from_scratch else "file"
-    network = load_network(base, config, task, hub, dtype=read, from_scratch=from_scratch, events=events)
+    first = "float32" if late else dtype if quantize == "none" or from_scratch else "file"
+    network = load_network(base, config, task, hub, dtype=first, from_scratch=from_scratch, events=events)
     if quantize != "none":
         quantise(network, quantize, events)
         cast_network(network, DTYPES[dtype])
-    tokenizer = load_tokenizer(place if adapter is None or saved is not None else base, hub)
-    if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
-        raise ModelError(
-            f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds "
-            f"{network.get_input_embeddings().weight.shape[0]}; the two do not belong together"
-        )
+    whole = adapter is None or saved is not None or (isinstance(place, Path) and (place / "tokenizer.json").is_file())
+    tokenizer = load_tokenizer(place if whole else base, hub)
     spec = ModelSpec(
         source=source,
         kind=kind,
@@ -120,13 +122,21 @@ def load_model(
         )
     if adapter is not None and isinstance(place, Path):
         if adapter.get("peft_type") == "LORA":
-            settings = attach_adapter(network, place, adapter, base_name)
+            made_here = saved.adapter if saved else None
+            settings = attach_adapter(
+                network, place, adapter, base_name, tokenizer=tokenizer, events=events, saved=made_here
+            )
         else:
             settings = read_peft(network, spec, place, adapter)
         update = {"adapter": settings, "base": lasting_name(base_name), "base_fingerprint": found}
         if adapter.get("peft_type") != "LORA":
             update["max_length"] = room_left(network, spec.max_length)
         spec = spec.model_copy(update=update)
+    if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
+        raise ModelError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens but the model embeds "
+            f"{network.get_input_embeddings().weight.shape[0]}; the two do not belong together"
+        )
     module, spec = add_head(network, tokenizer, spec, saved, tuple(labels), multi_label)
     if isinstance(module, Pooled) and isinstance(place, Path) and keeps_head(spec, saved):
         module.head.load_state_dict(load_file(place / HEAD_FILE, device=str(_device(device))))
@@ -139,8 +149,12 @@ def load_model(
         truncate=truncate,
         learn=learn,
         events=events,
+        conversations=conversations or (task == "regress" and spec.learned == "reward"),
     )
-    return LoadedModel(module, tokenizer, spec, renderer)
+    loaded = LoadedModel(module, tokenizer, spec, renderer)
+    if late:
+        cast_weights(loaded, "bfloat16")
+    return loaded
 
 
 def read_kind(source: str) -> Kind:

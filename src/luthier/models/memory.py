@@ -14,12 +14,13 @@ KEPT_PER_LOGIT = 3
 
 
 def estimate_memory(
-    model: LoadedModel, *, trainable: int, batch_tokens: int, optimizer_slots: int = 2
+    model: LoadedModel, *, trainable: int, batch_tokens: int, optimizer_slots: float = 2
 ) -> dict[str, int]:
     """Predicted peak in bytes, by part and in `total`, for `batch_tokens` tokens in one forward and backward pass.
 
-    `optimizer_slots` are the values an optimiser keeps beside each weight: 2 for Adam, 1 for momentum. An estimate:
-    logits are counted for every token, though the causal loss computes them only where something is learned.
+    `optimizer_slots` are the values an optimiser keeps beside each weight: 2 for Adam, 1 for momentum, and 1 for an
+    average of the weights. An estimate: logits are counted for every token, though the causal loss computes them only
+    where something is learned.
     """
     facts = read_facts(model.network)
     held = (*model.module.parameters(), *model.module.buffers())
@@ -28,7 +29,7 @@ def estimate_memory(
     found = {
         "weights": weights,
         "gradients": 4 * trainable,
-        "optimizer": 4 * optimizer_slots * trainable,
+        "optimizer": round(4 * optimizer_slots * trainable),
         "activations": 4 * KEPT_PER_UNIT * batch_tokens * facts.hidden * facts.layers,
         "logits": 4 * KEPT_PER_LOGIT * batch_tokens * logits,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,10 @@ class Head:
 
     def logits(self, hidden_NE: Tensor) -> Tensor:
         """[N, V]"""
-        logits_NV = nn.functional.linear(hidden_NE, self.weight_VE, self.bias_V)
+        return self.finish(nn.functional.linear(hidden_NE, self.weight_VE, self.bias_V))
+
+    def finish(self, logits_NV: Tensor) -> Tensor:
+        """[N, V]: the product of states and weight as logits."""
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
@@ -54,12 +57,37 @@ class OwnHead:
             return self.module(**_inputs(self.module, ids_1N)).logits[0]  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True, slots=True)
+class Tempered:
+    """A head whose logits are divided by a temperature after its soft-cap."""
+
+    head: Head | OwnHead
+    module: Any
+    temperature: float
+
+    def logits(self, hidden_NE: Tensor) -> Tensor:
+        """[N, V]"""
+        return self.head.logits(hidden_NE) / self.temperature
+
+
+def at_temperature(model: LoadedModel, temperature: float) -> Any:
+    """The head of a loaded language model with its logits over `temperature`: what is drawn from, as a likelihood."""
+    head = head_of(model)
+    if temperature == 1:
+        return head
+    if isinstance(head, Head) and head.softcap is None:
+        return replace(head, scale=head.scale / temperature)
+    return Tempered(head, model.module, temperature)
+
+
 def head_of(model: LoadedModel) -> Head | OwnHead:
     """The head of a loaded language model, read once for each output layer. Raises ModelError as `read_head` does."""
     layer = model.module.get_output_embeddings()  # type: ignore[operator]
     if model.head is None or model.head[0] is not layer:
         model.head = (layer, read_head(model.module))
-    return model.head[1]  # type: ignore[no-any-return]
+    head = model.head[1]
+    # Read anew each time: a sharded weight is another tensor while its model computes.
+    return replace(head, weight_VE=layer.weight, bias_V=layer.bias) if isinstance(head, Head) else head  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

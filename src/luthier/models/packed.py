@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from luthier.core.events import Events
-from luthier.models.attention import Segments, packed_attention
+from luthier.models.attention import packed_attention
+from luthier.models.segments import Segments
 from luthier.models.spec import LoadedModel
 from luthier.models.virtual import insert, reads_packed
 
@@ -23,10 +24,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, tor
 def hidden_states(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int], parents: Sequence[int] = ()) -> Tensor:
     """The last hidden states [N, E] of segments laid end to end, each read as if it were alone.
 
-    A segment with a parent (see Batch.parents) is read as what follows the parent's tokens; for causal models only.
-    Of an encoder-decoder, those of its encoder.
+    A segment with a parent (see Batch.parents) is read as what follows the parent's tokens; a causal model reads the
+    parent once for all of them. Of an encoder-decoder, those of its encoder.
     """
-    if parents:
+    if any(up >= 0 for up in parents):
+        if shares(model):
+            return _packed(model, ids_N, lengths, parents)
         return _repeated(model, ids_N, lengths, parents)
     if packs(model):
         return _packed(model, ids_N, lengths)
@@ -57,17 +60,35 @@ def packs(model: LoadedModel, events: Events | None = None) -> bool:
     return model.packs
 
 
+def shares(model: LoadedModel, events: Events | None = None) -> bool:
+    """Whether a text read once for all that continue it equals reading it before each: tried once, and remembered.
+
+    Only a causal model that packs can. Where it does not, a notice goes to `events`, and it is read again before each.
+    """
+    if model.shares is None:
+        model.shares = model.spec.kind == "decoder" and packs(model) and _try(model, (-1, 0, -1, 0))
+    if events is not None and not model.shares and model.spec.kind == "decoder":
+        events.choose(
+            "shared prompts",
+            "read again",
+            f"{model.spec.family} models do not read a text once for all that continue it",
+        )
+    return model.shares
+
+
 @torch.no_grad()
-def _try(model: LoadedModel) -> bool:
+def _try(model: LoadedModel, parents: Sequence[int] = ()) -> bool:
+    """Whether two short texts laid end to end (with `parents`: two, and what continues the first) are read as they are alone."""
     if model.spec.kind == "encoder-decoder" or not reads_packed(model.network):
         return False
     vocabulary = model.network.get_input_embeddings().weight.shape[0]
-    lengths = (5, 11)
+    lengths = (5, 11, 3, 4) if parents else (5, 11)
     ids_N = (torch.arange(sum(lengths), device=model.device) * 7 + 3) % min(vocabulary, 1000)
     training = model.module.training
     model.module.eval()
     try:
-        packed, alone = _packed(model, ids_N, lengths).float(), _padded(model, ids_N, lengths).float()
+        packed = _packed(model, ids_N, lengths, parents).float()
+        alone = (_repeated(model, ids_N, lengths, parents) if parents else _padded(model, ids_N, lengths)).float()
     except (TypeError, ValueError, KeyError, AttributeError):
         # The family's attention takes no segments, or its forward no positions.
         return False
@@ -76,14 +97,16 @@ def _try(model: LoadedModel) -> bool:
     return float((packed - alone).abs().max()) <= TOLERANCE[model.network.dtype] * float(alone.abs().max())
 
 
-def _packed(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
+def _packed(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int], parents: Sequence[int] = ()) -> Tensor:
     network = model.network
-    ids_N, lengths, text_N = insert(network, ids_N, lengths)
-    places_N = torch.cat([torch.arange(length) for length in lengths]).to(ids_N.device)
+    ids_N, lengths, text_N = insert(network, ids_N, lengths, parents)
+    starts = [lengths[up] if up >= 0 else 0 for up in parents or (-1,) * len(lengths)]
+    places = [torch.arange(start, start + length) for start, length in zip(starts, lengths)]
+    places_N = torch.cat(places).to(ids_N.device)
     if network.config.model_type in SHIFTED:
         places_N += network.config.pad_token_id + 1
     inputs: dict[str, Any] = {"input_ids": ids_N[None], "position_ids": places_N[None]}
-    inputs["segments"] = Segments(lengths, ids_N.device)
+    inputs["segments"] = Segments(lengths, ids_N.device, parents)
     separator = getattr(model.module, "separator", None)
     if separator is not None:
         inputs["token_type_ids"] = torch.cat([text_of_pair(part, separator) for part in ids_N.split(list(lengths))])[

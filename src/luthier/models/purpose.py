@@ -104,13 +104,14 @@ def make_renderer(
     truncate: bool,
     learn: Literal["all", "last"],
     events: Events | None,
+    conversations: bool = False,
 ) -> tuple[ModelSpec, Renderer]:
     """The renderer of a model, and its spec with the template and the stop tokens. `held` is the template saved with it.
 
-    A template is for decoders that generate; other models take texts as they are.
+    A template is for decoders that generate or read `conversations`; other models take texts as they are.
     """
     chosen: Template | None = None
-    if spec.task == "causal":
+    if spec.task == "causal" or (conversations and spec.kind == "decoder"):
         if held is not None and template == "auto":
             chosen = Template(**held)
         else:

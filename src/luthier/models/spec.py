@@ -76,6 +76,8 @@ class LoadedModel:
     renderer: Renderer
     packs: bool | None = None
     """Whether it reads texts laid end to end as if each were alone; None: not tried yet (`models.packed.packs`)."""
+    shares: bool | None = None
+    """Whether it reads a text once for all that continue it; None: not tried yet (`models.packed.shares`)."""
 
     head: Any = None
     """Its output layer, and how logits are made with it; None: not read yet (`models.output.head_of`)."""

@@ -58,6 +58,7 @@ def fit_model(
     max_length: int | None = None,
     truncate: bool = False,
     learn: Literal["all", "last"] = "all",
+    conversations: bool = False,
 ) -> LoadedModel:
     """The same weights for another purpose: a classifier grows a head on the body of a language model.
 
@@ -88,8 +89,15 @@ def fit_model(
         if isinstance(module, Pooled) and isinstance(given.module, Pooled) and keeps_head(spec, old):
             module.head.load_state_dict(given.module.head.state_dict())
         module.eval()
-    held = old.template if task == old.task else None
+    held = old.template if task == old.task or conversations else None
     spec, renderer = make_renderer(
-        tokenizer, spec, held, template=template, truncate=truncate, learn=learn, events=None
+        tokenizer,
+        spec,
+        held,
+        template=template,
+        truncate=truncate,
+        learn=learn,
+        events=None,
+        conversations=conversations or (task == "regress" and old.learned == "reward"),
     )
     return LoadedModel(module, tokenizer, spec, renderer)

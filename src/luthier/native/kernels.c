@@ -46,6 +46,7 @@ static inline bf16 to_bf16(float x) {
 #define STORE to_bf16
 #define NAME(x) x##_bf16
 #include "layers.h"
+#include "softmax.h"
 #undef T
 #undef LOAD
 #undef STORE
@@ -56,5 +57,6 @@ static inline bf16 to_bf16(float x) {
 #define STORE(x) (x)
 #define NAME(x) x##_f32
 #include "layers.h"
+#include "softmax.h"
 
 int threads(void) { return omp_get_max_threads(); }

@@ -25,6 +25,8 @@ SIGNATURES = {
     "swiglu_backward": (POINTER, POINTER, POINTER, POINTER, POINTER, LONG),
     "rotate": (POINTER, POINTER, POINTER, LONG, LONG, LONG, FLOAT),
     "cross_entropy": (POINTER, POINTER, POINTER, POINTER, LONG, LONG),
+    "seen_softmax": (POINTER, POINTER, POINTER, *(LONG,) * 6, FLOAT),
+    "seen_softmax_backward": (POINTER, POINTER, POINTER, POINTER, *(LONG,) * 6, FLOAT),
 }
 
 
@@ -46,7 +48,7 @@ def why_none() -> str | None:
 
 
 @cache
-def _kernel(name: str, dtype: torch.dtype) -> Any:
+def kernel(name: str, dtype: torch.dtype) -> Any:
     function = getattr(load_library(), f"{name}_{SUFFIX[dtype]}")
     function.argtypes, function.restype = SIGNATURES[name], None
     return function
@@ -60,7 +62,7 @@ class RMSNorm(torch.autograd.Function):
         x, width = x.contiguous(), x.shape[-1]
         rows = x.numel() // width
         y, inverse_R = torch.empty_like(x), torch.empty(rows)
-        _kernel("rms_forward", x.dtype)(
+        kernel("rms_forward", x.dtype)(
             x.data_ptr(), weight_E.data_ptr(), y.data_ptr(), inverse_R.data_ptr(), rows, width, eps, shift
         )
         ctx.save_for_backward(x, weight_E, inverse_R)
@@ -73,7 +75,7 @@ class RMSNorm(torch.autograd.Function):
         gy, width = grads[0].contiguous(), x.shape[-1]
         gx = torch.empty_like(x)
         sums = torch.zeros(load_library().threads(), width) if ctx.needs_input_grad[1] else None
-        _kernel("rms_backward", x.dtype)(
+        kernel("rms_backward", x.dtype)(
             gy.data_ptr(), x.data_ptr(), weight_E.data_ptr(), inverse_R.data_ptr(), gx.data_ptr(),
             None if sums is None else sums.data_ptr(), len(inverse_R), width, ctx.shift,
         )  # fmt: skip
@@ -93,7 +95,7 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
-        _kernel("swiglu_forward", gate.dtype)(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
+        kernel("swiglu_forward", gate.dtype)(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
         ctx.save_for_backward(gate, up)
         return y
 
@@ -101,7 +103,7 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         gy, grad_gate, grad_up = grads[0].contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        _kernel("swiglu_backward", gate.dtype)(
+        kernel("swiglu_backward", gate.dtype)(
             gy.data_ptr(), gate.data_ptr(), up.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(), gate.numel()
         )
         return grad_gate, grad_up
@@ -131,7 +133,7 @@ class Rotate(torch.autograd.Function):
 
 
 def _rotate(x_NHD: Tensor, cosine_ND: Tensor, sine_ND: Tensor, sign: float) -> None:
-    _kernel("rotate", x_NHD.dtype)(x_NHD.data_ptr(), cosine_ND.data_ptr(), sine_ND.data_ptr(), *x_NHD.shape, sign)
+    kernel("rotate", x_NHD.dtype)(x_NHD.data_ptr(), cosine_ND.data_ptr(), sine_ND.data_ptr(), *x_NHD.shape, sign)
 
 
 def naive_rotate(x_NHD: Tensor, cosine_ND: Tensor, sine_ND: Tensor) -> Tensor:
@@ -144,7 +146,7 @@ def cross_entropy_(logits_NV: Tensor, target_N: Tensor, weight_N: Tensor) -> Ten
     """[N]: -log softmax(logits)[target] in fp32; the logits become weight x (softmax - one-hot), their gradient."""
     loss_N = torch.empty(len(target_N))
     target_N, weight_N = target_N.contiguous(), weight_N.float().contiguous()
-    _kernel("cross_entropy", logits_NV.dtype)(
+    kernel("cross_entropy", logits_NV.dtype)(
         logits_NV.data_ptr(), target_N.data_ptr(), weight_N.data_ptr(), loss_N.data_ptr(), *logits_NV.shape
     )
     return loss_N

@@ -15,7 +15,7 @@ from luthier.reporting.charts import draw_interval, draw_lines, shade
 
 # Smaller is better for these; for all others more is better.
 ERRORS = {"mse", "mae", "perplexity", "bits_per_byte", "loss"}
-FIRST = ("macro_f1", "spearman", "bleu", "bits_per_byte", "perplexity", "accuracy")
+FIRST = ("macro_f1", "preference_accuracy", "spearman", "bleu", "bits_per_byte", "perplexity", "accuracy")
 SHOWN_EXAMPLES = 10
 LARGEST_MATRIX = 20
 LONGEST_TEXT = 600
@@ -77,16 +77,29 @@ def draw_curves(path: Path, record: Record) -> list[Any]:
     }
     skipped = {"event", "time", "step", "best", "judged_by", "loss"}
     names = [name for event in looks.values() for name in event if name not in skipped]
+    of_sources = [name for name in dict.fromkeys(names) if name.startswith("loss/")]
+    names = [name for name in names if name not in of_sources]
+    for name in of_sources:
+        losses[name.removeprefix("loss/")] = [(step, one[name]) for step, one in sorted(looks.items()) if name in one]
     metrics = {
         label(name): [(step, event[name]) for step, event in sorted(looks.items()) if name in event]
         for name in dict.fromkeys(names)
     }
     rates = {"learning rate": [(step, event["learning_rate"]) for step, event in sorted(steps.items())]}
+    tallies = {step: event.get("tally", {}) for step, event in sorted(steps.items())}
+    # One chart each: shares, rewards and lengths have no scale in common.
+    counted = [
+        draw_lines(
+            {name: [(step, one[name]) for step, one in tallies.items() if name in one]}, title=label(name).capitalize()
+        )
+        for name in dict.fromkeys(name for one in tallies.values() for name in one)
+    ]
     return [
         chart
         for chart in (
             draw_lines(losses, title="Loss", mark=best),
             draw_lines(metrics, title="Validation metrics", mark=best),
+            *counted,
             draw_lines(rates, title="Learning rate"),
         )
         if chart

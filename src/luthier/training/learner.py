@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from luthier.data.batches import Batch
 from luthier.models.spec import LoadedModel
+from luthier.training.averages import Averages, MovingAverage
 from luthier.training.checkpoint import Progress
-from luthier.training.objectives.part import Objective
+from luthier.training.masters import Masters
+from luthier.training.objectives.part import Loss, Objective
 from luthier.training.schedules.part import Schedule
+from luthier.training.world import ALONE, World
+
+if TYPE_CHECKING:
+    from luthier.training.sharding import Sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +44,11 @@ class Settings:
     """Validations without improvement before stopping early; 0: never."""
     checkpoint_every: int
     """Steps between checkpoints beside those at validations; 0: none."""
-    by_length: bool
     seed: int
+    ema: float = 0.0
+    """Decay of a moving average of the weights; 0: none is kept."""
+    noise: float = 0.0
+    """NEFTune's alpha; 0: none."""
 
 
 @dataclass(slots=True)
@@ -51,11 +63,52 @@ class Learner:
     schedule: Schedule
     settings: Settings
     progress: Progress = field(default_factory=Progress)
+    tally: dict[str, float] = field(default_factory=dict)
+    """What the objective counted in the rows of the last step."""
+    masters: Masters | None = None
+    ema: MovingAverage | None = None
+    world: World = ALONE
+    sharded: Sharded | None = None
+    """The model with its weights shared out over the processes, where they are."""
 
     @property
     def rate(self) -> float:
-        """The learning rate of the last step."""
-        return float(self.engine.param_groups[0]["lr"])
+        """The learning rate of the last step, of weights without a scale of their own."""
+        group = self.engine.param_groups[0]
+        return float(group["lr"] / group.get("scale", 1.0))
+
+    @property
+    def averages(self) -> Averages | None:
+        """What holds the weights to look at and to save, when these are not the weights that learn."""
+        return self.ema or (self.engine if hasattr(self.engine, "eval") else None)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model holds the averages, if any are kept; after it what learns, bit for bit."""
+        self.settle()
+        try:
+            yield
+        finally:
+            if self.averages is not None:
+                self.averages.train()
+                self.publish()
+
+    def settle(self) -> None:
+        """Give the model the averages, if any are kept."""
+        if self.averages is not None:
+            self.averages.eval()
+            self.publish()
+
+    def publish(self) -> None:
+        """Round what learns into the weights that compute."""
+        if self.masters is not None:
+            self.masters.publish()
+
+    def measure(self, batch: Batch) -> tuple[Loss, Tensor | None]:
+        """The objective's measure of a batch, on the model as it lies."""
+        if self.sharded is None:
+            return self.objective.measure(self.model, batch)
+        return self.sharded.measure(self.objective, self.model, batch)
 
     def weights(self) -> dict[str, Tensor]:
         """What learns, by name."""

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import math
+import random
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+import torch
 from torch.nn import Parameter
 
 from luthier.core.errors import TrainingError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
-from luthier.data.batches import plan_steps
+from luthier.data.feed import Feed
 from luthier.models.spec import LoadedModel
-from luthier.training.checkpoint import Checkpoints, Progress, draw_state, read_checkpoint, restore_draws
+from luthier.training.averages import MovingAverage
+from luthier.training.checkpoint import Checkpoints, Progress, draw_state, restore_draws
 from luthier.training.learner import Learner, Settings
 from luthier.training.masters import Masters
 from luthier.training.objectives.part import Objective
-from luthier.training.optimizers.part import Optimizer
+from luthier.training.optimizers.part import NO_SCALES, Optimizer
 from luthier.training.schedules.part import Schedule
+from luthier.training.sharding import Sharded
 from luthier.training.signals import watch_signals
 from luthier.training.step import take_step
 from luthier.training.tripwires import Watch, check_learning
 from luthier.training.validation import look
+from luthier.training.world import ALONE, World
 
 
 @dataclass(slots=True)
@@ -39,7 +45,7 @@ class Outcome:
 def train(
     model: LoadedModel,
     objective: Objective,
-    rows: Sequence[Encoded],
+    feed: Feed,
     validation: Sequence[Encoded],
     *,
     parameters: Sequence[tuple[str, Parameter]],
@@ -49,64 +55,84 @@ def train(
     checkpoints: Checkpoints,
     events: Events,
     resume: bool = False,
+    scales: Mapping[str, float] = NO_SCALES,
+    world: World = ALONE,
+    sharded: Sharded | None = None,
 ) -> Outcome:
-    """Train `parameters` in place; on return the model holds the best weights seen at a validation.
+    """Train `parameters` in place; on return the model holds the best weights seen at a validation (of averages,
+    where the optimiser or `settings.ema` keeps any). `scales` multiplies the learning rate of a parameter by its name.
 
     Each step sums the loss over its micro-batches and divides once by the weight of the whole step, so accumulation
     changes nothing. With `resume` the newest whole checkpoint is restored: weights, optimiser, random generators and
     place in the data; the run goes on exactly as it would have. SIGINT and SIGTERM finish the step, write a
     checkpoint and raise KeyboardInterrupt. Raises TrainingError on a non-finite or runaway loss.
+
+    In a `world` of several processes each does the same with its share of every step, and all hold the same weights, or
+    (`sharded`) each its part of them. A signal to one stops them all after the same step.
     """
     check_learning(model, parameters)
     masters = Masters(parameters)
     parameters = masters.parameters
-    engine = optimizer.build(parameters, settings.learning_rate)
-    learner = Learner(model, objective, parameters, engine, schedule, settings)
+    engine = optimizer.build(parameters, settings.learning_rate, scales)
+    ema = MovingAverage(parameters, settings.ema) if settings.ema else None
+    learner = Learner(
+        model, objective, parameters, engine, schedule, settings, masters=masters, ema=ema, world=world, sharded=sharded
+    )
     if resume:
         _restore(learner, checkpoints, events)
         masters.publish()
     progress = learner.progress
-    lengths = [len(row.ids) + len(row.target) for row in rows]
+    _part_draws(world, settings.seed, progress.step)
     started, first = time.monotonic(), progress.step
-    watch = Watch(parameters)
+    watch: Watch | None = Watch(parameters)
     tokens_before, stopped_early = progress.tokens, False
     model.module.train()
 
     def save() -> None:
         state = {"optimizer": engine.state_dict(), "progress": asdict(progress), "draws": draw_state()}
+        if ema is not None:
+            state["averages"] = ema.state_dict()
         path = checkpoints.save(f"step-{progress.step:08d}", learner.weights(), state)
         events.emit("checkpoint", step=progress.step, path=str(path))
 
     with watch_signals() as asked_to_stop:
-        for plan in _steps_from(progress.step, lengths, settings):
-            loss, norm = take_step(learner, [rows[at] for at in plan])
+        for rows in feed.steps(progress.step, progress.place, events):
+            loss, norm = take_step(learner, rows)
             masters.publish()
-            if progress.step == first:
-                watch.check(learner.rate)
+            if watch is not None and (norm > 0 or not objective.idle):
+                watch.check(learner.rate, world)
+                watch = None
             progress.step += 1
+            progress.place = feed.place
+            progress.drawn = dict(Counter(progress.drawn) + Counter(row.source for row in rows if row.source))
             elapsed = time.monotonic() - started
             done = progress.step - first
             events.emit(
                 "step",
                 step=progress.step,
                 steps=settings.steps,
-                epoch=round(progress.step * settings.batch_size / len(rows), 4),
+                epoch=round(progress.step * settings.batch_size / feed.rows_an_epoch, 4)
+                if feed.rows_an_epoch
+                else None,
                 loss=loss,
                 learning_rate=learner.rate,
                 grad_norm=norm,
                 tokens=progress.tokens,
                 tokens_per_second=round((progress.tokens - tokens_before) / max(elapsed, 1e-9), 1),
                 seconds_left=round(elapsed / done * (settings.steps - progress.step), 1),
+                **({"tally": learner.tally} if learner.tally else {}),
+                **({"drawn": dict(progress.drawn)} if progress.drawn else {}),
             )
             last = progress.step == settings.steps
+            stop = world.any(asked_to_stop())
             due = validation and settings.validate_every and progress.step % settings.validate_every == 0
             if due or (validation and last):
                 look(learner, validation, checkpoints, events)
                 stopped_early = bool(settings.patience) and progress.stale >= settings.patience and not last
             periodic = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
-            if due or last or periodic or stopped_early or asked_to_stop():
+            if due or last or periodic or stopped_early or stop:
                 save()
-            if asked_to_stop() and not last:
+            if stop and not last:
                 raise KeyboardInterrupt
             if stopped_early:
                 events.choose(
@@ -116,8 +142,9 @@ def train(
                 )
                 break
     seconds = time.monotonic() - started
+    learner.settle()
     if validation and progress.best_step and progress.best_step != progress.step:
-        best = read_checkpoint(checkpoints.directory / "best")
+        best = checkpoints.read("best")
         if best is None:
             events.warn(f"the best checkpoint (step {progress.best_step}) cannot be read; the last weights are kept")
         else:
@@ -128,15 +155,13 @@ def train(
     return Outcome(progress, stopped_early, seconds, (progress.tokens - tokens_before) / max(seconds, 1e-9))
 
 
-def _steps_from(step: int, lengths: Sequence[int], settings: Settings) -> Iterator[list[int]]:
-    """Row numbers of each step from `step` (from 0) to the last, through as many epochs as that takes."""
-    per_epoch = math.ceil(len(lengths) / settings.batch_size)
-    while step < settings.steps:
-        epoch, skip = divmod(step, per_epoch)
-        plans = plan_steps(lengths, settings.batch_size, seed=settings.seed, epoch=epoch, by_length=settings.by_length)
-        for plan in plans[skip : skip + settings.steps - step]:
-            yield plan
-            step += 1
+def _part_draws(world: World, seed: int, step: int) -> None:
+    """Let each process draw numbers of its own (dropout); those of the first are what they were."""
+    if not world.leads:
+        numbers = np.random.SeedSequence([seed, world.rank, step]).generate_state(3)
+        random.seed(int(numbers[0]))
+        np.random.seed(numbers[1])
+        torch.manual_seed(int(numbers[2]))
 
 
 def _restore(learner: Learner, checkpoints: Checkpoints, events: Events) -> None:
@@ -147,6 +172,8 @@ def _restore(learner: Learner, checkpoints: Checkpoints, events: Events) -> None
             )
         learner.load(weights)
         learner.engine.load_state_dict(state["optimizer"])
+        if learner.ema is not None:
+            learner.ema.load_state_dict(state["averages"])
         restore_draws(state["draws"])
         learner.progress = Progress(**state["progress"])
         events.choose("resume", path.name, "the newest whole checkpoint")

@@ -4,48 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn import Parameter
 
 from luthier.core.errors import TrainingError
 from luthier.core.types import Encoded
-from luthier.data.batches import split_step
+from luthier.data.batches import deal, split_step
 from luthier.training.learner import Learner
+from luthier.training.noise import noisy_inputs
+from luthier.training.objectives.part import Objective
 
 # Beyond this many times its start (and at least this much), a loss is not coming back.
 DIVERGED = 1000.0
 
 
 def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
-    """Learn from `rows`: (mean loss, gradient norm).
+    """Learn from `rows`, of which each process takes its share: (mean loss, gradient norm), the same in all of them.
 
     The loss is summed over micro-batches and divided once by the weight of the whole step, so how the rows are split
     changes nothing. Raises TrainingError on a non-finite or runaway loss, before the weights move.
     """
     settings, progress, model = learner.settings, learner.progress, learner.model
     seed = (settings.seed, progress.step)
-    rows = learner.objective.draw(rows, model, seed)
+    world, idle = learner.world, rows[:1]
+    rows = [rows[at] for at in deal([len(row.ids) + len(row.target) for row in rows], world.size)[world.rank]]
+    rows = learner.objective.draw(rows, model, seed) if rows else rows
+    learner.tally = _tally(learner, rows)
     lengths = [len(row.ids) + len(row.target) for row in rows]
     micro = [
         learner.objective.batch([rows[at] for at in part], model, seed)
-        for part in split_step(range(len(rows)), lengths, settings.accumulate, settings.micro_tokens)
+        for part in split_step(
+            range(len(rows)), lengths, math.ceil(settings.accumulate / world.size), settings.micro_tokens
+        )
     ]
-    weight = sum(batch.weight for batch in micro)
+    weight, tokens = world.sum(sum(batch.weight for batch in micro), sum(batch.tokens for batch in micro))
+    counted = len(micro)
+    if learner.sharded is not None:
+        # Gathering a layer takes all processes, so each makes as many passes as the one with the most.
+        micro += [learner.objective.batch(idle, model, seed) for _ in range(world.most(counted) - counted)]
     factor = learner.schedule.factor(progress.step, settings.steps)
     for group in learner.engine.param_groups:
         group["lr"] = group["base_lr"] * factor
     total = 0.0
-    for batch in micro:
-        loss, _ = learner.objective.measure(model, batch.to(model.device))
-        (loss.sum / weight).backward()
-        value = float(loss.sum.detach())
+    for at, batch in enumerate(micro):
+        with noisy_inputs(model, batch.to(model.device), settings.noise, seed):
+            loss, _ = learner.measure(batch)
+            share = loss.sum if at < counted else loss.sum * 0
+            # Sharded gradients come back as means over the processes; the others are added up below.
+            (share * (1 if learner.sharded is None else world.size) / weight).backward()
+        value = float(share.detach())
         total += value
         if not math.isfinite(value):
             raise _diverged(f"is {value}", progress.step, batch.names, learner.rate)
-    mean = total / weight
+    mean = world.sum(total)[0] / weight
+    if learner.sharded is None:
+        world.add_gradients([parameter for _, parameter in learner.parameters])
     norm = _clip([parameter for _, parameter in learner.parameters], settings.clip)
-    names = [name for batch in micro for name in batch.names]
+    names = [name for batch in micro[:counted] for name in batch.names]
     if not math.isfinite(norm):
         raise _diverged(f"is {mean:.4g} but its gradient is {norm}", progress.step, names, learner.rate)
     if progress.first_loss is None:
@@ -53,9 +70,22 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
     if mean > DIVERGED * max(progress.first_loss, 1.0):
         raise _diverged(f"went from {progress.first_loss:.4g} to {mean:.4g}", progress.step, names, learner.rate)
     learner.engine.step()
+    if learner.ema is not None:
+        learner.ema.update()
     learner.engine.zero_grad(set_to_none=True)
-    progress.tokens += sum(batch.tokens for batch in micro)
+    progress.tokens += int(tokens)
     return mean, norm
+
+
+def _tally(learner: Learner, rows: Sequence[Encoded]) -> dict[str, float]:
+    """What the objective counts in the rows of all processes: each of its numbers is a mean over rows."""
+    counts = type(learner.objective).tally is not Objective.tally
+    own = learner.objective.tally(rows) if counts and rows else {}
+    if not counts or learner.world.size == 1:
+        return own
+    parts = [(count, found) for count, found in learner.world.gather((len(rows), own)) if count]
+    total = sum(count for count, _ in parts)
+    return {name: sum(count * found[name] for count, found in parts) / total for name in parts[0][1]}
 
 
 def _clip(parameters: Sequence[Parameter], limit: float) -> float:
@@ -64,7 +94,9 @@ def _clip(parameters: Sequence[Parameter], limit: float) -> float:
         raise TrainingError(
             "no trainable weight received a gradient; the adapter and the objective do not touch each other"
         )
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm: Any = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()  # of the shards of all processes
     if limit > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return float(norm)

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from luthier.core.errors import TrainingError
 from luthier.models.packed import hidden_states
 from luthier.models.spec import LoadedModel
+from luthier.training.world import ALONE, World
 
 # Values of each weight that are watched, and tokens on which two models are compared.
 WATCHED, TRIED = 64, 32
@@ -40,10 +41,10 @@ class Watch:
         self._parameters = [parameter for _, parameter in parameters]
         self._before = [_sample(parameter) for parameter in self._parameters]
 
-    def check(self, rate: float) -> None:
+    def check(self, rate: float, world: World = ALONE) -> None:
         """Raises TrainingError when a step at a `rate` above zero moved nothing."""
         moved = any(not torch.equal(_sample(one), before) for one, before in zip(self._parameters, self._before))
-        if not moved and rate > 0:
+        if not world.any(moved) and rate > 0:
             raise TrainingError(
                 f"no weight moved in the first step, at a learning rate of {rate:g}: it is too small for the precision of "
                 "the weights, or no gradient reaches them; raise learning_rate"
@@ -67,5 +68,6 @@ def _head(model: LoadedModel) -> list[Tensor]:
 
 
 def _sample(parameter: Parameter) -> Tensor:
-    flat = parameter.detach().flatten()
+    held = parameter.detach()
+    flat = getattr(held, "to_local", lambda: held)().flatten()  # of a sharded weight what lies here
     return flat[:: max(1, len(flat) // WATCHED)].clone()

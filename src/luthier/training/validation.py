@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from luthier.core.events import Events
 from luthier.core.types import Encoded
-from luthier.data.batches import fill_batches
+from luthier.data.batches import Batch, deal, fill_batches
+from luthier.data.cache import lengths_of
 from luthier.models.spec import LoadedModel
 from luthier.training.checkpoint import Checkpoints
 from luthier.training.learner import Learner
-from luthier.training.objectives.part import Objective
+from luthier.training.objectives.part import Loss, Objective
+from luthier.training.world import ALONE, World
 
 
 def look(learner: Learner, validation: Sequence[Encoded], checkpoints: Checkpoints, events: Events) -> None:
-    """Validate; keep the weights if they are the best so far."""
+    """Validate; keep the weights if they are the best so far. Of averages, where any are kept."""
+    with learner.averaged():
+        _look(learner, validation, checkpoints, events)
+
+
+def _look(learner: Learner, validation: Sequence[Encoded], checkpoints: Checkpoints, events: Events) -> None:
     objective, progress = learner.objective, learner.progress
-    found = validate(learner.model, objective, validation, tokens=learner.settings.micro_tokens)
+    found = validate(
+        learner.model,
+        objective,
+        validation,
+        tokens=learner.settings.micro_tokens,
+        world=learner.world,
+        measure=learner.measure,
+        even=learner.sharded is not None,
+    )
     name, sign = objective.metric if objective.metric[0] in found else ("loss", -1)
     # A metric of few rows is often equal: then the lower loss is the better model.
     value = (found[name] * sign, -found["loss"])
@@ -34,24 +49,62 @@ def look(learner: Learner, validation: Sequence[Encoded], checkpoints: Checkpoin
 
 
 @torch.no_grad()
-def validate(model: LoadedModel, objective: Objective, rows: Sequence[Encoded], *, tokens: int) -> dict[str, float]:
-    """Mean loss by weight, and the objective's own metrics. Independent of `tokens`, of which so many go through the
-    model at once, but for rounding."""
+def validate(
+    model: LoadedModel,
+    objective: Objective,
+    rows: Sequence[Encoded],
+    *,
+    tokens: int,
+    world: World = ALONE,
+    measure: Callable[[Batch], tuple[Loss, Tensor | None]] | None = None,
+    even: bool = False,
+) -> dict[str, float]:
+    """Mean loss by weight, of all rows and of each of several sources, and the objective's own metrics. Independent of
+    `tokens`, of which so many go through the model at once, and of the number of processes, each of which takes its
+    share, but for rounding.
+
+    `measure` stands in for the objective's own; `even`: each process makes as many passes as the one with the most.
+    """
+    measure = measure or (lambda batch: objective.measure(model, batch))
+    mine = deal(lengths_of(rows), world.size)[world.rank]
     training = model.module.training
     model.module.eval()
-    total = weight = 0.0
+    sources = list(dict.fromkeys(row.source for row in rows))
+    totals = dict.fromkeys(sources, (0.0, 0.0))
     scores: list[Tensor] = []
     gold: list[Tensor] = []
     try:
-        for part in fill_batches([len(row.ids) + len(row.target) for row in rows], tokens):
-            batch = objective.batch([rows[at] for at in part], model, (0, 0)).to(model.device)
-            loss, seen = objective.measure(model, batch)
-            total += float(loss.sum)
-            weight += loss.weight
+        examined = objective.examine(model, rows, tokens=tokens)
+        if examined is not None:
+            return world.spread(examined)  # type: ignore[no-any-return]
+        parts = list(_batches([rows[at] for at in mine], sources, tokens))
+        counted = len(parts)
+        parts += [(sources[0], rows[:1])] * (world.most(counted) - counted if even else 0)
+        for number, (source, part) in enumerate(parts):
+            batch = objective.batch(part, model, (0, 0)).to(model.device)
+            loss, seen = measure(batch)
+            if number >= counted:
+                continue
+            total, weight = totals[source]
+            totals[source] = total + float(loss.sum), weight + loss.weight
             if seen is not None and batch.gold is not None:
                 scores.append(seen.float().cpu())
                 gold.append(batch.gold.cpu())
     finally:
         model.module.train(training)
-    extra = objective.metrics(torch.cat(scores), torch.cat(gold), model) if scores else {}
-    return {"loss": total / weight, **extra}
+    summed = world.sum(*(number for pair in totals.values() for number in pair))
+    totals = dict(zip(sources, zip(summed[::2], summed[1::2])))
+    both = [pair for pairs in world.gather(list(zip(scores, gold))) for pair in pairs]
+    extra = objective.metrics(*(torch.cat(side) for side in zip(*both)), model) if both else {}
+    total, weight = (sum(parts) for parts in zip(*totals.values()))
+    named = {f"loss/{name}": part / held for name, (part, held) in totals.items() if name and held}
+    # One process speaks for all: they must agree on which weights are the best.
+    return world.spread({"loss": total / weight, **extra, **named})  # type: ignore[no-any-return]
+
+
+def _batches(rows: Sequence[Encoded], sources: Sequence[str], tokens: int) -> Iterator[tuple[str, Sequence[Encoded]]]:
+    """Rows of one source at a time, with its name."""
+    for source in sources:
+        held = [row for row in rows if row.source == source]
+        for part in fill_batches([len(row.ids) + len(row.target) for row in held], tokens):
+            yield source, [held[at] for at in part]

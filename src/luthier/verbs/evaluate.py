@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, DataError, LuthierError
-from luthier.core.events import Sink
+from luthier.core.events import Events, Sink
 from luthier.core.record import Record
 from luthier.core.run import Run, discard, write_rows
 from luthier.core.types import Example, Labelled
 from luthier.data.load import Data, fingerprint_examples, load_examples
 from luthier.data.profile import profile_examples
 from luthier.engine.sampling import Sampling
+
+if TYPE_CHECKING:
+    from luthier.models.spec import ModelSpec
 
 
 class Evaluate(Config):
@@ -30,6 +33,8 @@ class Evaluate(Config):
     """Training rows for the plain baselines; without them none is judged."""
     sampling: Sampling = Sampling()
     """How answers are written, for models that write."""
+    reference: str | None = None
+    """For answers that were liked or not: the model before tuning, whose likelihood is taken off, as in DPO and KTO."""
     likelihood: bool = False
     """Score the gold answers by likelihood (perplexity) instead of writing answers."""
     max_length: int | None = Field(None, gt=1)
@@ -71,6 +76,7 @@ def _judge(run: Run, config: Evaluate) -> None:
     from luthier.evals.baselines import baselines_for
     from luthier.evals.judge import judge
     from luthier.evals.predict import predict_examples
+    from luthier.evals.preferences import judge_answers, read_answers, reads_answers
     from luthier.models.load import load_model
 
     run.events.stage("reading the data")
@@ -83,24 +89,28 @@ def _judge(run: Run, config: Evaluate) -> None:
     spec = model.spec
     _check_labels(examples, spec.labels, config.model)
     run.events.stage(f"judging on {len(examples)} rows")
-    predictions = predict_examples(
-        model,
-        examples,
-        sampling=config.sampling,
-        batch_size=config.batch_size,
-        likelihood=config.likelihood,
-        events=run.events,
-    )
-    metrics, details = judge(predictions, spec.task, spec.labels)
+    found: dict[str, Any] = {}
+    if reads_answers(examples):
+        logs, before = read_answers(model, examples, run.events), _read_reference(config, spec, examples, run.events)
+        predictions, metrics, details, found = judge_answers(examples, logs, before, refers=before is not None)
+    else:
+        predictions = predict_examples(
+            model,
+            examples,
+            sampling=config.sampling,
+            batch_size=config.batch_size,
+            likelihood=config.likelihood,
+            events=run.events,
+        )
+        metrics, details = judge(predictions, spec.task, spec.labels)
     details["evaluated_on"] = "test"
     write_rows(run.artefacts / "predictions.jsonl", predictions)
     (run.artefacts / "details.json").write_text(json.dumps(details, ensure_ascii=False), encoding="utf-8")
     profile = profile_examples(examples)
     (run.artefacts / "profile.json").write_text(json.dumps(profile, ensure_ascii=False), encoding="utf-8")
-    found = {}
     if config.train is not None:
         train = load_examples(config.train, config.data, run.events)
-        baselines = baselines_for(spec.task)
+        baselines = () if reads_answers(examples) else baselines_for(spec.task)
         if not baselines:
             raise ConfigError(f"train: there is no plain baseline for a model made to {spec.task}; leave `train` out")
         for baseline in baselines:
@@ -116,6 +126,26 @@ def _judge(run: Run, config: Evaluate) -> None:
         lineage={"model": config.model, "data": str(config.data.model_dump(mode="json")["train"])},
         artefacts={name.partition(".")[0]: path for name, path in artefacts.items()},
     )
+
+
+def _read_reference(config: Evaluate, spec: ModelSpec, examples: Sequence[Example], events: Events) -> Any:
+    """What the reference says of the answers; None where none is named."""
+    from luthier.evals.preferences import read_answers
+    from luthier.models.load import load_model
+
+    if config.reference is None:
+        return None
+    if spec.task != "causal":
+        raise ConfigError(f"reference: {config.model} is made to {spec.task}, and needs none; leave `reference` out")
+    events.stage(f"loading the model {config.reference}")
+    model = load_model(
+        config.reference, max_length=config.max_length, truncate=config.truncate, device=config.device, events=events
+    )
+    if model.spec.task != "causal":
+        raise ConfigError(
+            f"reference: {config.reference} is made to {model.spec.task} and gives no likelihood of a text"
+        )
+    return read_answers(model, examples, events, "reference")
 
 
 def _check_labels(examples: Sequence[Example], labels: Sequence[str], model: str) -> None:

@@ -168,10 +168,7 @@ def _answer(
     if model.spec.task in ("classify", "regress"):
         from luthier.engine.pooled import predict
 
-        pairs = [
-            item if isinstance(item, tuple) and isinstance(item[0], str) else (_flat(item), None) for _, item in items
-        ]
-        found = predict(model, pairs)
+        found = predict(model, [(item, None) if isinstance(item, str) else item for _, item in items])
         return [_as_row(name, one) for (name, _), one in zip(items, found)]
     if model.spec.task == "masked":
         return [{"id": name, "output": _fill(model, _flat(item))} for name, item in items]
@@ -208,7 +205,7 @@ def _writes(model: LoadedModel) -> bool:
 def _answers_turns(model: LoadedModel) -> bool:
     """Whether a plain text should be a user's turn: tuned so here, or from elsewhere with a template of its own."""
     if model.spec.learned is not None:
-        return model.spec.learned == "sft"
+        return model.spec.learned in ("sft", "dpo", "orpo", "simpo", "kto", "grpo")
     return model.spec.template is not None and model.spec.template["name"] == "own"
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.events import Events, Sink
 from luthier.data.load import Data, load_data
+from luthier.text.answers import split_answers
 from luthier.training.objectives import OBJECTIVES
 
 
@@ -42,7 +43,8 @@ def show(
     names = ("data", "model", "objective", "template", "max_length", "truncate")
     tune = resolve(Tune, values={name: getattr(config, name) for name in names})
     rows, model = encode_for(tune, Events(sinks=sinks), limit=config.rows)
-    return [{"id": row.id, "tokens": model.renderer.describe(row), "gold": row.gold} for row in rows]
+    shown = [one for row in rows for one in split_answers(row)]
+    return [{"id": row.id, "tokens": model.renderer.describe(row), "gold": row.gold} for row in shown]
 
 
 def profile(

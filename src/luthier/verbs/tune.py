@@ -7,23 +7,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, LuthierError, RunError
 from luthier.core.events import Events, Sink
-from luthier.core.record import Record
+from luthier.core.record import Record, now
 from luthier.core.run import Run, discard, find_run
 from luthier.data.load import Data
+from luthier.data.plans import Order
 from luthier.models.adapters import ADAPTERS
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.optimizers import OPTIMIZERS
 from luthier.training.schedules import SCHEDULES
+from luthier.verbs.launch import join_world
 from luthier.verbs.stages import Work
 
 if TYPE_CHECKING:
     from luthier.core.types import Encoded
     from luthier.models.spec import LoadedModel
+    from luthier.training.loop import Outcome
+    from luthier.training.world import World
 
 
 class Tune(Config):
@@ -34,13 +38,13 @@ class Tune(Config):
     data: Data
     """A file, a directory, "sms_spam", hub:owner/name, or a table of settings: train, validation, test, columns, split ..."""
     objective: OBJECTIVES.field_or_auto = "auto"  # type: ignore[name-defined]
-    """What to learn: pretrain, sft, classify, regress, seq2seq, or auto (by the shape of the rows)."""
+    """What to learn: pretrain, sft, distil, dpo, orpo, simpo, kto, reward, grpo, classify, regress, seq2seq, or auto."""
     adapter: ADAPTERS.field = "full"  # type: ignore[name-defined]
-    """Which weights learn: full (all), freeze (the last layers and the head), lora (small matrices beside the weights)."""
+    """Which weights learn: full (all), freeze (the last layers and the head), lora, dora or pissa (small matrices)."""
     optimizer: OPTIMIZERS.field = "adamw"  # type: ignore[name-defined]
-    """How gradients move weights: sgd, adam, adamw, adafactor, muon."""
+    """How gradients move weights: adamw, adamw8bit, adam, sgd, adafactor, muon, lion, schedule_free, apollo, galore."""
     schedule: SCHEDULES.field = "linear"  # type: ignore[name-defined]
-    """How the learning rate moves: constant, linear, cosine, wsd; each with a warm-up."""
+    """How the learning rate moves: constant, linear, polynomial, cosine, inverse_sqrt, wsd; each with a warm-up."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak learning rate."""
     epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
@@ -55,6 +59,12 @@ class Tune(Config):
     """Most tokens that go through the model at once: a step with more is split; the result is the same."""
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 leaves gradients alone."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each layer below the last learns at this times the rate of the one above it, embeddings least; 1: all alike."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of a moving average of what learns, such as 0.999, which is then validated and saved; 0: none."""
+    noise: float = Field(0.0, ge=0)
+    """Strength of noise on the input embeddings while learning (NEFTune's alpha, 5 is usual); 0: none."""
     max_length: int | None = Field(None, gt=1)
     """Longest row in tokens; by default the model's context."""
     truncate: bool = False
@@ -77,6 +87,9 @@ class Tune(Config):
     """Steps between checkpoints, beside one at every validation."""
     by_length: bool = True
     """Put rows of like length into one step, so that little is padded."""
+    order: Order = "shuffled"
+    """The order of the rows: shuffled, given (as the data have them), short_first (the first pass goes from short to long),
+    competence (over the first half of the run from a growing share of the shortest)."""
     baselines: bool = True
     """Judge plain baselines on the same rows."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -87,8 +100,18 @@ class Tune(Config):
     """Processor threads; by default torch's choice."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda ..."""
+    processes: int = Field(1, gt=0)
+    """Processes of this machine that learn together, each from its share of every step; torchrun's number under torchrun."""
+    sharding: Literal["none", "full"] = "none"
+    """What each of several processes holds: the whole model, or its part of weights, gradients and optimiser (FSDP2)."""
     name: str | None = None
     """The run's name; by default the verb and the time."""
+
+    @model_validator(mode="after")
+    def _check_averages(self) -> Tune:
+        if self.ema and getattr(self.optimizer, "averages", False):
+            raise ValueError(f"ema: the optimiser {self.optimizer.kind} averages the weights itself; leave ema at 0")
+        return self
 
 
 def tune(
@@ -101,8 +124,9 @@ def tune(
     """Tune a model and return the run's record.
 
     `luthier.tune(model=..., data=..., objective=...)` from Python, a Resolved[Tune] from the command line, or
-    `resume="run:<id>"` to go on with an interrupted run. Raises LuthierError (ConfigError, DataError, ModelError,
-    RunError, TrainingError); KeyboardInterrupt after a checkpoint when it is told to stop.
+    `resume="run:<id>"` to go on with an interrupted run (with `processes` for another number of them). Raises
+    LuthierError (ConfigError, DataError, ModelError, RunError, TrainingError); KeyboardInterrupt after a checkpoint when
+    it is told to stop.
     """
     return tune_model(_as_resolved(asked, resume, settings), sinks=sinks, resume=resume)[0]
 
@@ -110,6 +134,7 @@ def tune(
 def plan(asked: Resolved[Tune], *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Everything decided and nothing done: what `--dry-run` prints. Reads the data and loads the model."""
     work = Work(asked, Events(sinks=sinks))
+    work.check()
     work.read()
     work.encode()
     return {
@@ -132,14 +157,26 @@ def tune_model(
     asked: Resolved[Tune], *, sinks: Sequence[Sink] = (), resume: str | None = None, model: LoadedModel | None = None
 ) -> tuple[Record, LoadedModel]:
     """Tune, and return the record and the tuned model. `model` is used as it stands instead of loading one."""
+    with join_world(asked, resume=resume, given=model is not None) as world, world.guard():
+        if not world.leads:
+            return _follow(asked, world, resume, model)
+        return _lead(asked, world, sinks, resume, model)
+
+
+def _lead(
+    asked: Resolved[Tune], world: World, sinks: Sequence[Sink], resume: str | None, model: LoadedModel | None
+) -> tuple[Record, LoadedModel]:
     run = Run.open(resume, sinks) if resume else Run.create("tune", asked, name=asked.config.name, sinks=sinks)
     if resume and run.record.state == "finished":
         raise RunError(
             f"run:{run.id}: this run is finished; to train it further start a new one with --model run:{run.id}"
         )
-    work = Work(asked, run.events, model)
-    with run.working():
+    world.tell("run", str(run.path.absolute()))
+    work = Work(asked, run.events, model, world)
+    # What another process died of is what the record says: the guard stands inside.
+    with run.working(), world.guard():
         try:
+            work.check()
             work.read()
             if resume and run.record.data.get("fingerprint") not in (None, work.dataset.fingerprint):
                 raise RunError(
@@ -158,26 +195,48 @@ def tune_model(
     return run.record, work.model
 
 
-def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
-    from luthier.training.checkpoint import Checkpoints
+def _follow(
+    asked: Resolved[Tune], world: World, resume: str | None, model: LoadedModel | None
+) -> tuple[Record, LoadedModel]:
+    """Take part in a run that another process leads; the record that comes back is not written anywhere."""
+    path = Path(world.hear("run"))
+    work = Work(asked, Events(), model, world)
+    work.read()
+    work.encode()
+    _learn(path, work, resume=resume is not None)
+    return Record(id=path.name, verb="tune", created=now(), state="finished"), work.model
+
+
+def _learn(path: Path, work: Work, *, resume: bool) -> Outcome:
+    """The part of a tuning that all processes do together."""
     from luthier.training.loop import train
 
-    run.write_config(work.asked)
-    work.keep_inputs(run)
-    checkpoints = Checkpoints(run.path / "checkpoints")
+    work.refer(path)
+    work.begin()
     outcome = train(
         work.model,
         work.objective,
-        work.rows,
+        work.feed,
         work.validation,
         parameters=work.parameters,
         optimizer=work.config.optimizer,
         schedule=work.config.schedule,
         settings=work.settings,
-        checkpoints=checkpoints,
-        events=run.events,
+        checkpoints=work.checkpoints(path),
+        events=work.events,
         resume=resume,
+        scales=work.scales(),
+        world=work.world,
+        sharded=work.sharded,
     )
+    work.gather()
+    return outcome
+
+
+def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
+    run.write_config(work.asked)
+    work.keep_inputs(run)
+    outcome = _learn(run.path, work, resume=resume)
     run.update(
         numbers={
             **run.record.numbers,
@@ -187,11 +246,12 @@ def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
             "tokens_per_second": round(outcome.tokens_per_second, 1),
             "training_seconds": round(run.record.numbers.get("training_seconds", 0.0) + outcome.seconds, 1),
             "stopped_early": outcome.stopped_early,
-        }
+        },
+        data={**run.record.data, **work.drawn(outcome.progress)},
     )
     work.keep_model(run)
     work.judge(run)
-    for checkpoint in checkpoints.steps():
+    for checkpoint in work.checkpoints(run.path).steps():
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 
@@ -224,9 +284,9 @@ def _as_resolved(
     asked: Resolved[Tune] | Tune | None, resume: str | None, settings: Mapping[str, Any]
 ) -> Resolved[Tune]:
     if resume:
-        if asked is not None or settings:
+        if asked is not None or settings.keys() - {"processes"}:
             raise ConfigError("--resume goes on with the run exactly as it was asked for; give no other settings")
-        return resolve(Tune, file=find_run(resume) / "config.yaml")
+        return resolve(Tune, file=find_run(resume) / "config.yaml", values=settings)
     if isinstance(asked, Tune):
         return Resolved(asked, dict.fromkeys(asked.model_fields_set, "override"))
     return asked if asked is not None else resolve(Tune, values=settings)

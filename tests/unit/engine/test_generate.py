@@ -98,7 +98,7 @@ def write_these(monkeypatch, model, text: str) -> None:
                 streamer.put(torch.tensor([token]))
         return [ids for _ in rows]
 
-    monkeypatch.setattr(engine, "_run", run)
+    monkeypatch.setattr(engine, "write", run)
 
 
 @pytest.mark.parametrize("text", ["服务员非常热情", "é😀 and 👩‍🔬!", "a\ufffdb", "永字八法"])

@@ -35,6 +35,10 @@ EXEMPT_CALLS = {
 }
 EXEMPT = {
     "model name": "a key of /proc/cpuinfo",
+    "{} is no kind of row": "for those who write a Part",
+    "{}, form={}": "how a layer is printed in Python",
+    "{}, {} MB": "a unit",
+    "from luthier.verbs.launch import follow; follow()": "a program",
     "{} of {} rows": "a table in memory, from Python only",
     "Label .* is present in all training examples": "a pattern for scikit-learn's warning",
     r"{} ?[[\p{L}\p{M}]&&[^\p{Han}]]+": "a pattern",
@@ -56,6 +60,12 @@ EXEMPT = {
     "no {}: one side is constant, or there are fewer than three rows": NOTES,
     "perplexity is per token of this tokenizer; bits_per_byte compares between tokenizers": NOTES,
     "{} of {} answers are empty": NOTES,
+    "{} goes by log p gained over the model at the start; {} by mean log p": NOTES,
+    "no ROC-AUC: these rows hold only one kind": NOTES,
+    "chosen ({}): {}": "an input in the record, which the page shows",
+    "{}rejected ({}): {}": "the same",
+    "answer ({}): {}": "the same",
+    r"\n\n(Human|Assistant):[ \n]?": "a pattern",
     "mean of DeLong, one class against the rest": METHODS,
     "Fisher z": METHODS,
     "Fisher z, Bonett and Wright": METHODS,

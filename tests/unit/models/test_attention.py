@@ -4,30 +4,85 @@ import pytest
 import torch
 
 from luthier.core.events import Events
-from luthier.models.attention import SHORT, Rules, Segments, _attend_plainly, attend_flat
+from luthier.models.attention import Rules, _attend_plainly, attend_flat
 from luthier.models.load import load_model
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states, packs
+from luthier.models.segments import SHORT, Segments
 from tiny import ALL_FAMILIES, tiny_model
 
 LENGTHS = [(1,), (5, 5, 5), (3, 5, 4, 5), (40, 41, 39, 3, SHORT + 80), (SHORT + 80, SHORT + 180)]
+CONTINUED = [
+    ((5, 3, 4), (-1, 0, 0)),
+    ((6, 7, *[3] * 6, 9), (-1, -1, *[1, 0] * 3, -1)),
+    ((1, 9, 1, 1, 12, 30, 8, 3, 2), (-1, -1, 0, 1, 1, -1, 5, -1, 5)),
+    ((SHORT + 80, 3, 40, 20, 70), (-1, 0, 0, -1, 3)),
+    ((30, SHORT + 80, 4, SHORT + 10), (-1, 0, 0, -1)),
+    ((SHORT + 20, SHORT + 80, 300), (-1, 0, 0)),
+]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 4, 64])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-def test_groups_and_fused_kernel_equal_plain_operations(lengths, causal, window, heads):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_groups_and_fused_kernel_equal_plain_operations(lengths, causal, window, heads, dtype):
     torch.manual_seed(0)
-    made = [
-        torch.randn(sum(lengths), h, 16, dtype=torch.float64, requires_grad=True) for h in (heads[0], *heads[1:] * 2)
-    ]
+    made = [torch.randn(sum(lengths), h, 16, dtype=dtype, requires_grad=True) for h in (heads[0], *heads[1:] * 2)]
     segments, rules = Segments(lengths), Rules(causal, 0.25, window)
     ours, plain = attend_flat(*made, segments, rules), _attend_plainly(*made, segments, rules)
-    torch.testing.assert_close(ours, plain)
+    near = {"rtol": 1e-7, "atol": 1e-7} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(ours, plain, **near)
     grad = torch.randn_like(ours)
     for mine, theirs in zip(torch.autograd.grad(ours, made, grad), torch.autograd.grad(plain, made, grad)):
-        torch.testing.assert_close(mine, theirs)
+        torch.testing.assert_close(mine, theirs, **near)
+
+
+@pytest.mark.parametrize(("lengths", "parents"), CONTINUED)
+@pytest.mark.parametrize("window", [None, 4, 64])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_continuations_in_groups_and_alone_equal_plain_operations(lengths, parents, window, heads, dtype):
+    torch.manual_seed(0)
+    made = [torch.randn(sum(lengths), h, 16, dtype=dtype, requires_grad=True) for h in (heads[0], *heads[1:] * 2)]
+    segments, rules = Segments(lengths, parents=parents), Rules(True, 0.25, window)
+    ours, plain = attend_flat(*made, segments, rules), _attend_plainly(*made, segments, rules)
+    near = {"rtol": 1e-7, "atol": 1e-7} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(ours, plain, **near)
+    grad = torch.randn_like(ours)
+    for mine, theirs in zip(torch.autograd.grad(ours, made, grad), torch.autograd.grad(plain, made, grad)):
+        torch.testing.assert_close(mine, theirs, **near)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_continuation_attends_as_the_end_of_the_whole(softcap, window):
+    """By the plain operations on parent and child as one segment, whose gradients add up over the children."""
+    torch.manual_seed(0)
+    lengths, parents = (5, 3, 1, 4, 6), (-1, 0, 0, -1, 3)
+    made = [torch.randn(sum(lengths), 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    rules = Rules(True, 0.3, window, softcap, torch.tensor([0.5, -1.0]) if softcap else None)
+    ours = attend_flat(*made, Segments(lengths, parents=parents), rules)
+    expected = []
+    for at, up in enumerate(parents):
+        whole = [torch.cat([x.split(lengths)[part] for part in (up, at) if part >= 0]) for x in made]
+        expected.append(_attend_plainly(*whole, Segments([len(whole[0])]), rules)[-lengths[at] :])
+    torch.testing.assert_close(ours, torch.cat(expected))
+    grad = torch.randn_like(ours)
+    theirs = torch.autograd.grad(torch.cat(expected), made, grad)
+    for mine, other in zip(torch.autograd.grad(ours, made, grad), theirs):
+        torch.testing.assert_close(mine, other)
+
+
+def test_the_gradient_of_a_shared_parent_is_summed_in_fp32():
+    """Added one by one in bf16, halves would be lost from 128 on."""
+    children = 400
+    lengths, parents = [1] * (children + 1), (-1, *[0] * children)
+    made = [torch.zeros(children + 1, 1, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    attend_flat(*made, Segments(lengths, parents=parents), Rules(True, 1.0)).sum().backward()
+    # The parent gives itself all of its attention, and every child gives the parent half of its own.
+    assert made[2].grad[0].float().unique().tolist() == [1 + children / 2]
 
 
 def test_plain_operations_keep_segments_apart_and_honour_caps_and_sinks():
@@ -65,7 +120,7 @@ def test_a_family_that_would_mix_segments_is_found_out(monkeypatch):
     from luthier.models import packed
 
     model = load_model(str(tiny_model("llama")))
-    monkeypatch.setattr(packed, "Segments", lambda lengths, device: Segments((sum(lengths),), device))
+    monkeypatch.setattr(packed, "Segments", lambda lengths, *_: Segments((sum(lengths),)))
     events = Events()
     assert not packs(model, events)
     assert "padded" in events.choices["packing"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from luthier.models import cross_entropy
-from luthier.models.cross_entropy import LinearCrossEntropy, naive_token_loss, token_loss, token_nll
+from luthier.models.cross_entropy import LinearCrossEntropy, naive_token_loss, naive_token_nll, token_loss, token_nll
 from luthier.models.load import load_model
 from luthier.models.output import Head, OwnHead, head_of
 from tiny import ALL_FAMILIES, tiny_model
@@ -27,8 +27,13 @@ def test_equals_the_plain_form(monkeypatch, chunk, scale, softcap, biased):
     pairs = zip(torch.autograd.grad(ours * 0.3, learned), torch.autograd.grad(plain * 0.3, learned))
     for mine, theirs in pairs:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-    nll = (token_nll(head, hidden, target) * weights).sum()
-    torch.testing.assert_close(nll, plain.detach(), rtol=1e-6, atol=1e-4)
+    each, plainly = token_nll(head, hidden, target), naive_token_nll(head, hidden, target)
+    torch.testing.assert_close(each, plainly, rtol=1e-6, atol=1e-5)
+    # A loss that is no sum over tokens: each gets a gradient of its own.
+    for mine, theirs in zip(*(torch.autograd.grad((one**2 * weights).sum(), learned) for one in (each, plainly))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(token_nll(head, hidden, target), plainly.detach(), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -43,11 +48,18 @@ def test_a_family_s_own_head_in_chunks_equals_all_at_once(monkeypatch, family):
         torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-5)
         mine, theirs = torch.autograd.grad(ours, hidden)[0], torch.autograd.grad(plain, hidden)[0]
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        each, plainly = token_nll(head, hidden, target), naive_token_nll(head, hidden, target)
+        torch.testing.assert_close(each, plainly, rtol=1e-6, atol=1e-5)
+        mine, theirs = (torch.autograd.grad((one**2).sum(), hidden)[0] for one in (each, plainly))
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_frozen_weight_gets_no_gradient():
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8)
     token_loss(Head(weight), hidden, torch.tensor([0, 1, 2, 3, 4]), torch.ones(5)).backward()
+    assert hidden.grad is not None and weight.grad is None
+    hidden.grad = None
+    token_nll(Head(weight), hidden, torch.tensor([0, 1, 2, 3, 4])).sum().backward()
     assert hidden.grad is not None and weight.grad is None
 
 

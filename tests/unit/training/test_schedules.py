@@ -32,3 +32,23 @@ def test_wsd_is_flat_and_then_falls():
     schedule = SCHEDULES.parse({"kind": "wsd", "warmup": 0, "decay": 0.2})
     factors = [schedule.factor(step, 10) for step in range(10)]
     assert factors == pytest.approx([1] * 9 + [0.5])
+
+
+def test_cosine_starts_again():
+    schedule = SCHEDULES.parse({"kind": "cosine", "warmup": 0, "restarts": 1})
+    factors = [schedule.factor(step, 8) for step in range(8)]
+    half = [1, (1 + 2**-0.5) / 2, 0.5, (1 - 2**-0.5) / 2]
+    assert factors == pytest.approx(half * 2)
+
+
+def test_inverse_square_root_is_that_of_the_transformer():
+    schedule = SCHEDULES.parse({"kind": "inverse_sqrt", "warmup": 4})
+    factors = [schedule.factor(step, 100) for step in range(100)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    # rate(t) is proportional to min(t^-0.5, t warmup^-1.5), t from 1; its peak is warmup^-0.5.
+    assert factors == pytest.approx([min(t**-0.5, t * 4**-1.5) * 2 for t in range(1, 101)])
+
+
+def test_polynomial_is_a_power_of_the_line():
+    schedule = SCHEDULES.parse({"kind": "polynomial", "warmup": 0, "power": 2, "floor": 0.2})
+    assert [schedule.after(step, 4) for step in range(5)] == pytest.approx([1, 0.65, 0.4, 0.25, 0.2])

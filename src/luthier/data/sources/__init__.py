@@ -30,7 +30,7 @@ def read_rows(source: Any, *, bad: Bad) -> Iterator[Row]:
     elif isinstance(source, str | Path):
         from luthier.data.sources.files import read_file
 
-        for path in _paths(source):
+        for path in list_files(source):
             yield from _some(read_file(path, bad), str(path), bad)
     else:
         from luthier.data.sources.tables import read_table
@@ -46,7 +46,8 @@ def describe_source(source: Any) -> str:
     return f"<{type(source).__name__}{size}>"
 
 
-def _paths(source: str | Path) -> list[Path]:
+def list_files(source: str | Path) -> list[Path]:
+    """The files of a path or of a shipped name, in order. Raises DataError where there is none."""
     if str(source) in SHIPPED:
         return [Path(str(resources.files("luthier"))) / "assets" / SHIPPED[str(source)]]
     path = Path(source).expanduser()

@@ -6,7 +6,8 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -44,8 +45,18 @@ def read_file(path: Path, bad: Bad) -> Iterator[Row]:
         raise DataError(f"{path}: cannot be read ({err.strerror or err})") from None
     if not text.strip():
         raise DataError(f"{path}: the file is empty")
-    readers = {"jsonl": _read_jsonl, "json": _read_json, "txt": _read_txt, "csv": _read_csv, "tsv": _read_csv}
-    yield from readers[kind](path, text, bad)
+    if kind == "json":
+        yield from _read_json(path, text, bad)
+    elif kind == "txt":
+        lines = text.splitlines()
+        yield from read_txt(path, lines, paragraphs=any(not line.strip() for line in lines[:-1]))
+    elif kind == "jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
+            row = read_line(line, f"{path.name}:{number}", bad)
+            if row is not None:
+                yield row
+    else:
+        yield from read_csv(path, io.StringIO(text, newline=""), bad)
 
 
 def _read_text(path: Path) -> str:
@@ -72,19 +83,16 @@ def _decodes(content: bytes, name: str) -> bool:
     return True
 
 
-def _read_jsonl(path: Path, text: str, bad: Bad) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path.name}:{number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as err:
-            bad(where, f"broken JSON at column {err.colno}: {err.msg}")
-            continue
-        row = _as_row(value, where, bad)
-        if row is not None:
-            yield row
+def read_line(line: str, where: str, bad: Bad) -> Row | None:
+    """The row in one line of JSON; None for a blank or a broken one, which `bad` hears of."""
+    if not line.strip():
+        return None
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as err:
+        bad(where, f"broken JSON at column {err.colno}: {err.msg}")
+        return None
+    return _as_row(value, where, bad)
 
 
 def _read_json(path: Path, text: str, bad: Bad) -> Iterator[Row]:
@@ -112,13 +120,11 @@ def _as_row(value: Any, where: str, bad: Bad) -> Row | None:
     return None
 
 
-def _read_txt(path: Path, text: str, bad: Bad) -> Iterator[Row]:
+def read_txt(path: Path, lines: Iterable[str], *, paragraphs: bool) -> Iterator[Row]:
     """A row a paragraph where blank lines part them, else a row a line."""
-    lines = text.splitlines()
-    paragraphs = any(not line.strip() for line in lines[:-1])
     held: list[str] = []
     start = 1
-    for number, line in enumerate([*lines, ""], 1):
+    for number, line in enumerate(chain(lines, ("",)), 1):
         if line.strip():
             if not held:
                 start = number
@@ -130,9 +136,10 @@ def _read_txt(path: Path, text: str, bad: Bad) -> Iterator[Row]:
             held = []
 
 
-def _read_csv(path: Path, text: str, bad: Bad) -> Iterator[Row]:
+def read_csv(path: Path, lines: Iterable[str], bad: Bad) -> Iterator[Row]:
+    """Rows of lines with their ends; the first names the columns. Raises DataError for broken quoting."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if kind_of(path) == "tsv" else ",", strict=True)
+    reader = csv.reader(lines, delimiter="\t" if kind_of(path) == "tsv" else ",", strict=True)
     header: list[str] = []
     before = 0
     while True:

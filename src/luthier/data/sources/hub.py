@@ -8,8 +8,11 @@ from luthier.core.errors import DataError, MissingExtra
 from luthier.data.sources.row import Row
 
 
-def read_hub(source: str) -> Iterator[Row]:
-    """Rows of hub:owner/name[:config][:split] (split: train). Raises DataError when it cannot be had, MissingExtra."""
+def read_hub(source: str, *, stream_from: int | None = None) -> Iterator[Row]:
+    """Rows of hub:owner/name[:config][:split] (split: train); with `stream_from` as they come, after so many.
+
+    Raises DataError when it cannot be had, MissingExtra.
+    """
     try:
         import datasets
     except ImportError:
@@ -20,9 +23,12 @@ def read_hub(source: str) -> Iterator[Row]:
     split = rest[-1] if rest else "train"
     config = rest[0] if len(rest) == 2 else None
     try:
-        table = datasets.load_dataset(name, config, split=split)
+        if stream_from is None:
+            table = datasets.load_dataset(name, config, split=split)
+        else:
+            table = datasets.load_dataset(name, config, split=split, streaming=True).skip(stream_from)
     except Exception as err:  # the hub, the cache and the builder each raise their own
         why = str(err).splitlines()[0] if str(err) else type(err).__name__
         raise DataError(f"{source}: the data set cannot be had ({why}); HF_ENDPOINT names a mirror") from None
-    for number, values in enumerate(table, 1):
+    for number, values in enumerate(table, (stream_from or 0) + 1):
         yield Row(dict(values), f"{source}:{number}")

@@ -20,7 +20,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        found, unknown = self.parse_known_args(arguments)
+        found, unknown = self.parse_known_args(
+            _spell_out(arguments) if "--set" in self._option_string_actions else arguments
+        )
         flags = [one.split("=")[0] for one in unknown if one.startswith("-")]
         if flags:
             known = [option for action in self._actions for option in action.option_strings]
@@ -28,6 +30,25 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             raise ConfigError(f"{unknown[0]!r} is one argument too many")
         return found
+
+
+def _spell_out(arguments: Sequence[str]) -> list[str]:
+    """`--data.train VALUE` and `--data.train=VALUE` as `--set data.train=VALUE`."""
+    spelt: list[str] = []
+    rest = iter(arguments)
+    for one in rest:
+        if one == "--":
+            return [*spelt, one, *rest]
+        flag, given, value = one.partition("=")
+        if flag.startswith("--") and "." in flag:
+            path = flag.removeprefix("--").replace("-", "_")
+            value = value if given else next(rest, None)  # type: ignore[assignment]
+            if value is None:
+                raise ConfigError(f"{flag}: write a value after it")
+            spelt += ["--set", f"{path}={value}"]
+        else:
+            spelt.append(one)
+    return spelt
 
 
 def make_parser(command: str, about: str) -> Parser:
@@ -46,6 +67,10 @@ def add_fields(parser: Parser, config: type[Config], skip: Sequence[str] = ()) -
         options: dict[str, Any] = {"dest": name, "default": None, "help": text}
         if _is_bool(field.annotation):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif name == "data":
+            group.add_argument(
+                flag, metavar="VALUE", action="append", **{**options, "help": text + " Given again: one more source."}
+            )
         else:
             group.add_argument(flag, metavar=_metavar(field.annotation), **options)
     group.add_argument(
@@ -63,6 +88,8 @@ def read_fields(
     """The resolved config of a parsed command line: file, then flags, then --set."""
     for name in config.model_fields:
         value = None if name in skip else getattr(found, name, None)
+        if isinstance(value, list):
+            value = value[0] if len(value) == 1 else {"train": value}
         if value is not None and values.get(name) is None:
             values[name] = parse_scalar(value)
     given = {name: value for name, value in values.items() if value is not None}

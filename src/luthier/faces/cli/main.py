@@ -16,6 +16,7 @@ HELP = """luthier: one workshop for the whole life of a fine-tuned language mode
   luthier generate MODEL "text"      answer one text, a file (--input, --output) or a pipe
   luthier chat MODEL                 talk to a model
   luthier prepare show DATA          rows as the model sees them;  luthier prepare profile DATA
+  luthier merge run:ID --output DIR  fold an adapter into its base: a whole model
   luthier report run:ID              write a run's page anew
   luthier runs                       every run and its main result
   luthier doctor                     what this machine has, and what is missing
@@ -31,6 +32,7 @@ COMMANDS = {
     "generate": "luthier.faces.cli.generate",
     "chat": "luthier.faces.cli.chat",
     "prepare": "luthier.faces.cli.prepare",
+    "merge": "luthier.faces.cli.merge",
     "report": "luthier.faces.cli.report",
     "runs": "luthier.faces.cli.runs",
     "doctor": "luthier.faces.cli.doctor",

@@ -48,7 +48,7 @@ def _live() -> Iterator[Sink]:
                 bars.update(task, description=say(event["name"]), completed=0, total=None, note="")
             elif kind == "step":
                 speed, left = f"{event['tokens_per_second']:,.0f}", say_time(event["seconds_left"])
-                note = say(f"loss {event['loss']:.4f} · {speed} tokens/s · {left} left")
+                note = say(f"loss {event['loss']:.4f} · {speed} tokens/s · {left} left") + say_tally(event)
                 bars.update(task, description=say("tuning"), completed=event["step"], total=event["steps"], note=note)
             elif kind == "progress":
                 name = say(event["name"])
@@ -77,7 +77,7 @@ class _Lines:
             line: str | None = say(
                 f"step {event['step']}/{event['steps']}  loss {event['loss']:.4f}  "
                 f"{event['tokens_per_second']:,.0f} tokens/s  {say_time(event['seconds_left'])} left"
-            )
+            ) + say_tally(event)
         elif kind == "stage":
             line = f"{say(event['name'])} ..."
         else:
@@ -99,6 +99,11 @@ def describe(event: Event) -> str | None:
     if kind == "choice":
         return say(f"{event['name']}: {event['value']} ({event['why']})")
     return None
+
+
+def say_tally(event: Event) -> str:
+    """What the objective counted in a step, by name, after the rest of its line."""
+    return "".join(f"  {name} {value:.3g}" for name, value in event.get("tally", {}).items())
 
 
 def say_time(seconds: Any) -> str:

@@ -11,7 +11,18 @@ from luthier.core.types import Estimate
 from luthier.faces.cli.chinese import pad, say
 
 SHOWN = (
-    *("macro_f1", "accuracy", "f1", "roc_auc", "spearman", "pearson", "mse"),
+    *(
+        "preference_accuracy",
+        "likelihood_accuracy",
+        "macro_f1",
+        "accuracy",
+        "f1",
+        "roc_auc",
+        "likelihood_auc",
+        "spearman",
+        "pearson",
+        "mse",
+    ),
     *("bleu", "chrf", "rougeL", "exact_match", "token_f1", "perplexity", "bits_per_byte"),
 )
 

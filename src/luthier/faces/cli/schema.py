@@ -14,10 +14,12 @@ VERBS = {
     "tune": "luthier.verbs.tune:Tune",
     "evaluate": "luthier.verbs.evaluate:Evaluate",
     "generate": "luthier.verbs.generate:Generate",
+    "merge": "luthier.verbs.merge:Merge",
     "report": "luthier.verbs.report:Report",
 }
 CATALOGS = {
     "objective": "luthier.training.objectives:OBJECTIVES",
+    "reward": "luthier.training.rewards:REWARDS",
     "loss": "luthier.training.losses:LOSSES",
     "optimizer": "luthier.training.optimizers:OPTIMIZERS",
     "schedule": "luthier.training.schedules:SCHEDULES",

@@ -5,6 +5,13 @@ from luthier.models.adapters.part import Adapter as Adapter
 
 ADAPTERS: "Catalog[Adapter]" = Catalog(
     "adapter",
-    {"full": ".full:Full", "freeze": ".freeze:Freeze", "lora": ".lora:Lora", "peft": ".peft:Peft"},
+    {
+        "full": ".full:Full",
+        "freeze": ".freeze:Freeze",
+        "lora": ".lora:Lora",
+        "dora": ".dora:Dora",
+        "pissa": ".pissa:Pissa",
+        "peft": ".peft:Peft",
+    },
     __name__,
 )

@@ -32,7 +32,7 @@ class Freeze(Adapter):
     """How many layers learn, counted from the end; 0: the head alone."""
 
     def apply(self, loaded: LoadedModel) -> None:
-        from luthier.models.adapters.inject import merge_adapter
+        from luthier.models.adapters.merge import merge_adapter
 
         merge_adapter(loaded)
         owner, stack = find_layers(loaded)

@@ -16,7 +16,8 @@ class Full(Adapter):
     kind: ClassVar[str] = "full"
 
     def apply(self, loaded: LoadedModel) -> None:
-        from luthier.models.adapters.inject import merge_adapter, used_parameters
+        from luthier.models.adapters.inject import used_parameters
+        from luthier.models.adapters.merge import merge_adapter
 
         merge_adapter(loaded)
         used = {id(parameter) for parameter in used_parameters(loaded)}

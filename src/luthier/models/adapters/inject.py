@@ -1,16 +1,16 @@
-"""Low-rank matrices beside linear layers: put in, found, folded in."""
+"""Low-rank matrices beside linear layers and embeddings: put in, found, folded in."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.models.adapters.product import LoraProduct
+from luthier.models.adapters.product import Factors, low_rank_products
 from luthier.models.heads import Pooled
 from luthier.models.quantised.linear import QuantisedLinear
 
@@ -24,6 +24,9 @@ class LoraLinear(nn.Module):
     LoRA: Hu et al. 2021, arXiv:2106.09685. B starts at zero, so the layer starts equal to its base; scale is
     alpha / rank, or alpha / sqrt(rank) when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732).
     """
+
+    keeps_base = False
+    """Whether its files hold the base's weight too, since the base's own files do not."""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False):
         super().__init__()
@@ -48,24 +51,110 @@ class LoraLinear(nn.Module):
         """The base's bias."""
         return self.base.bias  # type: ignore[return-value]
 
+    @property
+    def matrix(self) -> Tensor:
+        """The base's weight as [out, in], whichever way it is kept."""
+        return self.weight.T if isinstance(self.base, Conv1D) else self.weight
+
+    @property
+    def drops(self) -> bool:
+        """Whether inputs of A are dropped at random now."""
+        return self.training and self.dropout.p > 0
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in the base's precision."""
-        if not self.dropout.p or not self.training:
-            if isinstance(self.base, QuantisedLinear):
-                return self.base.beside(x, self.lora_a, self.lora_b, self.scale)
-            weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
-            flat = LoraProduct.apply(x.flatten(0, -2), weight, self.base.bias, self.lora_a, self.lora_b, self.scale)
-            return flat.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x (W + scale B A).T + bias; what is dropped is dropped before A alone."""
+        if isinstance(self.base, QuantisedLinear):
+            return self._beside_quantised(x, self.base)
+        if not self.drops:
+            factors = Factors(self.matrix, bias, self.lora_a, self.lora_b, self.scale)
+            return low_rank_products(x.flatten(0, -2), [factors])[0].view(*x.shape[:-1], -1)
         low = (self.dropout(x).to(self.lora_a.dtype) @ self.lora_a.T) @ self.lora_b.T
-        return self.base(x) + (low * self.scale).to(x.dtype)  # type: ignore[no-any-return]
+        return nn.functional.linear(x, self.matrix, bias) + (low * self.scale).to(x.dtype)
+
+    def _beside_quantised(self, x: Tensor, base: QuantisedLinear) -> Tensor:
+        if not self.drops:
+            return base.beside(x, self.lora_a, self.lora_b, self.scale)
+        low = (self.dropout(x).to(self.lora_a.dtype) @ self.lora_a.T) @ self.lora_b.T
+        return base(x) + (low * self.scale).to(x.dtype)  # type: ignore[no-any-return]
+
+    def whole(self) -> Tensor:
+        """The weight that the layer as it stands amounts to, [out, in], in fp32 at least."""
+        return widened(self.matrix) + (self.lora_b @ self.lora_a) * self.scale
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """The base with the matrices folded into its weight."""
-        change = (self.lora_b @ self.lora_a) * self.scale
-        weight: Any = self.base.weight
-        weight.add_((change.T if isinstance(self.base, Conv1D) else change).to(weight.dtype))
+        """The base with what was learned folded into its weight."""
+        whole = self.whole()
+        self.weight.copy_(whole.T if isinstance(self.base, Conv1D) else whole)
         return self.base
+
+
+class LoraEmbedding(nn.Module):
+    """y = base(ids) + scale x (B A)[:, ids], with A [rank, vocabulary] from zero and B [dim, rank] learned in fp32."""
+
+    keeps_base = False
+    """Whether its files hold the base's weight too, since the base's own files do not."""
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        # Dropout is for inputs with values: here it stays what was asked, for the other layers and the files.
+        self.base, self.rank, self.alpha, self.rslora = base, rank, alpha, rslora
+        self.dropout = nn.Dropout(dropout)
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        rows, width = base.weight.shape  # type: ignore[misc,union-attr]
+        options: dict[str, Any] = {"dtype": torch.float32, "device": base.weight.device}
+        # In a child after the base: a model's dtype is that of its first parameter, which must stay the base's.
+        self.added = nn.ParameterDict(
+            {
+                "lora_a": nn.Parameter(torch.zeros(rank, rows, **options)),
+                "lora_b": nn.Parameter(torch.randn(width, rank, **options)),
+            }
+        )
+        base.weight.requires_grad_(False)  # type: ignore[operator,union-attr]
+
+    @property
+    def lora_a(self) -> nn.Parameter:
+        """[rank, vocabulary]"""
+        return self.added["lora_a"]
+
+    @property
+    def lora_b(self) -> nn.Parameter:
+        """[dim, rank]"""
+        return self.added["lora_b"]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight."""
+        return self.base.weight  # type: ignore[return-value]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids of any shape to their vectors, in the base's precision."""
+        found = self.base(ids)
+        low = nn.functional.embedding(ids, self.lora_a.T) @ self.lora_b.T
+        return found + (low * (self.scale * factor_of(self.base))).to(found.dtype)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """The base with what was learned folded into its weight."""
+        self.weight.copy_(widened(self.weight) + (self.lora_b @ self.lora_a).T * self.scale)
+        return self.base
+
+
+LoraLayer: TypeAlias = LoraLinear | LoraEmbedding
+
+
+def widened(weight: Tensor) -> Tensor:
+    """`weight` in fp32, or as it is where it is finer."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def factor_of(embedding: nn.Module) -> float | Tensor:
+    """What some families multiply their embeddings by inside the layer (BART, Gemma 3)."""
+    return getattr(embedding, "embed_scale", 1.0)
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:
@@ -84,11 +173,41 @@ def linear_layers(network: Any) -> dict[str, nn.Module]:
     }
 
 
-def lora_layers(network: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+def edge_layers(network: Any) -> dict[str, nn.Module]:
+    """The embedding of the vocabulary and, where there is one, the output layer over it, by name."""
+    output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+    edges = (network.get_input_embeddings(), output)
+    return {name: module for name, module in network.named_modules() if any(module is edge for edge in edges)}
+
+
+def also_modules(network: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules that learn whole beside the small matrices: those called `names`, or whose names end so."""
+    wanted = tuple(names)
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if any(name == one or name.endswith("." + one) for one in wanted)
+    }
+
+
+def lora_layers(network: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """(name, layer) of every layer with an adapter."""
     for name, module in network.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLinear | LoraEmbedding):
             yield name, module
+
+
+def project(x_NI: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
+    """The outputs [N, O] of linear layers that read the same x: together where all hold a plain adapter."""
+    if all(_plain(layer) for layer in layers):
+        factors = [Factors(one.matrix, one.bias, one.lora_a, one.lora_b, one.scale) for one in layers]
+        return low_rank_products(x_NI, factors)
+    return [layer(x_NI) for layer in layers]
+
+
+def _plain(layer: Any) -> bool:
+    alike = type(layer).forward is LoraLinear.forward
+    return alike and not layer.drops and not isinstance(layer.base, QuantisedLinear)
 
 
 def replace_layer(network: nn.Module, name: str, layer: nn.Module) -> None:
@@ -97,24 +216,10 @@ def replace_layer(network: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(network.get_submodule(parent), leaf, layer)
 
 
-def merge_adapter(loaded: LoadedModel) -> None:
-    """Fold an attached adapter, if there is one, into the weights; the model is whole then.
-
-    A quantised base is read again in full precision first. Raises ModelError when it can no longer be had.
-    """
-    from luthier.models.quantised.network import restore
-
-    if loaded.spec.adapter is None:
-        return
-    restore(loaded)
-    if loaded.spec.adapter["kind"] == "peft":
-        from luthier.models.adapters.peft_methods import merge
-
-        merge(loaded.network, loaded.spec.source)
-    for name, layer in list(lora_layers(loaded.network)):
-        replace_layer(loaded.network, name, layer.merged())
-    whole = {"adapter": None, "base": None, "base_fingerprint": None}
-    loaded.spec = loaded.spec.model_copy(update=whole)
+def sharers(network: nn.Module, weight: Any) -> list[str]:
+    """Names of all modules whose weight this one is: an embedding and the output layer tied to it."""
+    named = network.named_modules(remove_duplicate=False)
+    return [name for name, module in named if module._parameters.get("weight") is weight]
 
 
 def used_parameters(loaded: LoadedModel) -> list[nn.Parameter]:

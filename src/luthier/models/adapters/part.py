@@ -27,6 +27,10 @@ class Adapter(Part):
         """(name, parameter) of all that learns, each once."""
         return [(name, one) for name, one in loaded.module.named_parameters() if one.requires_grad]
 
+    def scales(self, loaded: LoadedModel) -> dict[str, float]:
+        """By how much the learning rate of a parameter is multiplied, by its name in `trainable`; missing: 1."""
+        return {}
+
     def merge(self, loaded: LoadedModel) -> None:
         """Fold what was added into the model's own weights, in place; its outputs stay equal up to rounding."""
 

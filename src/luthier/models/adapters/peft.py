@@ -45,12 +45,12 @@ class Peft(Adapter):
             loaded.spec = loaded.spec.model_copy(update={"max_length": left})
             loaded.renderer.max_length = left
         let_learn(loaded)
-        loaded.packs = loaded.head = None
+        loaded.packs = loaded.shares = loaded.head = None
         if isinstance(loaded.module, Pooled):
             loaded.module.head.requires_grad_(True)
 
     def merge(self, loaded: LoadedModel) -> None:
-        from luthier.models.adapters.inject import merge_adapter
+        from luthier.models.adapters.merge import merge_adapter
 
         merge_adapter(loaded)
 
@@ -72,7 +72,9 @@ class Peft(Adapter):
                 "'full', which merges it into the weights first where it can be"
             )
         if around is None:
-            raise ConfigError(f"adapter: {loaded.spec.source} was loaded for another task; load it anew to train its adapter")
+            raise ConfigError(
+                f"adapter: {loaded.spec.source} was loaded for another task; load it anew to train its adapter"
+            )
         config = around.peft_config[NAME]
         if method == "p_tuning" or getattr(config, "prefix_projection", False):
             raise ConfigError(

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.core.errors import ConfigError, MissingExtra, ModelError, did_you_mean
 from luthier.models.adapters.inject import linear_layers
-from luthier.models.adapters.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, TASK_TYPES
+from luthier.models.adapters.peft_files import ADAPTER_WEIGHTS, PREFIX
+from luthier.models.adapters.peft_write import TASK_TYPES
 from luthier.models.facts import context_of
 from luthier.models.quiet import quiet
 from luthier.models.virtual import VirtualEmbedding, add_prefix, add_virtual_tokens, reader
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
     from luthier.models.spec import LoadedModel, ModelSpec
 
 # Names that the papers and users give to methods, and PEFT's own.
-ALIASES = {"prompt": "prompt_tuning", "prefix": "prefix_tuning", "p-tuning": "p_tuning", "ptuning": "p_tuning", "bone": "miss"}
+ALIASES = {
+    "prompt": "prompt_tuning",
+    "prefix": "prefix_tuning",
+    "p-tuning": "p_tuning",
+    "ptuning": "p_tuning",
+    "bone": "miss",
+}
 VIRTUAL = ("prompt_tuning", "p_tuning")
 # What PEFT's own model does around the network, or asks of the loop, which a tuning here does not do.
 REFUSED = {
@@ -45,7 +52,15 @@ REFUSED = {
     "osf": "replaces the base's own weights, and projects their gradients",
 }
 # Settings of a method that are the model's or the file's, and not the user's.
-OURS = ("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
+OURS = (
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+)
 # Under this name PEFT keeps the adapter.
 NAME = "default"
 
@@ -112,7 +127,9 @@ def put_in(network: Any, spec: ModelSpec, config: Any) -> None:
     for parameter in learned.parameters():
         vars(parameter)["added"] = True
     if method in VIRTUAL:
-        embedding = VirtualEmbedding(reader(network).get_input_embeddings(), learned, lambda: around.get_prompt(1)[0, :count], count)
+        embedding = VirtualEmbedding(
+            reader(network).get_input_embeddings(), learned, lambda: around.get_prompt(1)[0, :count], count
+        )
         add_virtual_tokens(network, embedding, kept=spec.task == "seq2seq")
     else:
         add_prefix(network, learned, around.get_prompt, count)
@@ -257,7 +274,9 @@ def _rename(
         found[name] = tensor
     lost = sorted(expected.keys() - found.keys()) or sorted(found.keys() - expected.keys())
     if lost:
-        raise ModelError(f"{path}: {lost[0]} is in the adapter or in the model, and not in the other; it is for another base")
+        raise ModelError(
+            f"{path}: {lost[0]} is in the adapter or in the model, and not in the other; it is for another base"
+        )
     return found
 
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 VALUES_AT_ONCE = 2**18
 
 

@@ -72,52 +72,24 @@ def quantised_layers(network: nn.Module) -> Iterator[tuple[str, QuantisedLinear]
 def restore(loaded: LoadedModel) -> None:
     """Put the full weights back where they were quantised, from the files of the base, in place.
 
-    An adapter is merged into these: into rounded weights, much of what it learned would be rounded away. The model is in
-    fp32 then. Raises ModelError when the base is gone, or is no longer the model that it was.
+    An adapter is merged into these: into rounded weights, much of what it learned would be rounded away. Raises
+    ModelError when the base is gone, or is no longer the model that it was.
     """
+    from luthier.models.adapters.merge import read_base
+
     network = loaded.network
     held = dict(quantised_layers(network))
     if not held:
         return
-    whole = _read_base(loaded).to(loaded.device).requires_grad_(False)
+    whole = read_base(loaded).requires_grad_(False)
     for name, layer in held.items():
-        own = whole.get_submodule(_plain(name))
+        own = whole.get_submodule(plain_name(name))
         own.train(layer.training)
         replace_layer(network, name, own)
-    # What was only rounded to the precision of computing (embeddings, norms) is read again too.
-    originals = dict(whole.named_parameters(remove_duplicate=False))
-    for name, parameter in network.named_parameters():
-        if _plain(name) in originals:
-            parameter.data = originals[_plain(name)].data
-    network.config.dtype = torch.float32
-    loaded.spec = loaded.spec.model_copy(update={"quantize": "none", "precision": "float32"})
+    loaded.spec = loaded.spec.model_copy(update={"quantize": "none"})
     loaded.head = None
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """The name in the base of what lies in a layer with an adapter."""
     return re.sub(r"\.base(_layer)?(?=\.|$)", "", name)
-
-
-def _read_base(loaded: LoadedModel) -> Any:
-    from luthier.models.facts import fingerprint
-    from luthier.models.load import load_network, read_config
-    from luthier.models.sources import knock, resolve_source
-
-    spec = loaded.spec
-    source = spec.base or spec.source
-    advice = "a quantised base can only be made whole again from its files; bring them back"
-    try:
-        place = resolve_source(source)
-        hub = knock(place) if isinstance(place, str) else {}
-        config = read_config(place, hub)
-        network = load_network(place, config, spec.task, hub, dtype="float32", from_scratch=False, events=Events())
-    except ModelError as err:
-        raise ModelError(f"{spec.source}: its base cannot be read in full precision: {err}; {advice}") from None
-    found = fingerprint(network)
-    if spec.base_fingerprint not in (None, found):
-        raise ModelError(
-            f"{spec.source}: its base {source} now holds another model (fingerprint {found} instead of "
-            f"{spec.base_fingerprint}); {advice}"
-        )
-    return network

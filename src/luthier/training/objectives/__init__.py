@@ -8,9 +8,16 @@ OBJECTIVES: "Catalog[Objective]" = Catalog(
     {
         "pretrain": ".pretrain:Pretrain",
         "sft": ".sft:SFT",
+        "dpo": ".dpo:DPO",
+        "orpo": ".orpo:ORPO",
+        "simpo": ".simpo:SimPO",
+        "kto": ".kto:KTO",
+        "reward": ".reward:Reward",
         "classify": ".classify:Classify",
         "regress": ".regress:Regress",
         "seq2seq": ".seq2seq:Seq2Seq",
+        "distil": ".distil:Distil",
+        "grpo": ".grpo:GRPO",
     },
     __name__,
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from luthier.core.catalog import Part
 from luthier.core.errors import DataError
 from luthier.core.events import Events
-from luthier.core.types import Chat, Encoded, Example, Labelled, Pair, Task, Text
+from luthier.core.types import Chat, Encoded, Example, Feedback, Labelled, Pair, Preference, Task, Text
 from luthier.data.batches import Batch, collate
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ CONVERSIONS = {
     Chat: "conversations fit `sft`",
     Labelled: "labelled texts fit `classify` (class names) or `regress` (numbers)",
     Pair: "pairs fit `sft` on a decoder-only model and `seq2seq` on an encoder-decoder",
+    Preference: "chosen and rejected answers fit `dpo`, `orpo`, `simpo` and `reward`",
+    Feedback: "answers with a verdict fit `kto`",
 }
 
 
@@ -44,6 +47,12 @@ class Objective(Part):
     metric: ClassVar[tuple[str, int]] = ("loss", -1)
     """The validation number that picks the best checkpoint, and whether more (+1) or less (-1) of it is better."""
 
+    idle: ClassVar[bool] = False
+    """Whether a step may hold nothing to learn, and so leave the weights where they are."""
+
+    refers: ClassVar[bool] = False
+    """Whether rows are measured against the model as it was before the first step."""
+
     def check_model(self, spec: ModelSpec) -> None:
         """Raises ConfigError when a model of this kind cannot learn this, naming what fits."""
 
@@ -54,17 +63,33 @@ class Objective(Part):
     def adapt(self, model: LoadedModel, train: Sequence[Example]) -> None:
         """Note in the loaded model what it must remember of the training rows."""
 
+    def ready(self, model: LoadedModel, events: Events) -> None:
+        """Take what is needed beside the model (a teacher, a copy), once it is as it will be trained."""
+
     def prepare(self, train: Sequence[Example], events: Events) -> Objective:
         """A copy with what has to be read off the training rows filled in (class weights, mean and scale)."""
         return self
+
+    def learned(self) -> str:
+        """What the model is said to have learned: this, or the objective that this is another way to."""
+        return self.kind
 
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         """Examples as the model sees them. Raises DataError that counts and names the rows that cannot be."""
         raise NotImplementedError(f"{type(self).__name__} must define encode()")
 
+    def refer(self, rows: Sequence[Encoded], model: LoadedModel, events: Events, keep: Path) -> list[Encoded]:
+        """The rows with what the model says of them before the first step, for objectives that hold on to it; kept in the
+        directory `keep`, so that a run that goes on reads the same."""
+        return list(rows)
+
     def draw(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Sequence[Encoded]:
         """The rows of one step as they are learned: for objectives in which the model itself writes them."""
         return rows
+
+    def tally(self, rows: Sequence[Encoded]) -> dict[str, float]:
+        """What of a step's rows, as drawn, is worth keeping beside its loss."""
+        return {}
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         """Rows end to end; `seed` is for objectives that draw at random (masking)."""
@@ -77,6 +102,10 @@ class Objective(Part):
     def metrics(self, scores: Tensor, gold: Tensor, model: LoadedModel) -> dict[str, float]:
         """Validation metrics beside the loss, from all scores [N, C] and gold."""
         return {}
+
+    def examine(self, model: LoadedModel, rows: Sequence[Encoded], *, tokens: int) -> dict[str, float] | None:
+        """The numbers of a validation (`loss` among them) where they are not the loss of the rows and its metrics."""
+        return None
 
     def check_examples(self, examples: Sequence[Example]) -> None:
         """Raises DataError when an example is not of a kind that this objective learns from."""

@@ -11,6 +11,11 @@ OPTIMIZERS: "Catalog[Optimizer]" = Catalog(
         "adamw": ".adam:AdamW",
         "adafactor": ".adafactor:Adafactor",
         "muon": ".muon:Muon",
+        "lion": ".lion:Lion",
+        "schedule_free": ".schedule_free:ScheduleFree",
+        "adamw8bit": ".adamw8bit:AdamW8bit",
+        "apollo": ".apollo:Apollo",
+        "galore": ".galore:GaLore",
     },
     __name__,
 )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch.nn import Parameter
 
-from luthier.training.optimizers.part import Optimizer
+from luthier.training.optimizers.part import NO_SCALES, Optimizer
 
 
 class Adam(Optimizer):
     """Kingma and Ba 2015 (arXiv:1412.6980); weight decay, if any, is added to the gradient (L2)."""
 
     kind: ClassVar[str] = "adam"
+    elementwise: ClassVar[bool] = True
 
     beta1: float = Field(0.9, ge=0, lt=1)
     """Memory of the gradient."""
@@ -24,8 +25,10 @@ class Adam(Optimizer):
     eps: float = Field(1e-8, gt=0)
     """Added to the root, against division by zero."""
 
-    def build(self, parameters: Sequence[tuple[str, Parameter]], learning_rate: float) -> torch.optim.Optimizer:
-        groups = self.group(parameters, learning_rate)
+    def build(
+        self, parameters: Sequence[tuple[str, Parameter]], learning_rate: float, scales: Mapping[str, float] = NO_SCALES
+    ) -> torch.optim.Optimizer:
+        groups = self.group(parameters, learning_rate, scales)
         return torch.optim.Adam(groups, lr=learning_rate, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
 
@@ -37,6 +40,8 @@ class AdamW(Adam):
     weight_decay: float = Field(0.01, ge=0)
     """Pull of matrices towards zero; biases, norms and other vectors never decay."""
 
-    def build(self, parameters: Sequence[tuple[str, Parameter]], learning_rate: float) -> torch.optim.Optimizer:
-        groups = self.group(parameters, learning_rate)
+    def build(
+        self, parameters: Sequence[tuple[str, Parameter]], learning_rate: float, scales: Mapping[str, float] = NO_SCALES
+    ) -> torch.optim.Optimizer:
+        groups = self.group(parameters, learning_rate, scales)
         return torch.optim.AdamW(groups, lr=learning_rate, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)

@@ -8,7 +8,9 @@ SCHEDULES: "Catalog[Schedule]" = Catalog(
     {
         "constant": ".shapes:Constant",
         "linear": ".shapes:Linear",
+        "polynomial": ".shapes:Polynomial",
         "cosine": ".shapes:Cosine",
+        "inverse_sqrt": ".shapes:InverseSqrt",
         "wsd": ".shapes:WarmupStableDecay",
     },
     __name__,

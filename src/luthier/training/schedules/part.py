@@ -19,11 +19,14 @@ class Schedule(Part):
 
     def factor(self, step: int, steps: int) -> float:
         """The factor at `step` (from 0) of `steps`. The first step of a warm-up of w is 1/w, never 0."""
-        rise = round(self.warmup * steps) if self.warmup < 1 else int(self.warmup)
-        rise = min(rise, steps)
+        rise = self.rise(steps)
         if step < rise:
             return (step + 1) / rise
         return self.after(step - rise, max(1, steps - rise))
+
+    def rise(self, steps: int) -> int:
+        """Steps of the warm-up."""
+        return min(round(self.warmup * steps) if self.warmup < 1 else int(self.warmup), steps)
 
     def after(self, step: int, steps: int) -> float:
         """The shape after the warm-up: factor at `step` (from 0) of the `steps` that are left."""

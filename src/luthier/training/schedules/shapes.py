@@ -1,4 +1,4 @@
-"""The shapes: flat, straight down, a half cosine, and flat with a fall at the end."""
+"""The shapes: flat, straight down, a power of that, half cosines, a slow root, and flat with a fall at the end."""
 
 from __future__ import annotations
 
@@ -31,16 +31,41 @@ class Linear(Schedule):
         return 1 - (1 - self.floor) * step / steps
 
 
+class Polynomial(Linear):
+    """The straight line to the power of `power`: above 1 it falls fast at first."""
+
+    kind: ClassVar[str] = "polynomial"
+
+    power: float = Field(2.0, gt=0)
+    """Exponent."""
+
+    def after(self, step: int, steps: int) -> float:
+        return self.floor + (1 - self.floor) * (1 - step / steps) ** self.power
+
+
 class Cosine(Schedule):
-    """Half a cosine down to `floor` (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts)."""
+    """Half a cosine down to `floor`, once or several times (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
 
     kind: ClassVar[str] = "cosine"
 
     floor: float = Field(0.0, ge=0, le=1)
     """Factor at the end."""
+    restarts: int = Field(0, ge=0)
+    """How often it starts again from the top, each time after as many steps."""
 
     def after(self, step: int, steps: int) -> float:
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        down = step * (self.restarts + 1) % steps / steps if self.restarts else step / steps
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * down))
+
+
+class InverseSqrt(Schedule):
+    """Falls as 1 / sqrt(step) after the warm-up (Vaswani et al. 2017, arXiv:1706.03762), whatever the number of steps."""
+
+    kind: ClassVar[str] = "inverse_sqrt"
+
+    def factor(self, step: int, steps: int) -> float:
+        rise = max(1, self.rise(steps))
+        return min((step + 1) / rise, math.sqrt(rise / (step + 1)))
 
 
 class WarmupStableDecay(Schedule):

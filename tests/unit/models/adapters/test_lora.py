@@ -167,3 +167,29 @@ def test_half_an_adapter(tmp_path):
     (tmp_path / "model" / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match="the adapter is not whole"):
         load_model(str(tmp_path / "model"))
+
+
+def test_it_starts_equal_to_the_last_bit():
+    base = load_model(str(tiny_model("gpt2")))
+    loaded = load_model(str(tiny_model("gpt2")))
+    ADAPTERS.parse(LORA).apply(loaded)
+    assert torch.equal(logits(loaded), logits(base))
+
+
+def test_lora_plus_is_a_rate_for_each_b():
+    for kind in ("lora", "dora", "pissa"):
+        loaded = load_model(str(tiny_model("llama")))
+        adapter = ADAPTERS.parse({"kind": kind, "rank": 4, "ratio": 16, "tokens": ["<tool>"]})
+        adapter.apply(loaded)
+        names = [name for name, _ in adapter.trainable(loaded)]
+        scales = adapter.scales(loaded)
+        assert set(scales) == {name for name in names if name.endswith("lora_b")} and len(scales) == 14
+        assert set(scales.values()) == {16.0}
+
+
+def test_the_rate_of_an_embedding_is_left_alone():
+    loaded = load_model(str(tiny_model("llama")))
+    adapter = ADAPTERS.parse({**LORA, "ratio": 16, "targets": ["embed_tokens", "lm_head"]})
+    adapter.apply(loaded)
+    assert adapter.scales(loaded) == {"lm_head.lora_b": 16.0}
+    assert ADAPTERS.parse("full").scales(loaded) == {} == ADAPTERS.parse(LORA).scales(loaded)

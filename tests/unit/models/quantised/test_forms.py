@@ -36,7 +36,9 @@ def test_nf4_levels_are_quantiles():
     right = [norm.ppf(outer + (0.5 - outer) * at / 8) for at in range(8)]
     left = [-norm.ppf(outer + (0.5 - outer) * at / 7) for at in range(7)]
     levels = sorted([*left, 0.0, *right])
-    assert torch.allclose(torch.tensor(nf4.LEVELS), torch.tensor([one / levels[-1] for one in levels]).float(), atol=1e-6)
+    assert torch.allclose(
+        torch.tensor(nf4.LEVELS), torch.tensor([one / levels[-1] for one in levels]).float(), atol=1e-6
+    )
 
 
 def test_nf4_by_hand():

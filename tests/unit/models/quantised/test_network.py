@@ -25,7 +25,10 @@ from tiny import ALL_FAMILIES, kind_of, tiny_model
 FORMS = ("int8", "nf4")
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
 IDS = torch.tensor([[5, 30, 31, 32, 33]])
-ROWS = [{"messages": [{"role": "user", "content": f"say {at}"}, {"role": "assistant", "content": f"{at}!"}]} for at in range(8)]
+ROWS = [
+    {"messages": [{"role": "user", "content": f"say {at}"}, {"role": "assistant", "content": f"{at}!"}]}
+    for at in range(8)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +136,9 @@ def test_loading_gives_what_quantising_after_gives(tmp_path):
     rounded = load_model(str(tmp_path), quantize="nf4", dtype="bfloat16")
     cast_weights(after, "bfloat16")
     assert torch.equal(logits(rounded), logits(after))
-    rotary = [name for name, one in rounded.network.named_buffers() if "inv_freq" in name and one.dtype != torch.float32]
+    rotary = [
+        name for name, one in rounded.network.named_buffers() if "inv_freq" in name and one.dtype != torch.float32
+    ]
     assert rotary == []
 
 
@@ -169,7 +174,7 @@ def test_the_adapter_is_merged_into_the_full_base(precision, tmp_path):
 def test_a_base_that_is_gone_cannot_be_merged_into(tmp_path):
     loaded = tuned()
     loaded.spec = loaded.spec.model_copy(update={"base": str(tmp_path / "gone")})
-    with pytest.raises(ModelError, match="cannot be read in full precision: .*gone: no such directory"):
+    with pytest.raises(ModelError, match=r"cannot be read again in full precision: .*gone: no such directory"):
         ADAPTERS.parse(LORA).merge(loaded)
     loaded.spec = loaded.spec.model_copy(update={"base": str(tiny_model("llama", seed=1))})
     with pytest.raises(ModelError, match="now holds another model"):
@@ -226,7 +231,7 @@ def test_a_model_given_is_quantised_too():
 
 @pytest.mark.parametrize("adapter", ["full", "freeze"])
 def test_weights_that_learn_cannot_be_quantised(adapter):
-    with pytest.raises(ConfigError, match="trains the base's own weights, which nf4 cannot hold; choose adapter lora"):
+    with pytest.raises(ConfigError, match="needs the base's own weights, which nf4 cannot hold; choose adapter lora"):
         tune_model(ask(quantize="nf4", adapter=adapter))
 
 

@@ -1,0 +1,65 @@
+"""Linear layers whose weight learns its direction by low-rank matrices and its magnitude by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.models.adapters.inject import LoraLinear, widened
+
+
+class DoraLinear(LoraLinear):
+    """y = m (W + scale B A) x / ||W + scale B A|| + bias, with the norm and m [out] by output, m from ||W||.
+
+    DoRA: Liu et al. 2024, arXiv:2402.09353. The norm is a constant in the backward pass (section 4.3). The merged weight
+    is never made: the products are those of LoRA, and the norm comes from W A.T and A A.T. Dropout acts before A alone;
+    PEFT drops from the part of W too that the magnitude adds.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False):
+        super().__init__(base, rank, alpha, dropout=dropout, rslora=rslora)
+        self._squares: tuple[Any, Tensor] | None = None
+        self._norm: tuple[Any, Tensor] | None = None
+        self.lora_magnitude = nn.Parameter(self.norm().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] to [..., out], in the base's precision."""
+        turned = self.product(x, None)
+        # As a distance from one: rounded itself, a gain of 1.001 would be lost in bf16.
+        gain = (self.lora_magnitude / self.norm() - 1).to(x.dtype)
+        start = turned if self.bias is None else turned + self.bias
+        return torch.addcmul(start, turned, gain)
+
+    @torch.no_grad()
+    def norm(self) -> Tensor:
+        """||W + scale B A|| of each output [out], in fp32."""
+        a_RI, b_OR = self.lora_a, self.lora_b
+        key = (a_RI.data_ptr(), a_RI._version, b_OR.data_ptr(), b_OR._version, _version(self.weight), self.training)
+        # While it answers, the weights stand still; while it learns, each step moves them.
+        if self._norm is not None and self._norm[0] == key and not self.training:
+            return self._norm[1]
+        squares_O = self._base_squares()
+        cross_O = ((widened(self.matrix) @ a_RI.T) * b_OR).sum(1)
+        own_O = ((b_OR @ (a_RI @ a_RI.T)) * b_OR).sum(1)
+        total_O = squares_O + 2 * self.scale * cross_O + self.scale**2 * own_O
+        norm_O = total_O.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        self._norm = (key, norm_O)
+        return norm_O
+
+    def _base_squares(self) -> Tensor:
+        """||W||^2 of each output, made once for each state of W."""
+        key = _version(self.weight)
+        if self._squares is None or self._squares[0] != key:
+            self._squares = (key, widened(self.matrix).square().sum(1).float())
+        return self._squares[1]
+
+    @torch.no_grad()
+    def whole(self) -> Tensor:
+        """The weight that the layer as it stands amounts to, [out, in], in fp32 at least."""
+        return super().whole() * (self.lora_magnitude / self.norm())[:, None]
+
+
+def _version(weight: Tensor) -> tuple[Any, ...]:
+    return (weight.data_ptr(), weight._version, weight.dtype)

@@ -1,0 +1,293 @@
+"""Learn from rewards: the model writes several answers to each prompt, and the better ones become likelier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from operator import mul
+from statistics import fmean, stdev
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import BeforeValidator, Field, PrivateAttr, SerializeAsAny
+from torch import Tensor
+
+from luthier.core.catalog import Part
+from luthier.core.errors import ConfigError, DataError
+from luthier.core.events import Events
+from luthier.core.types import Chat, Encoded, Example, Message, Pair
+from luthier.data.batches import Batch, collate
+from luthier.engine.rollouts import numbers_for, roll_out
+from luthier.metrics.scorers import SCORERS
+from luthier.models.cross_entropy import token_loss
+from luthier.models.output import at_temperature
+from luthier.models.spec import LoadedModel, ModelSpec
+from luthier.training.objectives.causal import supervised
+from luthier.training.objectives.part import Loss, Objective, encode_rows
+from luthier.training.reference import Reference, log_probs
+from luthier.training.rewards import REWARDS
+from luthier.training.rewards.part import Answer, Reward
+
+# Beside the standard deviation of a group, so that nearly equal rewards do not become large advantages.
+SMALL = 1e-4
+
+
+def parse_reward(value: Any) -> Reward:
+    """A reward by its name or settings; a scorer's name is the reward for that score. Raises ConfigError."""
+    if isinstance(value, str):
+        value = {"kind": value}
+    if isinstance(value, Mapping) and value.get("kind") in SCORERS.names():
+        scorer = {name: inner for name, inner in value.items() if name != "weight"}
+        value = {"kind": "scorer", "scorer": scorer, **{name: value[name] for name in ("weight",) if name in value}}
+    return REWARDS.parse(value)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | Mapping | Part) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt(Encoded):
+    """A prompt, with what its answer is rewarded by."""
+
+    shown: str = ""
+    gold_answer: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Group(Encoded):
+    """A prompt and the answers written to it, as segments; the weight of a token is what its likelihood should gain."""
+
+    count: float = 0.0
+    """What it adds to the weight of its batch."""
+    value: float = 0.0
+    """Its part of the loss."""
+    tally: dict[str, float] = field(default_factory=dict)
+    """Means over its answers, for the numbers of the step."""
+
+
+class GRPO(Objective):
+    """Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300).
+
+    To each prompt the model, as it is at that step, writes `samples` answers; the advantage A of an answer is its
+    reward minus the mean of its group, over the group's standard deviation. With u = 1 / (length of the answer) and
+    N answers in the step the loss is 1/N sum_answers sum_tokens u (-A ratio + beta KL), where ratio is the likelihood of
+    the token over what it was when it was written, and KL = r - log r - 1 with r = likelihood at the start of training
+    over likelihood now. Every answer is learned from once, at the weights that wrote it: the ratio is 1 (only its
+    gradient counts), so the clipping of the ratio, which is for several updates from one answer, never acts and is
+    left out. `standardise: false` with `average: constant` is Dr. GRPO (Liu et al. 2025, arXiv:2503.20783), `average:
+    tokens` the average of DAPO (Yu et al. 2025, arXiv:2503.14476).
+
+    Rows are pairs, or conversations whose last answer is the gold. A group whose answers are all worth the same
+    teaches nothing (but for the KL) and is counted in `no_signal`; a step of such groups alone moves nothing by itself.
+    Validation is the mean reward of the likeliest (greedy) answers, and its loss is minus that.
+    """
+
+    kind: ClassVar[str] = "grpo"
+    wants: ClassVar[tuple[type, ...]] = (Chat, Pair)
+    metric: ClassVar[tuple[str, int]] = ("reward", +1)
+    idle: ClassVar[bool] = True
+
+    rewards: Annotated[
+        tuple[Annotated[SerializeAsAny[Part], BeforeValidator(parse_reward)], ...],
+        BeforeValidator(_as_list),
+        Field(min_length=1),
+    ]
+    """What an answer is worth, added up: scorers by name (exact_match ...), pattern, length, python, model; each weighted."""
+    samples: int = Field(8, ge=2)
+    """Answers to each prompt."""
+    max_tokens: int = Field(128, gt=0)
+    """Most tokens of an answer."""
+    temperature: float = Field(1.0, gt=0)
+    """How freely answers are drawn; the likelihoods that are learned are those at this temperature."""
+    standardise: bool = True
+    """Divide advantages by the standard deviation of their group."""
+    average: Literal["answers", "tokens", "constant"] = "answers"
+    """What counts alike in the mean: answers, tokens, or (constant) sums over an answer, divided by max_tokens."""
+    beta: float = Field(0.0, ge=0)
+    """Strength of the pull towards the model as it was at the start; above 0 a copy of what learns is kept."""
+    _reference: Reference | None = PrivateAttr(None)
+
+    def check_model(self, spec: ModelSpec) -> None:
+        if spec.task != "causal":
+            raise ConfigError(
+                f"objective 'grpo' needs a decoder-only model that writes text; {spec.source} ({spec.kind}, {spec.task}) "
+                "does not: use another model"
+            )
+
+    def ready(self, model: LoadedModel, events: Events) -> None:
+        for reward in self._parts:
+            reward.ready(model.device)
+        if self.beta:
+            self._reference = Reference(model)
+            size = f"{self._reference.size / 2**20:.1f}"
+            events.choose("reference", "a copy of what learns", f"{size} MiB, since beta is above 0")
+
+    def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
+        self.check_examples(examples)
+        rows = encode_rows(examples, lambda one: _prompt(one, model), events)
+        short = sum(len(row.ids) + self.max_tokens > model.spec.max_length for row in rows)
+        if short:
+            events.warn("prompts so long that the context has no room for max_tokens after them", short)
+        return rows
+
+    def draw(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Sequence[Encoded]:
+        prompts = [row for row in rows for _ in range(self.samples)]
+        numbers_SM = np.stack(
+            [numbers_for(seed, row.id, at, self.max_tokens) for row in rows for at in range(self.samples)]
+        )
+        ids = [row.ids for row in prompts]
+        answers = roll_out(model, ids, self.max_tokens, numbers_SM=numbers_SM, temperature=self.temperature)
+        judged = self._judge(model, prompts, answers)
+        groups = []
+        for at, row in enumerate(rows):
+            mine = slice(at * self.samples, (at + 1) * self.samples)
+            each = {name: values[mine] for name, values in judged.items()}
+            groups.append(self._group(row, answers[mine], each))
+        return self._hold(groups, model) if self.beta else groups
+
+    def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
+        groups = [row for row in rows if isinstance(row, Group)]
+        assert len(groups) == len(rows)  # draw() comes first
+        batch = collate(groups)
+        batch.weight = sum(row.count for row in groups)
+        batch.gold = torch.tensor([row.value for row in groups])
+        return batch
+
+    def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
+        states_ME, target_M, weight_M = supervised(model, batch)
+        surrogate = token_loss(at_temperature(model, self.temperature), states_ME, target_M, weight_M)
+        assert batch.gold is not None
+        # The sum of -weight x log p has the gradient of the loss where the ratio is 1, and another value.
+        return Loss(surrogate - surrogate.detach() + batch.gold.sum(), batch.weight), None
+
+    def tally(self, rows: Sequence[Encoded]) -> dict[str, float]:
+        groups = [row for row in rows if isinstance(row, Group)]
+        return {name: fmean(row.tally[name] for row in groups) for name in groups[0].tally}
+
+    def examine(self, model: LoadedModel, rows: Sequence[Encoded], *, tokens: int) -> dict[str, float]:
+        answers = roll_out(model, [row.ids for row in rows], self.max_tokens)
+        found = {name: fmean(values) for name, values in self._judge(model, rows, answers).items()}
+        return {"loss": -found["reward"], **found}
+
+    @property
+    def _parts(self) -> list[Reward]:
+        return [reward for reward in self.rewards if isinstance(reward, Reward)]
+
+    def _judge(
+        self, model: LoadedModel, prompts: Sequence[Encoded], answers: Sequence[Sequence[int]]
+    ) -> dict[str, list[float]]:
+        """For each answer its reward, each part of it where there are several, its length, and whether it ended."""
+        shown = []
+        for row, ids in zip(prompts, answers):
+            assert isinstance(row, Prompt)
+            finished = ids[-1] in model.spec.stop_ids
+            text = model.renderer.decode(ids[:-1] if finished else ids).strip()
+            shown.append(Answer(row.shown, text, row.gold_answer, len(ids), finished, row.meta))
+        names = _distinct([reward.name for reward in self._parts])
+        parts = {name: reward.score(shown) for name, reward in zip(names, self._parts)}
+        weights = [reward.weight for reward in self._parts]
+        found = {"reward": [sum(map(mul, weights, values)) for values in zip(*parts.values())]}
+        if len(parts) > 1:
+            found |= {f"reward_{name}": values for name, values in parts.items()}
+        found["answer_tokens"] = [float(one.tokens) for one in shown]
+        found["stopped"] = [float(one.finished) for one in shown]
+        return found
+
+    def _group(self, row: Encoded, answers: Sequence[Sequence[int]], each: dict[str, list[float]]) -> Group:
+        lengths = [len(ids) for ids in answers]
+        shares = self._shares(lengths)
+        gains = advantages(each["reward"], self.standardise)
+        signal = any(gains)
+        group = Group(
+            row.id,
+            row.ids,
+            (0.0,) * len(row.ids),
+            segments=(len(row.ids),),
+            parents=(-1,),
+            count=float(sum(lengths) if self.average == "tokens" else len(answers)),
+            tally={name: fmean(values) for name, values in each.items()} | {"no_signal": float(not signal)},
+        )
+        if not signal and not self.beta:
+            return group  # the prompt alone stands for answers that teach nothing: they count in the mean all the same
+        gained = [share * gain for share, gain, length in zip(shares, gains, lengths) for _ in range(length)]
+        return replace(
+            group,
+            ids=(*row.ids, *(token for ids in answers for token in ids)),
+            weights=(*group.weights, *gained),
+            segments=(len(row.ids), *lengths),
+            parents=(-1, *[0] * len(answers)),
+            value=-sum(gained),
+        )
+
+    def _shares(self, lengths: Sequence[int]) -> list[float]:
+        """What each token of an answer counts."""
+        if self.average == "answers":
+            return [1 / length for length in lengths]
+        return [1.0 if self.average == "tokens" else 1 / self.max_tokens] * len(lengths)
+
+    def _hold(self, groups: Sequence[Group], model: LoadedModel) -> list[Group]:
+        """The groups with the pull towards the start of training in the weights of their tokens."""
+        assert self._reference is not None  # ready() comes first
+        head = partial(at_temperature, temperature=self.temperature)
+        now = log_probs(model, groups, head)
+        with self._reference.active():
+            start = log_probs(model, groups, head)
+        held = []
+        for group, now_N, start_N in zip(groups, now, start):
+            first, lengths = group.segments[0], group.segments[1:]
+            shares_T = np.repeat(self._shares(lengths), lengths)
+            change_T, kl_T = pull(now_N[first:], start_N[first:])
+            weights = np.array(group.weights)
+            weights[first:] += self.beta * shares_T * change_T
+            held.append(
+                replace(
+                    group,
+                    weights=tuple(weights.tolist()),
+                    value=group.value + self.beta * float((shares_T * kl_T).sum()),
+                    tally=group.tally | {"kl": float(kl_T.mean())},
+                )
+            )
+        return held
+
+
+def advantages(rewards: Sequence[float], standardise: bool = True) -> list[float]:
+    """Each reward minus the mean of its group, over its standard deviation (n - 1); exactly 0 where all are equal."""
+    if max(rewards) - min(rewards) < 1e-9:
+        return [0.0] * len(rewards)
+    middle = fmean(rewards)
+    scale = stdev(rewards) + SMALL if standardise else 1.0
+    return [(reward - middle) / scale for reward in rewards]
+
+
+def pull(now_T: np.ndarray, start_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(what the log-likelihood of each token should gain to come nearer the start, its KL) from log-likelihoods.
+
+    The estimate r - log r - 1 with r = p_start / p_now (k3 in Schulman 2020, "Approximating KL divergence") has the
+    derivative 1 - r after log p_now; the gain is minus that.
+    """
+    ratio_T = np.exp(start_T - now_T)
+    return ratio_T - 1, ratio_T - (start_T - now_T) - 1
+
+
+def _prompt(example: Chat | Pair, model: LoadedModel) -> Prompt:
+    if isinstance(example, Pair):
+        said: str | tuple[Message, ...] = example.source
+        shown, gold, tools = example.source, example.target, ()
+    else:
+        last = max(at for at, message in enumerate(example.messages) if message.role == "assistant")
+        said, gold, tools = example.messages[:last], example.messages[last].content, example.tools
+        shown = "\n".join(f"{turn.role}: {turn.content}" for turn in said)
+    try:
+        ids = model.renderer.prompt(said, tools)
+    except DataError as err:
+        raise DataError(f"{example.id}: {err}") from None
+    return Prompt(example.id, ids, (0.0,) * len(ids), shown=shown, gold_answer=gold, meta=example.meta)
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names with a number behind those that came before."""
+    return [name if name not in names[:at] else f"{name}_{names[:at].count(name) + 1}" for at, name in enumerate(names)]

@@ -1,0 +1,70 @@
+"""Looking back from a model in training to what it was at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from luthier.core.types import Encoded
+from luthier.data.batches import collate, fill_batches
+from luthier.models.cross_entropy import token_nll
+from luthier.models.output import head_of
+from luthier.models.packed import hidden_states
+from luthier.models.spec import LoadedModel
+
+# Tokens that go through the model at once.
+TOKENS = 4096
+
+
+class Reference:
+    """The weights that learn as they were when this was made: a copy of them and of nothing else.
+
+    For an adapter that is its own small matrices, so no second model is held; for full tuning it is a second model.
+    """
+
+    def __init__(self, model: LoadedModel):
+        learning = [one for one in model.module.parameters() if one.requires_grad]
+        self._held = [(one, one.detach().clone()) for one in learning]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the copy."""
+        return sum(copy.numel() * copy.element_size() for _, copy in self._held)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the model computes with the weights of the start; not while gradients are being made."""
+        now = [one.data for one, _ in self._held]
+        for one, copy in self._held:
+            one.data = copy
+        try:
+            yield
+        finally:
+            for (one, _), data in zip(self._held, now):
+                one.data = data
+
+
+@torch.no_grad()
+def log_probs(
+    model: LoadedModel, rows: Sequence[Encoded], head: Callable[[LoadedModel], Any] = head_of
+) -> list[np.ndarray]:
+    """[N] for each row: log p of every token given those before it in its text, fp32, in eval mode; 0 for a first token."""
+    training = model.module.training
+    model.module.eval()
+    found: list[np.ndarray] = [np.empty(0)] * len(rows)
+    try:
+        for part in fill_batches([len(row.ids) for row in rows], TOKENS):
+            batch = collate([rows[at] for at in part]).to(model.device)
+            states_NE = hidden_states(model, batch.ids_N, batch.lengths, batch.parents)[batch.previous_N]
+            log_N = -token_nll(head(model), states_NE, batch.ids_N)
+            log_N[batch.previous_N == torch.arange(len(log_N), device=log_N.device)] = 0
+            sizes = [len(rows[at].ids) for at in part]
+            for at, one in zip(part, log_N.cpu().split(sizes)):
+                found[at] = one.double().numpy()
+    finally:
+        model.module.train(training)
+    return found

@@ -1,0 +1,340 @@
+"""The processes that train one model together: which one this is, and what they tell each other.
+
+Before their group is formed they speak through a store, in which nothing runs out of time: reading and encoding data may
+take as long as it takes. Then sums, gradients and weights go through the group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from luthier.core import errors
+from luthier.core.errors import ConfigError, LuthierError, TrainingError
+
+# How long a process waits for the others inside one exchange, and between looks into the store (seconds).
+PATIENCE, PAUSE = timedelta(minutes=30), 0.05
+# How long after a broken exchange the reason for it may take to arrive (seconds).
+GRACE = 10.0
+# Values of gradients that are added up at once.
+BUCKET = 2**24
+
+
+class World:
+    """The processes of one tuning. A world of one is the default, asks nobody and costs nothing.
+
+    `rank` of `size`; `local_rank` among those of this machine; `node` names the machine. The process of rank 0 leads:
+    it alone writes the run. `check` raises when a process that this one started has died.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        *,
+        local_rank: int = 0,
+        local_size: int = 1,
+        node: str = "0",
+        store: dist.Store | None = None,
+        formed: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self.rank, self.size, self.local_rank, self.local_size, self.node = rank, size, local_rank, local_size, node
+        self._store, self._formed, self._ours, self._check = store, formed, False, check
+        self._host: dist.ProcessGroup | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run."""
+        return self.rank == 0
+
+    def device(self, asked: str) -> str:
+        """The device of this process where `asked` leaves a choice. Raises ConfigError where there are too few."""
+        if self.size == 1 or asked not in ("auto", "cuda") or not torch.cuda.is_available():
+            return asked
+        if self.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"{self.local_size} processes share {torch.cuda.device_count()} CUDA devices here; start one for each, or "
+                "set device: cpu"
+            )
+        return f"cuda:{self.local_rank}"
+
+    def threads(self, asked: int | None) -> int | None:
+        """Processor threads of this process: its part of the cores, unless told; None: as torch has them."""
+        if asked or self.size == 1 or "OMP_NUM_THREADS" in os.environ:
+            return asked
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // self.local_size)
+
+    # -- before there is a group --------------------------------------------------------------------------------------
+
+    def tell(self, key: str, value: str) -> None:
+        """Leave `value` for the other processes."""
+        if self._store is not None:
+            self._store.set(key, value)
+
+    def hear(self, key: str) -> str:
+        """What was left under `key`, waiting for it. Raises what ended another process meanwhile."""
+        assert self._store is not None
+        while not self._known(key):
+            time.sleep(PAUSE)
+            failure = self._failure()
+            if failure is not None:
+                raise failure
+            self._check()
+        return self._store.get(key).decode()
+
+    def begin(self, device: torch.device) -> None:
+        """Form the group, once every process is ready for it."""
+        if self._formed and dist.get_backend() == "nccl":
+            self._host = dist.new_group(backend="gloo")  # what lies on the host does not go through NCCL
+        if self.size == 1 or self._formed:
+            return
+        self.tell(f"ready/{self.rank}", "")
+        for rank in range(self.size) if self.leads else ():
+            self.hear(f"ready/{rank}")
+        if self.leads:
+            self.tell("go", "")
+        self.hear("go")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        assert self._store is not None
+        dist.init_process_group(
+            "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl",
+            store=dist.PrefixStore("group", self._store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=PATIENCE,
+        )
+        self._formed = self._ours = True
+
+    def end(self) -> None:
+        """Dissolve the group, if it was formed here, whatever became of it."""
+        if self._ours:
+            dist.destroy_process_group()
+        self._formed = self._ours = False
+        self._host = None
+
+    # -- exchanges: each is made by all processes, in the same order ---------------------------------------------------
+
+    def sum(self, *values: float) -> list[float]:
+        """Each of `values` added up over all processes."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._host)
+        return total.tolist()  # type: ignore[no-any-return]
+
+    def most(self, value: int) -> int:
+        """The largest `value` of any process."""
+        if self.size == 1:
+            return value
+        found = torch.tensor(value)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self._host)
+        return int(found)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process."""
+        return bool(self.most(int(flag)))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self._host)
+        return found
+
+    def spread(self, tree: Any) -> Any:
+        """What the leader holds, in every process: containers of plain values and tensors, which arrive on the host."""
+        if self.size == 1:
+            return tree
+        tensors: list[Tensor] = []
+        held = [_lift(tree, tensors) if self.leads else None]
+        dist.broadcast_object_list(held, group=self._host, device=torch.device("cpu"))
+        return _fill(held[0], iter(tensors) if self.leads else None, self._host)
+
+    @torch.no_grad()
+    def add_gradients(self, parameters: Sequence[Parameter]) -> None:
+        """Add up every gradient over all processes. One that has none adds nothing; where none has any, none is made."""
+        if self.size == 1 or not parameters:
+            return
+        given = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
+        dist.all_reduce(given, dist.ReduceOp.MAX, group=self._host)
+        held = [parameter for parameter, found in zip(parameters, given.tolist()) if found]
+        for parameter in held:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        pending: deque[tuple[list[Parameter], Tensor, Any]] = deque()
+        for bucket in _buckets(held):
+            flat = torch.cat([parameter.grad.flatten() for parameter in bucket])  # type: ignore[union-attr]
+            pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+            # While one goes through the wires the next is laid out.
+            if len(pending) > 1:
+                _take_back(*pending.popleft())
+        while pending:
+            _take_back(*pending.popleft())
+
+    # -- failing ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Inside, what ends one process ends them all, each with the error of the first that failed."""
+        try:
+            yield
+        except BaseException as err:
+            if self.size == 1:
+                raise
+            cause = None if isinstance(err, LuthierError | KeyboardInterrupt) else self._await_failure(err)
+            if cause is not None:
+                raise cause from None
+            self._report(err)
+            raise
+
+    def _report(self, err: BaseException) -> None:
+        """Tell the others why this process ends, unless one was first."""
+        if isinstance(err, LuthierError):
+            told = (type(err).__name__, str(err))
+        elif isinstance(err, KeyboardInterrupt):
+            told = ("KeyboardInterrupt", str(err))
+        else:
+            what = f"{type(err).__name__}: {err}".strip().split("\n")[0]
+            told = ("TrainingError", f"process {self.rank} of {self.size} failed: {what}")
+        try:
+            if not self._known("failed"):
+                self.tell("failed", json.dumps([self.rank, *told]))
+        except RuntimeError:
+            pass  # the store went with the process that held it: there is nobody to tell
+
+    def _failure(self) -> BaseException | None:
+        """The error of another process, if one has failed."""
+        if not self._known("failed"):
+            return None
+        assert self._store is not None
+        rank, kind, text = json.loads(self._store.get("failed"))
+        if rank == self.rank:
+            return None
+        if kind == "KeyboardInterrupt":
+            return KeyboardInterrupt(text)
+        return getattr(errors, kind, TrainingError)(text) if kind != "MissingExtra" else TrainingError(text)
+
+    def _await_failure(self, err: BaseException) -> BaseException | None:
+        """What broke an exchange: the error of another process, if one arrives soon enough."""
+        end = time.monotonic() + GRACE
+        while isinstance(err, RuntimeError) and time.monotonic() < end:
+            try:
+                failure = self._failure()
+                self._check()
+            except LuthierError as found:
+                return found
+            except RuntimeError:
+                return TrainingError(f"process {self.rank} of {self.size} lost the first one, which holds the run")
+            if failure is not None:
+                return failure
+            time.sleep(PAUSE)
+        return None
+
+    def _known(self, key: str) -> bool:
+        return self._store is not None and self._store.check([key])
+
+
+ALONE = World()
+
+
+def find_world() -> World | None:
+    """The world that torchrun, or whoever set its variables or formed a group, put this process into; None: alone."""
+    if dist.is_available() and dist.is_initialized():
+        store: Any = dist.distributed_c10d._get_default_store()
+        rank, size, formed = dist.get_rank(), dist.get_world_size(), True
+    elif all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        rank, size, formed = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), False
+        store = _meet(rank, size) if size > 1 else None
+    else:
+        return None
+    if size == 1:
+        return None
+    _Tunings.count += 1
+    return World(
+        rank,
+        size,
+        local_rank=int(os.environ.get("LOCAL_RANK", rank)),
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        node=os.environ.get("GROUP_RANK") or os.environ.get("NODE_RANK") or "0",
+        store=dist.PrefixStore(f"luthier/{_Tunings.count}", store),
+        formed=formed,
+    )
+
+
+class _Tunings:
+    """How many tunings this process took part in, which keeps their words in the store apart; and that store."""
+
+    count = 0
+    store: Any = None
+
+
+def _meet(rank: int, size: int) -> Any:
+    if _Tunings.store is None:
+        _Tunings.store = next(iter(dist.rendezvous("env://", rank, size, timeout=PATIENCE)))[0]
+    return _Tunings.store
+
+
+@dataclass(frozen=True, slots=True)
+class _Absent:
+    """The place of a tensor that follows."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _lift(tree: Any, tensors: list[Tensor]) -> Any:
+    """`tree` with its tensors taken out into `tensors`."""
+    if isinstance(tree, Tensor):
+        tensors.append(tree.detach().cpu().contiguous())
+        return _Absent(tuple(tree.shape), tree.dtype)
+    if isinstance(tree, dict):
+        return {key: _lift(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)([_lift(value, tensors) for value in tree])
+    return tree
+
+
+def _fill(tree: Any, tensors: Iterator[Tensor] | None, group: dist.ProcessGroup | None) -> Any:
+    """`tree` with its tensors broadcast, one after another; `tensors` are the leader's."""
+    if isinstance(tree, _Absent):
+        one = torch.empty(tree.shape, dtype=tree.dtype) if tensors is None else next(tensors)
+        dist.broadcast(one, 0, group=group)
+        return one
+    if isinstance(tree, dict):
+        return {key: _fill(value, tensors, group) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)([_fill(value, tensors, group) for value in tree])
+    return tree
+
+
+def _buckets(parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:
+    bucket: list[Parameter] = []
+    for parameter in parameters:
+        if bucket and sum(one.numel() for one in bucket) + parameter.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
+
+
+def _take_back(bucket: list[Parameter], flat: Tensor, work: Any) -> None:
+    work.wait()
+    for parameter, piece in zip(bucket, flat.split([one.numel() for one in bucket])):
+        parameter.grad.copy_(piece.view_as(parameter))  # type: ignore[union-attr]

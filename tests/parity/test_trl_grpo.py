@@ -1,0 +1,78 @@
+"""GRPO's loss and the divergences of distillation against TRL's, on the numbers kept by trl_grpo_values.py."""
+
+import json
+from contextlib import nullcontext
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.models.divergence import Aim
+from luthier.training.objectives import grpo
+from luthier.training.objectives.grpo import GRPO, Prompt
+
+KEPT = json.loads((Path(__file__).parent / "trl_grpo_values.json").read_text(encoding="utf-8"))
+AVERAGES = {"grpo": "answers", "dapo": "tokens", "dr_grpo": "constant"}
+
+
+def named(values: dict) -> str:
+    return "-".join(str(value) for name, value in values.items() if name not in ("loss", "gradient"))
+
+
+@pytest.mark.parametrize("expected", KEPT["grpo"], ids=named)
+def test_the_loss_and_what_each_token_should_gain(monkeypatch, expected):
+    objective = GRPO(
+        rewards="exact_match",
+        samples=KEPT["group"],
+        max_tokens=KEPT["most"],
+        beta=expected["beta"],
+        standardise=expected["scale"],
+        average=AVERAGES[expected["loss_type"]],
+    )
+    row = Prompt("p", (1, 2), (0.0, 0.0))
+    starts = range(0, len(KEPT["rewards"]), KEPT["group"])
+    parts = [slice(start, start + KEPT["group"]) for start in starts]
+    groups = [
+        objective._group(row, [[3] * len(one) for one in KEPT["now"][part]], {"reward": KEPT["rewards"][part]})
+        for part in parts
+    ]
+    if objective.beta:
+
+        class Held:
+            def active(self):
+                return nullcontext()
+
+        objective._reference = Held()
+        sides = iter([KEPT["now"], KEPT["start"]])
+
+        def log_probs(model, rows, head):
+            side = next(sides)
+            return [np.concatenate([[0.0, 0.0], *side[part]]) for part in parts]
+
+        monkeypatch.setattr(grpo, "log_probs", log_probs)
+        groups = objective._hold(groups, None)
+    weight = sum(group.count for group in groups)
+    assert sum(group.value for group in groups) / weight == pytest.approx(expected["loss"], abs=1e-12)
+    found = []
+    for group in groups:
+        edges = np.cumsum(group.segments)
+        found += [group.weights[start:end] for start, end in pairwise(edges)]
+    # the weight of a token is minus the gradient after its log-likelihood
+    for gains, gradient in zip(found, expected["gradient"], strict=True):
+        assert [-gain / weight for gain in gains] == pytest.approx(gradient, abs=1e-12)
+
+
+@pytest.mark.parametrize("expected", KEPT["jsd"], ids=named)
+def test_the_divergence(expected):
+    student_NV = torch.tensor(KEPT["student"], dtype=torch.float64, requires_grad=True)
+    teacher_NV = torch.tensor(KEPT["teacher"], dtype=torch.float64)
+    aim = Aim(expected["beta"], expected["temperature"])
+    # TRL leaves the square of the temperature out.
+    loss = aim.losses(student_NV, teacher_NV, torch.zeros(4, dtype=torch.long)).sum() / expected["temperature"] ** 2
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(expected["loss"], rel=1e-6)
+    torch.testing.assert_close(
+        student_NV.grad, torch.tensor(expected["gradient"], dtype=torch.float64), rtol=1e-6, atol=1e-9
+    )

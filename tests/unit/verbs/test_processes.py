@@ -1,0 +1,150 @@
+"""Several processes give what one gives. The first of them is the test itself; each test starts the second."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from luthier.core.config import resolve
+from luthier.core.errors import ConfigError, TrainingError
+from luthier.core.events import read_events
+from luthier.core.run import read_record
+from luthier.models.load import load_model
+from luthier.training.checkpoint import Checkpoints
+from luthier.training.objectives.sft import SFT
+from luthier.verbs.tune import Tune, fine_tune, tune, tune_model
+from tiny import tiny_model
+
+# Ten rows in steps of three: in the last step of an epoch one process has none.
+TEXTS = ["win a prize now", "free cash call now", "claim your free prize", "cash prize win win", "see you at seven",
+         "call me when home", "are you at the station", "lunch at noon then", "a", "b c d"]  # fmt: skip
+CHATS = [
+    {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[:8]}]} for text in TEXTS
+]
+BASE = {
+    "steps": 6,
+    "batch_size": 3,
+    "learning_rate": 5e-3,
+    "schedule": "constant",
+    "baselines": False,
+    "validate_every": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    return tmp_path / "runs"
+
+
+def learn(name: str, *sinks, **settings):
+    rows = Path(os.environ["LUTHIER_RUNS"]).with_name("rows.jsonl")
+    rows.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS), encoding="utf-8")
+    held = rows.with_name("held.jsonl")
+    held.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS[:3]), encoding="utf-8")
+    data = {"train": str(rows), "validation": str(held)}
+    values = {"model": str(tiny_model("llama")), "data": data, **BASE, "name": name, **settings}
+    return tune_model(resolve(Tune, values=values), sinks=sinks)[1]
+
+
+def seen(run: Path, kind: str = "step") -> list[float]:
+    return [event["loss"] for event in read_events(run / "events.jsonl") if event["event"] == kind]
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.module.named_parameters()}
+
+
+def test_two_processes_give_what_one_gives(places, monkeypatch):
+    # At this rate the validation soon gets no better, and both stop early.
+    settings = {
+        "adapter": {"kind": "lora", "rank": 4},
+        "accumulate": 2,
+        "steps": 12,
+        "learning_rate": 0.3,
+        "patience": 1,
+    }
+    one = learn("one", **settings)
+    order: list[str] = []
+    encode, begin = SFT.encode, dist.init_process_group
+    monkeypatch.setattr(SFT, "encode", lambda *rest: [encode(*rest), order.append("encoded")][0])
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda *rest, **more: [order.append("group"), begin(*rest, **more)][1]
+    )
+    two = learn("two", processes=2, **settings)
+    assert order[:3] == ["encoded", "encoded", "group"]
+    assert seen(places / "two") == pytest.approx(seen(places / "one"), rel=1e-6)
+    assert seen(places / "two", "validate") == pytest.approx(seen(places / "one", "validate"), rel=1e-6)
+    assert read_record(places / "one").numbers["stopped_early"] and len(seen(places / "two")) < 12
+    torch.testing.assert_close(weights(two), weights(one), rtol=1e-5, atol=1e-5)
+    assert read_record(places / "two").state == "finished" and not dist.is_initialized()
+    assert torch.equal(weights(load_model("run:two"))["model.norm.weight"], weights(two)["model.norm.weight"])
+
+
+def test_sharded_stops_and_goes_on_with_another_number_of_processes(places):
+    def stop_at(step: int):
+        def sink(event):
+            if event["event"] == "step" and event["step"] == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return sink
+
+    one = learn("one")
+    with pytest.raises(KeyboardInterrupt, match="--resume run:parts"):
+        learn("parts", stop_at(2), processes=2, sharding="full")
+    path = places / "parts"
+    found = sorted(file.name for file in (path / "checkpoints" / "step-00000002").iterdir())
+    assert found == ["manifest.json", "rank-0000-of-0002.safetensors", "rank-0001-of-0002.safetensors", "state.pt"]
+    with pytest.raises(KeyboardInterrupt):
+        tune(resume="run:parts", processes=1, sinks=[stop_at(4)])
+    assert tune(resume="run:parts", processes=2).state == "finished"
+    assert seen(path) == pytest.approx(seen(places / "one"), rel=1e-5)
+    # Adam makes a whole step of a gradient that is all rounding.
+    torch.testing.assert_close(weights(load_model("run:parts")), weights(one), rtol=1e-5, atol=1e-4)
+
+
+def test_a_process_that_dies_ends_the_run(places):
+    def kill(event):
+        if event["event"] == "step" and event["step"] == 2:
+            os.kill(next(child for child in children() if b"follow" in command(child)), signal.SIGKILL)
+
+    started = time.monotonic()
+    with pytest.raises(TrainingError, match="process 1 of 2 was killed by SIGKILL"):
+        learn("dies", kill, processes=2)
+    assert time.monotonic() - started < 120
+    record = read_record(places / "dies")
+    assert record.state == "failed" and "SIGKILL" in (record.error or "")
+    assert not [child for child in children() if b"follow" in command(child)]
+
+
+def children() -> list[int]:
+    found = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return [int(child) for file in found for child in file.read_text().split()]
+
+
+def command(process: int) -> bytes:
+    return Path(f"/proc/{process}/cmdline").read_bytes()
+
+
+def test_a_loaded_model_stays_in_its_process():
+    model = load_model(str(tiny_model("llama")))
+    with pytest.raises(ConfigError, match="cannot be handed to other processes"):
+        fine_tune(model.module, model.tokenizer, CHATS, processes=2, steps=1)
+
+
+def test_resuming_takes_no_other_setting():
+    with pytest.raises(ConfigError, match="exactly as it was asked for"):
+        tune(resume="run:none", processes=2, steps=3)
+
+
+def test_checkpoints_of_one_process_are_what_they_were(tmp_path):
+    path = Checkpoints(tmp_path).save("step-00000001", {"w": torch.ones(2)}, {"step": 1})
+    assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "state.pt", "weights.safetensors"]
