@@ -30,7 +30,12 @@ METHODS = {
     "p_tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 16},
     "prefix": {"num_virtual_tokens": 3},
 }
-TEXTS = ["Win a free prize now!", "Ok, see you at the station at seven.", "The capital of France is Paris.", "One two three"]
+TEXTS = [
+    "Win a free prize now!",
+    "Ok, see you at the station at seven.",
+    "The capital of France is Paris.",
+    "One two three",
+]
 STEPS = 3
 # Learned vectors are far from the loss in a random model, and their gradients small.
 RATES = {"prompt": 200.0, "prefix": 5.0}
@@ -62,7 +67,9 @@ def theirs(family, path, trainable=False):
 
 
 def asked(method, path):
-    rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[:12]}]} for text in TEXTS]
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[:12]}]} for text in TEXTS
+    ]
     values = {
         "model": str(path),
         "data": {"train": rows, "split": {"validation": 0.0}},
@@ -125,7 +132,7 @@ def test_losses_are_those_of_a_plain_loop(method, family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma", "bert", "t5", "bart"])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_outputs_are_those_of_peft(method, family, tmp_path):
-    if method == "prefix" and kind_of(family) != "decoder" or method in ("oft", "lokr") and family == "gpt2":
+    if (method == "prefix" and kind_of(family) != "decoder") or (method in ("oft", "lokr") and family == "gpt2"):
         pytest.skip("PEFT has no such thing")
     loaded = start(method, family, tmp_path / "model")
     again, own = load_model(str(tmp_path / "model")), theirs(family, tmp_path / "model")

@@ -120,12 +120,14 @@ def put_in(network: Any, spec: ModelSpec, config: Any) -> None:
     vars(network)["luthier_peft"] = around
     if not config.is_prompt_learning:
         for parameter in network.parameters():
-            vars(parameter)["added"] = parameter.requires_grad
+            # A norm's weights stand in the base's own layer, and compute in its precision; masters in fp32 learn for them.
+            added = parameter.requires_grad and method != "ln_tuning"
+            vars(parameter).update(learns=parameter.requires_grad, added=added)
         return
     network.requires_grad_(False)
     learned, count = around.prompt_encoder[NAME].to(network.device), int(config.num_virtual_tokens)
     for parameter in learned.parameters():
-        vars(parameter)["added"] = True
+        vars(parameter).update(learns=True, added=True)
     if method in VIRTUAL:
         embedding = VirtualEmbedding(
             reader(network).get_input_embeddings(), learned, lambda: around.get_prompt(1)[0, :count], count
@@ -141,7 +143,7 @@ def let_learn(loaded: LoadedModel) -> None:
 
     used = {id(parameter) for parameter in used_parameters(loaded)}
     for parameter in loaded.network.parameters():
-        parameter.requires_grad_(bool(vars(parameter).get("added")) and id(parameter) in used)
+        parameter.requires_grad_(bool(vars(parameter).get("learns")) and id(parameter) in used)
 
 
 def peft_of(network: Any) -> Any:
@@ -240,7 +242,8 @@ def merge(network: Any, source: str) -> None:
     assert whole is network
     del vars(network)["luthier_peft"]
     for parameter in network.parameters():
-        vars(parameter).pop("added", None)
+        for mark in ("learns", "added"):
+            vars(parameter).pop(mark, None)
 
 
 def _choose_layers(config: Any, network: Any, method: str) -> None:
