@@ -22,6 +22,7 @@ from luthier.core.events import Events
 from luthier.core.types import Task
 from luthier.models.adapters.peft_files import ADAPTER_CONFIG, attach_adapter, read_adapter_config
 from luthier.models.adapters.peft_methods import read as read_peft
+from luthier.models.adapters.peft_methods import room_left
 from luthier.models.facts import fingerprint, kind_of
 from luthier.models.heads import Pooled
 from luthier.models.precision import cast_network, cast_weights
@@ -128,6 +129,8 @@ def load_model(
         else:
             settings = read_peft(network, spec, place, adapter)
         update = {"adapter": settings, "base": lasting_name(base_name), "base_fingerprint": found}
+        if adapter.get("peft_type") != "LORA":
+            update["max_length"] = room_left(network, spec.max_length)
         spec = spec.model_copy(update=update)
     if len(tokenizer) > network.get_input_embeddings().weight.shape[0]:
         raise ModelError(

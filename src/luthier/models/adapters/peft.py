@@ -30,7 +30,7 @@ class Peft(Adapter):
     """Its settings, as in PEFT's config class of the method, such as num_virtual_tokens, r or target_modules."""
 
     def apply(self, loaded: LoadedModel) -> None:
-        from luthier.models.adapters.peft_methods import let_learn, make_config, put_in
+        from luthier.models.adapters.peft_methods import let_learn, make_config, put_in, room_left
         from luthier.models.facts import fingerprint
         from luthier.models.heads import Pooled
         from luthier.models.sources import lasting_name
@@ -39,11 +39,13 @@ class Peft(Adapter):
             self._learn_on(loaded)
         else:
             base = {"base": lasting_name(loaded.spec.source), "base_fingerprint": fingerprint(loaded.network)}
-            taken = put_in(loaded.network, loaded.spec, make_config(self.method, self.options))
+            put_in(loaded.network, loaded.spec, make_config(self.method, self.options))
             loaded.spec = loaded.spec.model_copy(update={"adapter": self.model_dump(), **base})
-            leave_room(loaded, taken)
+            left = room_left(loaded.network, loaded.spec.max_length)
+            loaded.spec = loaded.spec.model_copy(update={"max_length": left})
+            loaded.renderer.max_length = left
         let_learn(loaded)
-        loaded.packs = loaded.head = None
+        loaded.packs = loaded.shares = loaded.head = None
         if isinstance(loaded.module, Pooled):
             loaded.module.head.requires_grad_(True)
 
@@ -80,20 +82,3 @@ class Peft(Adapter):
                 "be trained further; start from the base"
             )
         config.inference_mode = False
-
-
-def leave_room(loaded: LoadedModel, tokens: int) -> None:
-    """Shorten the longest row by the `tokens` that a method takes of the context. Raises ConfigError when nothing is left."""
-    from luthier.models.facts import context_of
-
-    context = context_of(loaded.network.config)
-    if context is None or loaded.spec.max_length + tokens <= context:
-        return
-    left = context - tokens
-    if left < 2:
-        raise ConfigError(
-            f"adapter.options: {tokens} virtual tokens leave nothing of the model's context of {context} tokens for a text; "
-            "set num_virtual_tokens to less"
-        )
-    loaded.spec = loaded.spec.model_copy(update={"max_length": left})
-    loaded.renderer.max_length = left

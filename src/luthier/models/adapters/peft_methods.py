@@ -19,6 +19,7 @@ from luthier.core.errors import ConfigError, MissingExtra, ModelError, did_you_m
 from luthier.models.adapters.inject import linear_layers
 from luthier.models.adapters.peft_files import ADAPTER_WEIGHTS, PREFIX
 from luthier.models.adapters.peft_write import TASK_TYPES
+from luthier.models.facts import context_of
 from luthier.models.quiet import quiet
 from luthier.models.virtual import VirtualEmbedding, add_prefix, add_virtual_tokens, reader
 
@@ -94,8 +95,8 @@ def make_config(method: str, options: Mapping[str, Any], **given: Any) -> Any:
         raise ConfigError(f"adapter.options: {method} does not take these options: {_first_line(err)}") from None
 
 
-def put_in(network: Any, spec: ModelSpec, config: Any) -> int:
-    """Put the method into the network, in place; returns how many tokens of the context it takes.
+def put_in(network: Any, spec: ModelSpec, config: Any) -> None:
+    """Put the method into the network, in place.
 
     PEFT's model around the network, of which saving and loading make use, is at `peft_of(network)`. Raises ConfigError
     where the method does not go with the model.
@@ -119,12 +120,14 @@ def put_in(network: Any, spec: ModelSpec, config: Any) -> int:
     vars(network)["luthier_peft"] = around
     if not config.is_prompt_learning:
         for parameter in network.parameters():
-            vars(parameter)["added"] = parameter.requires_grad
-        return 0
+            # A norm's weights stand in the base's own layer, and compute in its precision; masters in fp32 learn for them.
+            added = parameter.requires_grad and method != "ln_tuning"
+            vars(parameter).update(learns=parameter.requires_grad, added=added)
+        return
     network.requires_grad_(False)
     learned, count = around.prompt_encoder[NAME].to(network.device), int(config.num_virtual_tokens)
     for parameter in learned.parameters():
-        vars(parameter)["added"] = True
+        vars(parameter).update(learns=True, added=True)
     if method in VIRTUAL:
         embedding = VirtualEmbedding(
             reader(network).get_input_embeddings(), learned, lambda: around.get_prompt(1)[0, :count], count
@@ -132,7 +135,6 @@ def put_in(network: Any, spec: ModelSpec, config: Any) -> int:
         add_virtual_tokens(network, embedding, kept=spec.task == "seq2seq")
     else:
         add_prefix(network, learned, around.get_prompt, count)
-    return count
 
 
 def let_learn(loaded: LoadedModel) -> None:
@@ -141,12 +143,30 @@ def let_learn(loaded: LoadedModel) -> None:
 
     used = {id(parameter) for parameter in used_parameters(loaded)}
     for parameter in loaded.network.parameters():
-        parameter.requires_grad_(bool(vars(parameter).get("added")) and id(parameter) in used)
+        parameter.requires_grad_(bool(vars(parameter).get("learns")) and id(parameter) in used)
 
 
 def peft_of(network: Any) -> Any:
     """PEFT's model around a network; None where there is none."""
     return vars(network).get("luthier_peft")
+
+
+def room_left(network: Any, length: int) -> int:
+    """The longest row, `length`, less what the method's vectors take of the context where both do not fit.
+
+    Raises ConfigError when they leave nothing.
+    """
+    config = peft_of(network).peft_config[NAME]
+    context = context_of(network.config)
+    tokens = int(config.num_virtual_tokens) if config.is_prompt_learning else 0
+    if context is None or length + tokens <= context:
+        return length
+    if context - tokens < 2:
+        raise ConfigError(
+            f"adapter.options: {tokens} virtual tokens leave nothing of the model's context of {context} tokens for a text; "
+            "set num_virtual_tokens to less"
+        )
+    return context - tokens
 
 
 def write(network: Any, spec: ModelSpec, directory: Path) -> None:
@@ -222,7 +242,8 @@ def merge(network: Any, source: str) -> None:
     assert whole is network
     del vars(network)["luthier_peft"]
     for parameter in network.parameters():
-        vars(parameter).pop("added", None)
+        for mark in ("learns", "added"):
+            vars(parameter).pop(mark, None)
 
 
 def _choose_layers(config: Any, network: Any, method: str) -> None:
