@@ -38,7 +38,7 @@ TEXTS = [
 ]
 STEPS = 3
 # Learned vectors are far from the loss in a random model, and their gradients small.
-RATES = {"prompt": 200.0, "prefix": 5.0}
+RATES = {"prompt": 200.0, "prefix": 5.0, "vera": 20.0}
 
 
 @pytest.fixture(autouse=True)
@@ -123,9 +123,9 @@ def test_losses_are_those_of_a_plain_loop(method, family, tmp_path):
     events = []
     tune_model(asked(method, tmp_path / "start"), sinks=[events.append])
     ours = [event["loss"] for event in events if event["event"] == "step"]
-    print(ours, plain)
-    assert ours[-1] < ours[0] - 2e-6
-    assert ours == pytest.approx(plain, abs=2e-5)
+    # Far more than what the two may differ by, else a wrong gradient would pass.
+    assert ours[-1] < ours[0] - 5e-5
+    assert ours == pytest.approx(plain, abs=3e-6)
 
 
 @torch.no_grad()
