@@ -43,8 +43,8 @@ def check_sharding(optimizer: Optimizer, objective: Objective) -> None:
         )
     if type(objective).draw is not Objective.draw:
         raise ConfigError(
-            f"sharding: the objective {objective.kind!r} lets the model write while it learns, which a sharded one cannot; "
-            "use sharding: none"
+            f"sharding: the objective {objective.kind!r} runs the model by itself before each step, which a sharded one "
+            "cannot; use sharding: none"
         )
 
 

@@ -30,7 +30,7 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
     seed = (settings.seed, progress.step)
     world, idle = learner.world, rows[:1]
     rows = [rows[at] for at in deal([len(row.ids) + len(row.target) for row in rows], world.size)[world.rank]]
-    rows = learner.objective.draw(rows, model, seed) if rows else rows
+    rows = learner.objective.draw(rows, model, seed, world.sum)
     learner.tally = _tally(learner, rows)
     lengths = [len(row.ids) + len(row.target) for row in rows]
     micro = [
@@ -78,14 +78,15 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
 
 
 def _tally(learner: Learner, rows: Sequence[Encoded]) -> dict[str, float]:
-    """What the objective counts in the rows of all processes: each of its numbers is a mean over rows."""
-    counts = type(learner.objective).tally is not Objective.tally
-    own = learner.objective.tally(rows) if counts and rows else {}
-    if not counts or learner.world.size == 1:
-        return own
-    parts = [(count, found) for count, found in learner.world.gather((len(rows), own)) if count]
-    total = sum(count for count, _ in parts)
-    return {name: sum(count * found[name] for count, found in parts) / total for name in parts[0][1]}
+    """The means of what the objective counts in the rows of all processes."""
+    if type(learner.objective).tally is Objective.tally:
+        return {}
+    parts = learner.world.gather(learner.objective.tally(rows))
+    found: dict[str, list[tuple[float, float]]] = {}
+    for part in parts:
+        for name, pair in part.items():
+            found.setdefault(name, []).append(pair)
+    return {name: sum(one for one, _ in pairs) / sum(count for _, count in pairs) for name, pairs in found.items()}
 
 
 def _clip(parameters: Sequence[Parameter], limit: float) -> float:

@@ -134,7 +134,9 @@ def test_groups_that_are_all_alike_teach_nothing_and_count():
     model, rows = prepared(objective)
     groups = objective.draw(rows, model, (0, 0))
     tally = objective.tally(groups)
-    assert tally["no_signal"] == 1 and tally["reward"] == 0 and 1 <= tally["answer_tokens"] <= 4
+    assert tally["no_signal"] == (len(groups), len(groups)) and tally["reward"] == (0, len(groups))
+    assert 1 <= tally["answer_tokens"][0] / tally["answer_tokens"][1] <= 4
+    assert objective.draw([], model, (0, 0)) == [] and objective.tally([]) == {}
     loss, _ = objective.measure(model, objective.batch(groups, model, (0, 0)))
     assert loss.weight == 9 and float(loss.sum.detach()) == 0
     loss.sum.backward()

@@ -191,6 +191,27 @@ def test_kto_measures_how_far_the_model_moved_over_the_whole_step(tmp_path):
     assert found["roc_auc"] == pytest.approx(float((good[:, None] > bad).mean()))
 
 
+def test_kto_takes_z_over_the_rows_of_all_processes(tmp_path):
+    model = load_model(str(tiny_model("llama")))
+    objective = OBJECTIVES.parse("kto")
+    rows = objective.encode([verdict(at) for at in range(6)], model, Events())
+    rows = objective.refer(rows, model, Events(), tmp_path)
+    with torch.no_grad():
+        for one in model.module.parameters():
+            one.mul_(1.05)
+    said: list[tuple[float, ...]] = []
+    shares = rows[:2], rows[2:], []
+    for share in shares:
+        objective.draw(share, model, (0, 0), lambda *numbers: said.append(numbers) or list(numbers))
+    sums = [sum(one) for one in zip(*said)]
+    parts = [objective.draw(share, model, (0, 0), lambda *numbers: sums) for share in shares]
+    whole = objective.draw(rows, model, (0, 0))
+    assert [row.gold[1] for part in parts for row in part] == pytest.approx([row.gold[1] for row in whole], abs=1e-6)
+    assert [row.gold[1] for row in parts[0]] != pytest.approx(
+        [row.gold[1] for row in objective.draw(shares[0], model, (0, 0))], abs=1e-4
+    )
+
+
 def test_rows_with_one_prompt_say_that_z_is_nothing(tmp_path):
     model = load_model(str(tiny_model("llama")))
     events, objective = Events(), OBJECTIVES.parse("kto")

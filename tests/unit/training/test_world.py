@@ -104,8 +104,8 @@ def test_only_what_moves_value_by_value_can_be_sharded(name):
 
 def test_an_objective_that_writes_cannot_be_sharded():
     class Writing(SFT):
-        def draw(self, rows, model, seed):
+        def draw(self, rows, model, seed, total=None):
             return rows
 
-    with pytest.raises(ConfigError, match="lets the model write while it learns"):
+    with pytest.raises(ConfigError, match="runs the model by itself before each step"):
         check_sharding(OPTIMIZERS.parse("adamw"), Writing())

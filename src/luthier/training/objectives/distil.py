@@ -23,7 +23,7 @@ from luthier.models.output import head_of
 from luthier.models.packed import packs
 from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.causal import supervised
-from luthier.training.objectives.part import Loss, Objective
+from luthier.training.objectives.part import Loss, Objective, Tally, Total, alone
 from luthier.training.objectives.pretrain import Pretrain
 from luthier.training.objectives.sft import SFT
 
@@ -65,7 +65,7 @@ class Distil(Objective):
     max_tokens: int = Field(128, gt=0)
     """Most tokens of an answer that the student writes."""
     _teacher: LoadedModel | None = PrivateAttr(None)
-    _form: str = PrivateAttr("sft")
+    _form: Pretrain | SFT = PrivateAttr(default_factory=SFT)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -85,7 +85,17 @@ class Distil(Objective):
             )
 
     def learned(self) -> str:
-        return self._form
+        return self._form.kind
+
+    def prepare(self, train: Sequence[Example], events: Events) -> Objective:
+        """A copy that learns what `pretrain` would of plain text, and else what `sft` would."""
+        if self.on_policy and isinstance(train[0], Text):
+            raise ConfigError(
+                "objective.on_policy: plain text has no prompt to answer; use conversations or pairs, or set on_policy: 0"
+            )
+        copy = self.model_copy()
+        copy._form = Pretrain() if isinstance(train[0], Text) else SFT()
+        return copy
 
     def ready(self, model: LoadedModel, events: Events) -> None:
         teacher = load_model(self.teacher, task="causal", dtype=model.spec.precision, device=str(model.device))
@@ -109,15 +119,11 @@ class Distil(Objective):
 
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         self.check_examples(examples)
-        form = Pretrain() if isinstance(examples[0], Text) else SFT()
-        if self.on_policy and isinstance(form, Pretrain):
-            raise ConfigError(
-                "objective.on_policy: plain text has no prompt to answer; use conversations or pairs, or set on_policy: 0"
-            )
-        self._form = form.kind
-        return form.encode(examples, model, events)
+        return self._form.encode(examples, model, events)
 
-    def draw(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Sequence[Encoded]:
+    def draw(
+        self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...], total: Total = alone
+    ) -> Sequence[Encoded]:
         if not self.on_policy:
             return rows
         # The first number of a row says whether the student writes, the others what.
@@ -135,13 +141,13 @@ class Distil(Objective):
             drawn[at] = Written(rows[at].id, (*prompt, *ids), weights, answer_tokens=len(ids), finished=finished)
         return drawn
 
-    def tally(self, rows: Sequence[Encoded]) -> dict[str, float]:
+    def tally(self, rows: Sequence[Encoded]) -> Tally:
         written = [row for row in rows if isinstance(row, Written)]
         if not written:
             return {}
         return {
-            "answer_tokens": sum(row.answer_tokens for row in written) / len(written),
-            "stopped": sum(row.finished for row in written) / len(written),
+            "answer_tokens": (sum(row.answer_tokens for row in written), len(written)),
+            "stopped": (sum(row.finished for row in written), len(written)),
         }
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:

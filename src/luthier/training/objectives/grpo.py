@@ -25,7 +25,7 @@ from luthier.models.cross_entropy import token_loss
 from luthier.models.output import at_temperature
 from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.causal import supervised
-from luthier.training.objectives.part import Loss, Objective, encode_rows
+from luthier.training.objectives.part import Loss, Objective, Tally, Total, alone, encode_rows
 from luthier.training.reference import Reference, log_probs
 from luthier.training.rewards import REWARDS
 from luthier.training.rewards.part import Answer, Reward
@@ -134,7 +134,11 @@ class GRPO(Objective):
             events.warn("prompts so long that the context has no room for max_tokens after them", short)
         return rows
 
-    def draw(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Sequence[Encoded]:
+    def draw(
+        self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...], total: Total = alone
+    ) -> Sequence[Encoded]:
+        if not rows:
+            return rows
         prompts = [row for row in rows for _ in range(self.samples)]
         numbers_SM = np.stack(
             [numbers_for(seed, row.id, at, self.max_tokens) for row in rows for at in range(self.samples)]
@@ -164,9 +168,10 @@ class GRPO(Objective):
         # The sum of -weight x log p has the gradient of the loss where the ratio is 1, and another value.
         return Loss(surrogate - surrogate.detach() + batch.gold.sum(), batch.weight), None
 
-    def tally(self, rows: Sequence[Encoded]) -> dict[str, float]:
-        groups = [row for row in rows if isinstance(row, Group)]
-        return {name: fmean(row.tally[name] for row in groups) for name in groups[0].tally}
+    def tally(self, rows: Sequence[Encoded]) -> Tally:
+        tallies = [row.tally for row in rows if isinstance(row, Group)]
+        names = dict.fromkeys(name for one in tallies for name in one)
+        return {name: (sum(one[name] for one in tallies), len(tallies)) for name in names}
 
     def examine(self, model: LoadedModel, rows: Sequence[Encoded], *, tokens: int) -> dict[str, float]:
         answers = roll_out(model, [row.ids for row in rows], self.max_tokens)

@@ -19,7 +19,7 @@ from luthier.data.split import content_key
 from luthier.engine.answers import answer_logs, score_answers
 from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.answers import batch_answers, check_writes, encode_row, refer_to_start
-from luthier.training.objectives.part import Loss, Objective, encode_rows
+from luthier.training.objectives.part import Loss, Objective, Total, alone, encode_rows
 
 
 class KTO(Objective):
@@ -29,9 +29,10 @@ class KTO(Objective):
     With r = log p - log p at the start, the loss of a row is desirable x (1 - sigmoid(beta (r - z))) for a good answer
     and undesirable x (1 - sigmoid(beta (z - r))) for a bad one. z = max(0, mean of r' over the rows of the whole step),
     where r' is that of an answer to another prompt in place of the row's own; no gradient flows through it. It is
-    computed before a step is split, so micro-batches change nothing. Deviation from TRL, which takes the mean over one
-    device's micro-batch, and the next row's answer: here a row's other answer is drawn once, the same in every run, so
-    that its log p at the start is computed only once; it is cut where it does not fit the context.
+    computed before a step is split, over all processes, so micro-batches and processes change nothing. Deviation from
+    TRL, which takes the mean over one device's micro-batch, and the next row's answer: here a row's other answer is drawn
+    once, the same in every run, so that its log p at the start is computed only once; it is cut where it does not fit the
+    context.
     """
 
     kind: ClassVar[str] = "kto"
@@ -71,14 +72,18 @@ class KTO(Objective):
             found |= {at: tuple(map(float, logs)) for at, logs in zip(places, logs_NA)}
         return [replace(row, gold=(*row.gold, *found[at])) for at, row in enumerate(rows)]  # type: ignore[misc]
 
-    def draw(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Sequence[Encoded]:
+    def draw(
+        self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...], total: Total = alone
+    ) -> Sequence[Encoded]:
         """The rows with their own answer only, z added to its log p at the start: the loss asks for r - z alone."""
         others = [_other_alone(row) for row in rows if len(row.segments) == 3]
-        moved = 0.0
+        gained = 0.0
         if others:
             now_N = score_answers(model, others)[:, 0, 0]
             start_N = np.array([row.gold[-1] for row in rows if len(row.segments) == 3])  # type: ignore[index]
-            moved = max(0.0, float((now_N - start_N).mean()))
+            gained = float((now_N - start_N).sum())
+        gained, count = total(gained, len(others))
+        moved = max(0.0, gained / count) if count else 0.0
         return [_own_alone(row, moved) for row in rows]
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from luthier.core.catalog import Part
 from luthier.core.errors import DataError
@@ -25,6 +25,17 @@ class Loss:
 
     sum: Tensor
     weight: float
+
+
+Total: TypeAlias = Callable[..., list[float]]
+"""Adds numbers up over the processes of a run: total(1.0, 2.0) gives both sums, the same in each process."""
+Tally: TypeAlias = dict[str, tuple[float, float]]
+"""Numbers by name, each as a sum and the count it is a sum of. Never an average: processes add theirs up."""
+
+
+def alone(*numbers: float) -> list[float]:
+    """The Total of a process that is the only one."""
+    return list(numbers)
 
 
 CONVERSIONS = {
@@ -83,11 +94,17 @@ class Objective(Part):
         directory `keep`, so that a run that goes on reads the same."""
         return list(rows)
 
-    def draw(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Sequence[Encoded]:
-        """The rows of one step as they are learned: for objectives in which the model itself writes them."""
+    def draw(
+        self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...], total: Total = alone
+    ) -> Sequence[Encoded]:
+        """The rows of one step as they are learned: for objectives in which the model itself writes or reads them first.
+
+        `rows` are the share of this process, which may be none; what concerns all rows of the step goes through `total`,
+        which every process must call as often.
+        """
         return rows
 
-    def tally(self, rows: Sequence[Encoded]) -> dict[str, float]:
+    def tally(self, rows: Sequence[Encoded]) -> Tally:
         """What of a step's rows, as drawn, is worth keeping beside its loss."""
         return {}
 
