@@ -1,4 +1,5 @@
-"""The C kernels of a layer beside the same in torch, forward, in bf16.
+"""The C kernels of a layer beside the same in torch, forward, and adapters of layers that read the same beside each alone,
+forward and backward; in bf16.
 
     python benchmarks/kernels.py [--quick]
 
@@ -12,19 +13,42 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 
+from luthier.models.adapters.product import Factors, low_rank_products
 from luthier.native.layers import RMSNorm, Rotate, SwiGLU, cross_entropy_, naive_cross_entropy_, naive_rotate
+
+Work: TypeAlias = Callable[[], object]
 
 
 def seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
+
+
+def projections(outputs: Sequence[int], tokens: int = 1000, width: int = 576) -> tuple[Work, Work]:
+    """Frozen layers from `width` to `outputs` with LoRA of rank 16: (in one function, each in its own)."""
+    x_NI = torch.randn(tokens, width).bfloat16().requires_grad_()
+    layers = [
+        Factors(
+            torch.randn(o, width).bfloat16(),
+            None,
+            *(torch.randn(s).requires_grad_() for s in ((16, width), (o, 16))),
+            2.0,
+        )
+        for o in outputs
+    ]
+    grads = [torch.randn(tokens, o).bfloat16() for o in outputs]
+    learned = [x_NI, *(one for layer in layers for one in (layer.a_RI, layer.b_OR))]
+    together = lambda: torch.autograd.grad(low_rank_products(x_NI, layers), learned, grads)  # noqa: E731
+    alone = lambda: torch.autograd.grad([low_rank_products(x_NI, [one])[0] for one in layers], learned, grads)  # noqa: E731
+    return together, alone
 
 
 def main() -> None:
@@ -47,6 +71,8 @@ def main() -> None:
             lambda: naive_cross_entropy_(logits.clone(), target, ones),
         ),
     }
+    questions["adapters_qkv"] = projections((576, 192, 192))
+    questions["adapters_gate_up"] = projections((1536, 1536))
     ours, peer = {}, {}
     for name, pair in questions.items():
         found = [[seconds(work) * 1e3 for work in pair] for _ in range(repeats + 2)][2:]
@@ -57,7 +83,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "ours": ours,
         "peer": peer,
-        "ratio": {name: round(peer[name] / ours[name], 1) for name in ours},
+        "ratio": {name: round(peer[name] / ours[name], 2) for name in ours},
     }
     if repeats == 20:
         path = Path(__file__).parent / "results" / "kernels.json"

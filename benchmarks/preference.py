@@ -17,16 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from peers.environment import peer_python
+from peers.run import run_system
 from shapes import WORDS, make_model
 
 HERE = Path(__file__).parent
@@ -62,17 +59,7 @@ def write_pairs(path: Path, ordered: Path, count: int) -> None:
 
 def run(name: str, options: dict[str, object]) -> dict[str, Any]:
     """Tokens and pairs a second, peak memory, tokens and losses by step of one run of one system."""
-    python = sys.executable if name == "luthier" else peer_python("trl")
-    script = HERE / "peers" / ("preference_luthier.py" if name == "luthier" else "preference_trl.py")
-    asked = json.dumps({**options, "flavour": FLAVOURS.get(name)})
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"LUTHIER_RUNS": folder, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(
-            [python, str(script), asked], capture_output=True, text=True, check=False, env=environment
-        )
-    if done.returncode != 0:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = run_system(name, "preference", options, FLAVOURS)
     pairs, tokens = len(found["steps"]) * BATCH, [step[1] for step in found["steps"]]
     seconds = sum(step[0] for step in found["steps"]) + found["reference"] * pairs / found["referred"]
     return {

@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from peers.environment import peer_python
+from peers.run import run_system
 from shapes import make_model, write_rows
 
 HERE = Path(__file__).parent
@@ -36,17 +33,7 @@ FLAVOURS = {"trl": "default", "trl-packed": "packed", "trl-padded": "padded", "t
 
 def run(name: str, options: dict[str, object]) -> dict[str, float]:
     """Tokens a second, peak memory and mean loss of one run of one system."""
-    python = sys.executable if name == "luthier" else peer_python("trl")
-    script = HERE / "peers" / ("tuning_luthier.py" if name == "luthier" else "tuning_trl.py")
-    asked = json.dumps({**options, "flavour": FLAVOURS.get(name)})
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"LUTHIER_RUNS": folder, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(
-            [python, str(script), asked], capture_output=True, text=True, check=False, env=environment
-        )
-    if done.returncode != 0:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = run_system(name, "tuning", options, FLAVOURS)
     seconds, tokens = (sum(step[at] for step in found["steps"]) for at in (0, 1))
     return {
         "tokens_per_second": tokens / seconds,

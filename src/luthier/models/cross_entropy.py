@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -95,10 +96,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         rows = max(32, CHUNK // (weight_VE.shape[0] * hidden_NE.element_size()))
         total = hidden_NE.new_zeros((), dtype=torch.float32)
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden_NE = torch.empty_like(hidden_NE) if want_hidden else None
-        grad_weight_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if want_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if want_bias and bias_V is not None else None
+        want_hidden, want_weight, _ = wanted = ctx.needs_input_grad[:3]
+        grad_hidden_NE, grad_weight_VE, grad_bias_V = start_gradients(wanted, hidden_NE, weight_VE, bias_V)
         plain = scale == 1.0 and softcap is None
         for start in range(0, hidden_NE.shape[0], rows):
             chunk_CE = hidden_NE[start : start + rows]
@@ -107,17 +106,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits_CV = F.linear(chunk_CE, weight_VE, bias_V)
             if plain and usable(logits_CV):
                 total += (cross_entropy_(logits_CV, target_C1[:, 0], weight_C1[:, 0]) * weight_C1[:, 0]).sum()
-                _collect(logits_CV, chunk_CE, weight_VE, start, grad_hidden_NE, grad_weight_VE, grad_bias_V)
+                collect(logits_CV, chunk_CE, weight_VE, start, grad_hidden_NE, grad_weight_VE, grad_bias_V)
                 continue
-            logits_CV = logits_CV.float()
-            if scale != 1.0:
-                logits_CV.mul_(scale)
-            slope_CV = None
-            if softcap is not None:
-                logits_CV.div_(softcap).tanh_()
-                if want_hidden or want_weight:
-                    slope_CV = 1 - logits_CV**2
-                logits_CV.mul_(softcap)
+            logits_CV, slope_CV = _widen(logits_CV, scale, softcap)
             gold_C1 = logits_CV.gather(1, target_C1)
             top_C1 = logits_CV.amax(1, keepdim=True)
             share_CV = logits_CV.sub_(top_C1).exp_()
@@ -132,24 +123,14 @@ class LinearCrossEntropy(torch.autograd.Function):
             if scale != 1.0:
                 grad_CV.mul_(scale)
             grad_CV = grad_CV.to(weight_VE.dtype)
-            _collect(grad_CV, chunk_CE, weight_VE, start, grad_hidden_NE, grad_weight_VE, grad_bias_V)
+            collect(grad_CV, chunk_CE, weight_VE, start, grad_hidden_NE, grad_weight_VE, grad_bias_V)
         ctx.save_for_backward(grad_hidden_NE, grad_weight_VE, grad_bias_V)
         ctx.weight_dtype = weight_VE.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        hidden_NE, weight_VE, bias_V = ctx.saved_tensors
-        return (
-            None if hidden_NE is None else hidden_NE * grad.to(hidden_NE.dtype),
-            None if weight_VE is None else (weight_VE * grad).to(ctx.weight_dtype),
-            None if bias_V is None else (bias_V * grad).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        return (*scale_gradients(ctx, grads[0]), None, None, None, None)
 
 
 class LinearTokenNLL(torch.autograd.Function):
@@ -174,7 +155,7 @@ class LinearTokenNLL(torch.autograd.Function):
         mass_N = torch.empty_like(nll_N)
         for start in range(0, hidden_NE.shape[0], rows):
             part = slice(start, start + rows)
-            logits_CV, _ = _wide_logits(hidden_NE[part], weight_VE, bias_V, scale, softcap)
+            logits_CV, _ = _widen(F.linear(hidden_NE[part], weight_VE, bias_V), scale, softcap)
             mass_N[part] = logits_CV.logsumexp(1)
             nll_N[part] = mass_N[part] - logits_CV.gather(1, target_N[part, None]).squeeze(1)
         ctx.save_for_backward(hidden_NE, weight_VE, bias_V, target_N, mass_N)
@@ -185,14 +166,13 @@ class LinearTokenNLL(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NE, weight_VE, bias_V, target_N, mass_N = ctx.saved_tensors
         (grad_N,) = grads
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden_NE = torch.empty_like(hidden_NE) if want_hidden else None
-        grad_weight_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if want_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if want_bias else None
+        grad_hidden_NE, grad_weight_VE, grad_bias_V = start_gradients(
+            ctx.needs_input_grad[:3], hidden_NE, weight_VE, bias_V
+        )
         for start in range(0, hidden_NE.shape[0], ctx.rows):
             part = slice(start, start + ctx.rows)
             target_C1, grad_C1 = target_N[part, None], grad_N[part, None].float()
-            logits_CV, slope_CV = _wide_logits(hidden_NE[part], weight_VE, bias_V, ctx.scale, ctx.softcap)
+            logits_CV, slope_CV = _widen(F.linear(hidden_NE[part], weight_VE, bias_V), ctx.scale, ctx.softcap)
             grad_CV = logits_CV.sub_(mass_N[part, None]).exp_().mul_(grad_C1)
             grad_CV.scatter_add_(1, target_C1, -grad_C1)
             if slope_CV is not None:
@@ -200,7 +180,7 @@ class LinearTokenNLL(torch.autograd.Function):
             if ctx.scale != 1.0:
                 grad_CV.mul_(ctx.scale)
             wide = grad_CV.to(weight_VE.dtype)
-            _collect(wide, hidden_NE[part], weight_VE, start, grad_hidden_NE, grad_weight_VE, grad_bias_V)
+            collect(wide, hidden_NE[part], weight_VE, start, grad_hidden_NE, grad_weight_VE, grad_bias_V)
         return (
             grad_hidden_NE,
             None if grad_weight_VE is None else grad_weight_VE.to(weight_VE.dtype),
@@ -211,11 +191,9 @@ class LinearTokenNLL(torch.autograd.Function):
         )
 
 
-def _wide_logits(
-    chunk_CE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """(logits in fp32, the slope of the soft-cap at each)."""
-    logits_CV = F.linear(chunk_CE, weight_VE, bias_V).float()
+def _widen(logits_CV: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """(logits in fp32 with the head's scale and cap, the slope of the cap at each)."""
+    logits_CV = logits_CV.float()
     if scale != 1.0:
         logits_CV.mul_(scale)
     if softcap is None:
@@ -225,7 +203,29 @@ def _wide_logits(
     return logits_CV.mul_(softcap), slope_CV
 
 
-def _collect(
+def start_gradients(
+    wanted: Sequence[bool], hidden_NE: Tensor, weight_VE: Tensor, bias_V: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Room for the gradients of states, weight and bias where they are wanted; sums are in fp32."""
+    want_hidden, want_weight, want_bias = wanted
+    return (
+        torch.empty_like(hidden_NE) if want_hidden else None,
+        torch.zeros_like(weight_VE, dtype=torch.float32) if want_weight else None,
+        torch.zeros_like(bias_V, dtype=torch.float32) if want_bias and bias_V is not None else None,
+    )
+
+
+def scale_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients that a forward pass made and saved, times that of its loss."""
+    hidden_NE, weight_VE, bias_V = ctx.saved_tensors
+    return (
+        None if hidden_NE is None else hidden_NE * grad.to(hidden_NE.dtype),
+        None if weight_VE is None else (weight_VE * grad).to(ctx.weight_dtype),
+        None if bias_V is None else (bias_V * grad).to(ctx.weight_dtype),
+    )
+
+
+def collect(
     grad_CV: Tensor,
     chunk_CE: Tensor,
     weight_VE: Tensor,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from luthier.models.cross_entropy import CHUNK, _collect
+from luthier.models.cross_entropy import CHUNK, collect, scale_gradients, start_gradients
 from luthier.models.output import Head, OwnHead
 
 
@@ -117,11 +117,9 @@ class LinearDivergence(torch.autograd.Function):
         weight_N: Tensor,
         aim: Aim,
     ) -> Tensor:
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden_NE = torch.empty_like(hidden_NE) if want_hidden else None
-        grad_weight_VE = torch.zeros_like(weight_VE, dtype=torch.float32) if want_weight else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if want_bias and bias_V is not None else None
-        learning = want_hidden or want_weight or want_bias
+        wanted = ctx.needs_input_grad[:3]
+        grad_hidden_NE, grad_weight_VE, grad_bias_V = start_gradients(wanted, hidden_NE, weight_VE, bias_V)
+        learning = any(wanted)
         total = hidden_NE.new_zeros((), dtype=torch.float32)
         rows = _rows(len(weight_VE))
         for start in range(0, len(hidden_NE), rows):
@@ -137,18 +135,11 @@ class LinearDivergence(torch.autograd.Function):
             if learning:
                 (grad_CV,) = torch.autograd.grad(loss, product_CV)
                 grad_CV = grad_CV.to(weight_VE.dtype)
-                _collect(grad_CV, chunk_CE, weight_VE, start, grad_hidden_NE, grad_weight_VE, grad_bias_V)
+                collect(grad_CV, chunk_CE, weight_VE, start, grad_hidden_NE, grad_weight_VE, grad_bias_V)
         ctx.save_for_backward(grad_hidden_NE, grad_weight_VE, grad_bias_V)
         ctx.weight_dtype = weight_VE.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        hidden_NE, weight_VE, bias_V = ctx.saved_tensors
-        return (
-            None if hidden_NE is None else hidden_NE * grad.to(hidden_NE.dtype),
-            None if weight_VE is None else (weight_VE * grad).to(ctx.weight_dtype),
-            None if bias_V is None else (bias_V * grad).to(ctx.weight_dtype),
-            *(None,) * 6,
-        )
+        return (*scale_gradients(ctx, grads[0]), *(None,) * 6)

@@ -64,12 +64,12 @@ def load_model(
 
     `task` None: what it was saved for, else what its kind is made for. `labels` makes a classification head; the saved
     one is kept when its labels are the same, or when none are given. `dtype` auto is what the model was tuned in here,
-    else float32, whatever the files hold.
-    `from_scratch` takes the shape alone and draws the weights from torch's generator. `quantize` is the form in which the
-    linear layers of the body are held; auto: as the adapter was tuned. `conversations` asks for a chat template where the
-    task alone would not: for reward models. A directory with a PEFT adapter
-    loads its base first. Raises ModelError (not found, unreachable, damaged, an adapter for another base), ConfigError
-    (a task that the kind cannot do, a length beyond the context) and MissingExtra.
+    else float32, whatever the files hold. `from_scratch` takes the shape alone and draws the weights from torch's
+    generator. `quantize` is the form in which the linear layers of the body are held; auto: as the adapter was tuned.
+    `conversations` asks for a chat template where the task alone would not: for reward models.
+
+    A directory with a PEFT adapter loads its base first. Raises ModelError (not found, unreachable, damaged, an adapter
+    for another base), ConfigError (a task that the kind cannot do, a length beyond the context) and MissingExtra.
     """
     events = events or Events()
     place = resolve_source(source)

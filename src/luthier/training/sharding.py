@@ -34,7 +34,7 @@ from luthier.training.optimizers.part import Optimizer
 from luthier.training.world import World
 
 
-def check_sharding(optimizer: Optimizer, objective: Objective) -> None:
+def check_sharding(optimizer: Optimizer, objective: Objective, ema: float = 0.0) -> None:
     """Raises ConfigError for what cannot work on parts of weights."""
     if not optimizer.elementwise:
         raise ConfigError(
@@ -46,6 +46,8 @@ def check_sharding(optimizer: Optimizer, objective: Objective) -> None:
             f"sharding: the objective {objective.kind!r} runs the model by itself before each step, which a sharded one "
             "cannot; use sharding: none"
         )
+    if ema:
+        raise ConfigError("ema: no average is kept of weights that are shared out; set ema: 0 or sharding: none")
 
 
 class Sharded:

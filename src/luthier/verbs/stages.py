@@ -1,10 +1,8 @@
-"""The stages of one tuning: read, encode, (train), keep, judge."""
+"""The stages of one tuning before and around training: read, encode, refer, join the other processes, leave them."""
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,18 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.choice import defaults
 from luthier.core.config import Resolved
-from luthier.core.errors import ConfigError, DataError, LuthierError, RunError, TrainingError
+from luthier.core.errors import ConfigError
 from luthier.core.events import Events
-from luthier.core.run import Run, write_rows
 from luthier.core.types import Encoded
 from luthier.data.cache import lengths_of
 from luthier.data.feed import Feed, HeldRows, StreamedRows
 from luthier.data.load import Dataset, load_data
-from luthier.data.mix import weights_of
 from luthier.data.plans import Plan
-from luthier.text.answers import split_answers
 from luthier.training.objectives import OBJECTIVES
-from luthier.training.schedules import SCHEDULES
+from luthier.verbs.settings import check_sources, decide
 
 if TYPE_CHECKING:
     from luthier.evals.preferences import Logs
@@ -34,10 +29,6 @@ if TYPE_CHECKING:
     from luthier.training.sharding import Sharded
     from luthier.training.world import World
     from luthier.verbs.tune import Tune
-
-
-# Rows of a stream, as far as choices by their number go.
-MANY = 1_000_000
 
 
 class Work:
@@ -62,11 +53,6 @@ class Work:
     def config(self) -> Tune:
         return self.asked.config
 
-    def check(self) -> None:
-        """Raises ConfigError for settings that do not go together, before anything is read."""
-        _check_stream(self.config)
-        _check_order(self.config)
-
     def read(self) -> None:
         """Read the data and load the model for the objective."""
         import torch
@@ -86,9 +72,9 @@ class Work:
             from luthier.models.load import read_kind
 
             name, why = defaults.choose_objective(self.dataset.train[0], read_kind(config.model))
-            self._advise("objective", OBJECTIVES.parse(name), why, shown=name)
+            self.advise("objective", OBJECTIVES.parse(name), why, shown=name)
         objective: Objective = self.config.objective
-        _check_sources(self.dataset, objective)
+        check_sources(self.dataset, objective)
         objective.check_examples(self.dataset.train)
         if self.dataset.stream is not None and objective.refers:
             raise ConfigError(
@@ -135,11 +121,7 @@ class Work:
         if self.shards:
             from luthier.training.sharding import check_sharding
 
-            check_sharding(config.optimizer, self.objective)
-            if config.ema:
-                raise ConfigError(
-                    "ema: no average is kept of weights that are shared out; set ema: 0 or sharding: none"
-                )
+            check_sharding(config.optimizer, self.objective, config.ema)
 
     @property
     def shards(self) -> bool:
@@ -168,67 +150,21 @@ class Work:
             count = count_parameters(self.model.module)
             frozen = sum(parameter.numel() for _, parameter in self.parameters) < count / 2
             chosen, why = choose_precision(self.model.device, frozen_base=frozen, parameters=count)
-            self._advise("precision", chosen, why)
+            self.advise("precision", chosen, why)
         cast_weights(self.model, self.config.precision)  # type: ignore[arg-type]
         if packs(self.model, self.events):
             fuse(self.model, self.events)
 
     def encode(self) -> None:
         """Turn the rows into tokens, and decide everything that was left to us."""
-        from luthier.models.facts import count_parameters
         from luthier.models.packed import shares
-        from luthier.training.learner import Settings
 
         events, dataset = self.events, self.dataset
         events.stage(f"encoding {len(dataset.train)} rows")
         self.rows, self.validation = self._encode_part("train"), self._encode_part("validation")
         if self.objective.refers:
             shares(self.model, events)
-        config, kind = self.config, self.objective.kind
-        if config.batch_size == "auto":
-            size, why = defaults.choose_batch_size(MANY if dataset.stream else len(self.rows), kind)
-            self._advise("batch_size", size, why)
-        if config.steps is None and config.epochs == "auto":
-            epochs, why = defaults.choose_epochs(len(self.rows), kind)
-            self._advise("epochs", epochs, why)
-        if config.learning_rate == "auto":
-            count = count_parameters(self.model.module)
-            rate, why = defaults.choose_learning_rate(count, config.adapter.kind, kind, config.from_scratch)
-            if config.optimizer.rate != 1:
-                rate = float(f"{rate * config.optimizer.rate:.1e}")
-                why += f", times {config.optimizer.rate:g} for {config.optimizer.kind}"
-            self._advise("learning_rate", rate, why)
-        if config.optimizer.schedule and self.asked.origin("schedule") == "default":
-            why = f"{config.optimizer.kind} averages the weights in place of a falling rate"
-            self._advise("schedule", SCHEDULES.parse(config.optimizer.schedule), why, shown=config.optimizer.schedule)
-        config = self.config
-        an_epoch = math.ceil(len(self.rows) / int(config.batch_size))
-        steps = config.steps or max(1, round(float(config.epochs) * an_epoch))
-        an_epoch = steps if dataset.stream else an_epoch
-        if config.validate_every in ("auto", "epoch"):
-            every, why = (
-                defaults.choose_validation(steps, an_epoch)
-                if config.validate_every == "auto"
-                else (an_epoch, "once an epoch")
-            )
-            self._advise("validate_every", every, why)
-        if config.checkpoint_every == "auto":
-            self._advise("checkpoint_every", max(1, math.ceil(steps / 10)), "ten times in all", quiet=True)
-        config = self.config
-        self.settings = Settings(
-            steps=steps,
-            batch_size=int(config.batch_size),
-            accumulate=config.accumulate,
-            micro_tokens=config.micro_tokens,
-            learning_rate=float(config.learning_rate),
-            clip=config.clip,
-            validate_every=int(config.validate_every),
-            patience=config.patience,
-            checkpoint_every=int(config.checkpoint_every),
-            seed=config.seed,
-            ema=config.ema,
-            noise=config.noise,
-        )
+        self.settings = decide(self)
         self.feed = self._make_feed()
 
     def _encode_part(self, part: str) -> Sequence[Encoded]:
@@ -289,6 +225,8 @@ class Work:
         """Form the group of processes, now that nothing slow is left to do alone, and share out the weights if asked."""
         world = self.world
         if world.size == 1:
+            if self.config.sharding == "full":
+                self.events.choose("sharding", "none", "there is one process, which holds everything; set processes")
             return
         import torch
 
@@ -350,31 +288,6 @@ class Work:
         slots = self.config.optimizer.slots + bool(self.config.ema)
         return estimate_memory(self.model, trainable=trainable, batch_tokens=at_once, optimizer_slots=slots)
 
-    def keep_inputs(self, run: Run) -> None:
-        """Write what was read: profile, fingerprint, a few rows as the model sees them."""
-        data = {
-            "fingerprint": self.dataset.fingerprint,
-            "train": self.feed.rows_an_epoch and len(self.dataset.train),
-            "validation": len(self.dataset.validation),
-            "test": len(self.dataset.test),
-            "dropped": self.dataset.dropped,
-            "shape": self.dataset.shape,
-        }
-        (run.artefacts / "profile.json").write_text(
-            json.dumps(self.dataset.profile, ensure_ascii=False), encoding="utf-8"
-        )
-        with open(run.artefacts / "samples.jsonl", "w", encoding="utf-8") as file:
-            for row in (part for whole in self.rows[:5] for part in split_answers(whole)):
-                shown = {"id": row.id, "tokens": self.model.renderer.describe(row), "gold": row.gold}
-                file.write(json.dumps(shown, ensure_ascii=False) + "\n")
-        lineage = {
-            "model": self.config.model,
-            "data": str(self.config.data.model_dump(mode="json").get("train")),
-            "adapter": self.config.adapter.kind,
-        }
-        artefacts = {"profile": "artefacts/profile.json", "samples": "artefacts/samples.jsonl"}
-        run.update(data=data, lineage=lineage, artefacts=artefacts, numbers={**run.record.numbers, **self.numbers()})
-
     def refer(self, path: Path) -> None:
         """Let the model say of the rows, before it learns, what the objective and the judge will hold against it.
 
@@ -396,120 +309,7 @@ class Work:
             self.events.stage(f"reading {len(held)} held-out rows with the model as it starts")
             self.before = read_answers(self.model, held, self.events, "reference")
 
-    def keep_model(self, run: Run) -> None:
-        """Save the tuned model, whole or not at all."""
-        from luthier.models.fuse import unfuse
-        from luthier.models.save import save_model
-
-        run.events.stage("saving the model")
-        unfuse(self.model)
-        self.model.spec = self.model.spec.model_copy(update={"learned": self.objective.learned()})
-        side, final = run.artefacts / ".model.part", run.artefacts / "model"
-        shutil.rmtree(side, ignore_errors=True)
-        try:
-            save_model(self.model, side)
-        except OSError as err:
-            shutil.rmtree(side, ignore_errors=True)
-            raise RunError(
-                f"{final}: the model could not be written ({err.strerror or err}); the checkpoints are whole: "
-                f"make room, then `luthier tune --resume run:{run.id}`"
-            ) from None
-        self._check_saved(run, side)
-        shutil.rmtree(final, ignore_errors=True)
-        side.rename(final)
-        self.model.spec = self.model.spec.model_copy(update={"source": f"run:{run.id}"})
-        run.update(artefacts={**run.record.artefacts, "model": "artefacts/model"})
-
-    def _check_saved(self, run: Run, path: Path) -> None:
-        """Load what was saved, and compare: a file that holds another model than the one tuned is no result."""
-        from luthier.models.load import load_model
-        from luthier.training.tripwires import same_model
-
-        try:
-            again = load_model(str(path), device=str(self.model.device))
-        except LuthierError as err:
-            run.events.warn(f"the saved model could not be loaded again to compare it: {err}")
-            return
-        if not same_model(self.model, again, self.rows[0].ids):
-            raise TrainingError(
-                f"{path}: the saved model computes something else than the tuned one, so it was not put into place; the "
-                f"checkpoints are whole; please report it with the run's config.yaml"
-            )
-
-    def judge(self, run: Run) -> None:
-        """Evaluate on the test part (else the validation part), beside the baselines; keep every prediction."""
-        from luthier.evals.baselines import baselines_for
-        from luthier.evals.judge import judge
-        from luthier.evals.predict import predict_examples
-        from luthier.evals.preferences import judge_answers, read_answers, reads_answers
-
-        part, examples = ("test", self.dataset.test) if self.dataset.test else ("validation", self.dataset.validation)
-        if not examples:
-            run.events.warn(
-                "nothing was held out, so the tuned model was not judged; give data.test or data.split.test"
-            )
-            return
-        run.events.stage(f"judging on {len(examples)} held-out rows")
-        spec, fitting = self.model.spec, baselines_for(self.model.spec.task) if self.config.baselines else ()
-        found: dict[str, Any] = {}
-        if reads_answers(examples):
-            logs, fitting = read_answers(self.model, examples, run.events), ()
-            predictions, metrics, details, found = judge_answers(
-                examples, logs, self.before, refers=self.objective.refers
-            )
-            found = found if self.config.baselines else {}
-        else:
-            predictions = predict_examples(self.model, examples, events=run.events)
-            metrics, details = judge(predictions, spec.task, spec.labels)
-        details["evaluated_on"] = part
-        write_rows(run.artefacts / "predictions.jsonl", predictions)
-        (run.artefacts / "details.json").write_text(json.dumps(details, ensure_ascii=False), encoding="utf-8")
-        for baseline in fitting:
-            run.events.stage(f"judging the baseline {baseline.kind}")
-            guesses = baseline.predict(self.dataset.train, examples)
-            write_rows(run.artefacts / f"predictions-{baseline.kind}.jsonl", guesses)
-            found[baseline.kind] = judge(guesses, spec.task, spec.labels)[0]
-        artefacts = {"predictions": "artefacts/predictions.jsonl", "details": "artefacts/details.json"}
-        run.update(metrics=metrics, baselines=found, artefacts={**run.record.artefacts, **artefacts})
-
-    def _advise(self, name: str, value: Any, why: str, *, shown: Any = None, quiet: bool = False) -> None:
+    def advise(self, name: str, value: Any, why: str, *, shown: Any = None, quiet: bool = False) -> None:
         self.asked = self.asked.advise(**{name: value})
         if not quiet:
             self.events.choose(name, value if shown is None else shown, why)
-
-
-def _check_stream(config: Tune) -> None:
-    if not config.data.stream:
-        return
-    if config.steps is None:
-        raise ConfigError("data.stream: nobody knows how long a pass over a stream is; give `steps` instead of epochs")
-    if config.validate_every == "epoch":
-        raise ConfigError("validate_every: a stream has no epochs; give a number of steps")
-    if config.order not in ("shuffled", "given"):
-        raise ConfigError(
-            f"order: {config.order!r} needs all rows at hand, and a stream has them not; use 'shuffled' or 'given'"
-        )
-
-
-def _check_order(config: Tune) -> None:
-    if config.order == "competence" and weights_of(config.data.train):
-        raise ConfigError(
-            "order: 'competence' draws from all rows alike, so weights have no meaning for it; take either out"
-        )
-
-
-def _check_sources(dataset: Dataset, objective: Objective) -> None:
-    """Sources may differ in shape, if the objective learns from each."""
-    for name, examples in dataset.by_source.get("train", {}).items():
-        if not isinstance(examples[0], objective.wants):
-            others = dataset.by_source["train"].items()
-            fits = [
-                f"{other} with {type(rows[0]).__name__} rows"
-                for other, rows in others
-                if isinstance(rows[0], objective.wants)
-            ]
-            raise DataError(
-                f"{name}: objective {objective.kind!r} does not learn from its {type(examples[0]).__name__} rows"
-                + (f", only from {', '.join(fits)}" if fits else "")
-                + "; take it out, or map its columns with `columns:` of the source"
-            )

@@ -20,7 +20,9 @@ from luthier.models.adapters import ADAPTERS
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.optimizers import OPTIMIZERS
 from luthier.training.schedules import SCHEDULES
+from luthier.verbs.artefacts import judge, keep_inputs, keep_model
 from luthier.verbs.launch import join_world
+from luthier.verbs.settings import check
 from luthier.verbs.stages import Work
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class Tune(Config):
     checkpoint_every: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     """Steps between checkpoints, beside one at every validation."""
     by_length: bool = True
-    """Put rows of like length into one step, so that little is padded."""
+    """Put rows of like length into one step, where `order` leaves that open, so that little is padded."""
     order: Order = "shuffled"
     """The order of the rows: shuffled, given (as the data have them), short_first (the first pass goes from short to long),
     competence (over the first half of the run from a growing share of the shortest)."""
@@ -134,7 +136,7 @@ def tune(
 def plan(asked: Resolved[Tune], *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
     """Everything decided and nothing done: what `--dry-run` prints. Reads the data and loads the model."""
     work = Work(asked, Events(sinks=sinks))
-    work.check()
+    check(asked.config)
     work.read()
     work.encode()
     return {
@@ -176,7 +178,7 @@ def _lead(
     # What another process died of is what the record says: the guard stands inside.
     with run.working(), world.guard():
         try:
-            work.check()
+            check(asked.config)
             work.read()
             if resume and run.record.data.get("fingerprint") not in (None, work.dataset.fingerprint):
                 raise RunError(
@@ -235,7 +237,7 @@ def _learn(path: Path, work: Work, *, resume: bool) -> Outcome:
 
 def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
     run.write_config(work.asked)
-    work.keep_inputs(run)
+    keep_inputs(work, run)
     outcome = _learn(run.path, work, resume=resume)
     run.update(
         numbers={
@@ -249,8 +251,8 @@ def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
         },
         data={**run.record.data, **work.drawn(outcome.progress)},
     )
-    work.keep_model(run)
-    work.judge(run)
+    keep_model(work, run)
+    judge(work, run)
     for checkpoint in work.checkpoints(run.path).steps():
         shutil.rmtree(checkpoint, ignore_errors=True)
 

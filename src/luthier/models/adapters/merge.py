@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,10 +27,12 @@ def merge_adapter(loaded: LoadedModel) -> None:
     """
     from luthier.models.quantised.network import restore
 
-    restore(loaded)
+    # Both may need it, and neither for a base that is held in full.
+    base = cache(lambda: read_base(loaded))
+    restore(loaded, base)
     if loaded.spec.adapter is None:
         return
-    widen(loaded)
+    widen(loaded, base)
     network = loaded.network
     if loaded.spec.adapter["kind"] == "peft":
         from luthier.models.adapters.peft_methods import merge
@@ -44,8 +48,8 @@ def merge_adapter(loaded: LoadedModel) -> None:
 
 
 @torch.no_grad()
-def widen(loaded: LoadedModel) -> None:
-    """Bring a model with an adapter to fp32, the base from its own files where it was rounded to less.
+def widen(loaded: LoadedModel, base: Callable[[], Any]) -> None:
+    """Bring a model with an adapter to fp32, the base from its own files, as `base` reads them, where it was rounded.
 
     Raises ModelError when they are gone or hold another model.
     """
@@ -56,7 +60,7 @@ def widen(loaded: LoadedModel) -> None:
         return
     also = also_modules(network, (spec.adapter or {}).get("also", ()))
     own = {id(parameter) for module in also.values() for parameter in module.parameters()}
-    whole = dict(read_base(loaded).named_parameters(remove_duplicate=False))
+    whole = dict(base().named_parameters(remove_duplicate=False))
     for name, parameter in network.named_parameters():
         plain = plain_name(name)
         if id(parameter) in own or plain not in whole:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,19 +69,17 @@ def quantised_layers(network: nn.Module) -> Iterator[tuple[str, QuantisedLinear]
 
 
 @torch.no_grad()
-def restore(loaded: LoadedModel) -> None:
-    """Put the full weights back where they were quantised, from the files of the base, in place.
+def restore(loaded: LoadedModel, base: Callable[[], Any]) -> None:
+    """Put the full weights back where they were quantised, from the base as `base` reads it, in place.
 
     An adapter is merged into these: into rounded weights, much of what it learned would be rounded away. Raises
     ModelError when the base is gone, or is no longer the model that it was.
     """
-    from luthier.models.adapters.merge import read_base
-
     network = loaded.network
     held = dict(quantised_layers(network))
     if not held:
         return
-    whole = read_base(loaded).requires_grad_(False)
+    whole = base().requires_grad_(False)
     for name, layer in held.items():
         own = whole.get_submodule(plain_name(name))
         own.train(layer.training)

@@ -44,15 +44,9 @@ class Apollo(AdamW):
     def build(
         self, parameters: Sequence[tuple[str, Parameter]], learning_rate: float, scales: Mapping[str, float] = NO_SCALES
     ) -> torch.optim.Optimizer:
-        settings = {
-            "rank": self.rank,
-            "scaling": self.scaling,
-            "strength": self.strength,
-            "refresh": self.refresh,
-            "betas": (self.beta1, self.beta2),
-            "eps": self.eps,
-        }
-        return ApolloEngine(group_matrices(self, parameters, learning_rate, scales, settings))
+        return ApolloEngine(
+            group_matrices(self, parameters, learning_rate, scales, "rank", "scaling", "strength", "refresh")
+        )
 
 
 class ApolloEngine(Engine):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from luthier.training.optimizers.part import Optimizer
+from luthier.training.optimizers.adam import AdamW
 
 # Vocabulary tables, positions and heads: rows looked up or scored one by one, where Adam's step of each entry fits better.
 EMBEDDINGS = ("embed", "wte", "wpe", "shared")
@@ -40,18 +40,20 @@ class Engine(torch.optim.Optimizer):
 
 
 def group_matrices(
-    part: Optimizer,
+    part: AdamW,
     parameters: Sequence[tuple[str, Parameter]],
     learning_rate: float,
     scales: Mapping[str, float],
-    settings: dict[str, Any],
+    *settings: str,
 ) -> list[dict[str, Any]]:
-    """The groups of `part` with `settings`; "matrix" says whether one holds the matrices inside the layers."""
+    """The groups of `part`, a kind of AdamW, with its `settings` of these names beside AdamW's; "matrix" says whether one
+    holds the matrices inside the layers."""
+    held = {name: getattr(part, name) for name in settings} | {"betas": (part.beta1, part.beta2), "eps": part.eps}
     inner = [(name, one) for name, one in parameters if one.ndim == 2 and not any(table in name for table in TABLES)]
     chosen = {id(one) for _, one in inner}
     outer = [(name, one) for name, one in parameters if id(one) not in chosen]
     return [
-        {**group, **settings, "matrix": matrix}
+        {**group, **held, "matrix": matrix}
         for members, matrix in ((inner, True), (outer, False))
         for group in part.group(members, learning_rate, scales)
     ]

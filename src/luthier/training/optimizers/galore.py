@@ -36,14 +36,7 @@ class GaLore(AdamW):
     def build(
         self, parameters: Sequence[tuple[str, Parameter]], learning_rate: float, scales: Mapping[str, float] = NO_SCALES
     ) -> torch.optim.Optimizer:
-        settings = {
-            "rank": self.rank,
-            "strength": self.strength,
-            "refresh": self.refresh,
-            "betas": (self.beta1, self.beta2),
-            "eps": self.eps,
-        }
-        return GaLoreEngine(group_matrices(self, parameters, learning_rate, scales, settings))
+        return GaLoreEngine(group_matrices(self, parameters, learning_rate, scales, "rank", "strength", "refresh"))
 
 
 class GaLoreEngine(Engine):

@@ -40,13 +40,7 @@ class Muon(AdamW):
     def build(
         self, parameters: Sequence[tuple[str, Parameter]], learning_rate: float, scales: Mapping[str, float] = NO_SCALES
     ) -> torch.optim.Optimizer:
-        settings = {
-            "momentum": self.momentum,
-            "iterations": self.iterations,
-            "betas": (self.beta1, self.beta2),
-            "eps": self.eps,
-        }
-        return MuonEngine(group_matrices(self, parameters, learning_rate, scales, settings))
+        return MuonEngine(group_matrices(self, parameters, learning_rate, scales, "momentum", "iterations"))
 
 
 class MuonEngine(Engine):
