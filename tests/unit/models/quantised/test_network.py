@@ -59,6 +59,7 @@ def tuned(form="int8", family="llama"):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("base", [nn.Linear(6, 10), nn.Linear(70, 9, bias=False), Conv1D(10, 6)])
 def test_a_layer_is_one_of_its_rebuilt_weight(base, form):
+    torch.manual_seed(0)
     held = QuantisedLinear(base, form)
     assert shape_of(held) == shape_of(base)
     x = torch.randn(2, 3, held.in_features, requires_grad=True)
@@ -72,7 +73,8 @@ def test_a_layer_is_one_of_its_rebuilt_weight(base, form):
     inputs = (x, layer.lora_a, layer.lora_b)
     ours = torch.autograd.grad((y**3).sum(), inputs)
     theirs = torch.autograd.grad((twin**3).sum(), inputs)
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+    # Against float64 either is off by up to 1.5e-6 of the largest value; small ones may be all rounding.
+    assert all(float((a - b).abs().max()) <= 1e-5 * float(b.abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_dropout_beside_a_quantised_layer():
