@@ -30,6 +30,7 @@ CASES = {
     "lora": ("llama", CHATS, {"adapter": "lora", "accumulate": 2}, 1e-6),
     "lora in bf16": ("llama", CHATS, {"adapter": "lora", **HALF}, 1e-3),
     "full in bf16": ("llama", CHATS, HALF, 2e-3),
+    "lion": ("llama", CHATS, {"optimizer": "lion", "learning_rate": 1e-3}, 1e-5),
     "tied embeddings": ("gemma", CHATS, {}, 1e-6),
     "packed documents": ("gpt2", TEXT_ROWS, {"objective": "pretrain", "max_length": 16}, 1e-6),
     "masked": ("bert", TEXT_ROWS, {"objective": "pretrain"}, 1e-6),

@@ -39,7 +39,7 @@ def check_sharding(optimizer: Optimizer, objective: Objective, ema: float = 0.0)
     if not optimizer.elementwise:
         raise ConfigError(
             f"sharding: the optimiser {optimizer.kind!r} needs whole matrices, and each process would hold only its rows of "
-            "them; use adamw, adam or sgd, or sharding: none"
+            "them; use adamw, adam, sgd or lion, or sharding: none"
         )
     if type(objective).draw is not Objective.draw:
         raise ConfigError(

@@ -4,7 +4,6 @@ import multiprocessing
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 import torch.distributed as dist
@@ -67,12 +66,18 @@ def exchange(then: str) -> tuple[World, subprocess.Popen]:
     return world, process
 
 
+@pytest.fixture(autouse=True)
+def apart():
+    """A test that fails while it is in a group must not leave the next ones in it."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def test_the_error_of_one_is_the_error_of_all():
     world, process = exchange("raise DataError('row 7 is bad')")
-    started = time.monotonic()
     with pytest.raises(DataError, match=r"^row 7 is bad$"), world.guard():
         world.sum(1.0)
-    assert time.monotonic() - started < 20
     assert "row 7 is bad" in process.communicate(timeout=30)[1] and process.returncode == 1
     world.end()
 
@@ -95,9 +100,9 @@ def test_threads_are_the_cores_shared_out(monkeypatch):
 @pytest.mark.parametrize("name", OPTIMIZERS.names())
 def test_only_what_moves_value_by_value_can_be_sharded(name):
     optimizer = OPTIMIZERS.parse(name)
-    if name in ("sgd", "adam", "adamw"):
+    if name in ("sgd", "adam", "adamw", "lion"):
         check_sharding(optimizer, SFT())
-    elif not optimizer.elementwise:
+    else:
         with pytest.raises(ConfigError, match=f"'{name}' needs whole matrices"):
             check_sharding(optimizer, SFT())
 

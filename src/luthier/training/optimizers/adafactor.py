@@ -16,6 +16,7 @@ class Adafactor(Optimizer):
     """Shazeer and Stern 2018 (arXiv:1804.04235), torch's form: the step is scaled by the size of the weight, no momentum."""
 
     kind: ClassVar[str] = "adafactor"
+    elementwise: ClassVar[bool] = False
     slots: ClassVar[float] = 0.0
 
     beta2_decay: float = Field(-0.8, lt=0)

@@ -31,6 +31,7 @@ class AdamW8bit(AdamW):
     """
 
     kind: ClassVar[str] = "adamw8bit"
+    elementwise: ClassVar[bool] = False
     slots: ClassVar[float] = 0.5
 
     small: int = Field(SMALL, ge=0)

@@ -30,6 +30,7 @@ class Apollo(AdamW):
     """
 
     kind: ClassVar[str] = "apollo"
+    elementwise: ClassVar[bool] = False
     slots: ClassVar[float] = 0.5
 
     rank: int = Field(128, gt=0)

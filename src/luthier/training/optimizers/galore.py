@@ -24,6 +24,7 @@ class GaLore(AdamW):
     """
 
     kind: ClassVar[str] = "galore"
+    elementwise: ClassVar[bool] = False
     slots: ClassVar[float] = 0.75
 
     rank: int = Field(128, gt=0)
