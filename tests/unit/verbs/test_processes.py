@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -116,10 +115,8 @@ def test_a_process_that_dies_ends_the_run(places):
         if event["event"] == "step" and event["step"] == 2:
             os.kill(next(child for child in children() if b"luthier.verbs.launch" in command(child)), signal.SIGKILL)
 
-    started = time.monotonic()
     with pytest.raises(TrainingError, match="process 1 of 2 was killed by SIGKILL"):
         learn("dies", kill, processes=2)
-    assert time.monotonic() - started < 120
     record = read_record(places / "dies")
     assert record.state == "failed" and "SIGKILL" in (record.error or "")
     assert not [child for child in children() if b"luthier.verbs.launch" in command(child)]

@@ -46,7 +46,8 @@ def test_layer_is_the_formula(base, rslora):
     inputs = (x, layer.lora_a, layer.lora_b)
     ours = torch.autograd.grad((y**3).sum(), inputs)
     theirs = torch.autograd.grad((twin**3).sum(), inputs)
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+    # Against float64 either is off by up to 1.6e-6 of the largest value; small ones may be all rounding.
+    assert all(float((a - b).abs().max()) <= 1e-5 * float(b.abs().max()) for a, b in zip(ours, theirs, strict=True))
     assert torch.allclose(layer.merged()(x), y, atol=1e-5)
 
 

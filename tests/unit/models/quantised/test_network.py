@@ -59,7 +59,6 @@ def tuned(form="int8", family="llama"):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("base", [nn.Linear(6, 10), nn.Linear(70, 9, bias=False), Conv1D(10, 6)])
 def test_a_layer_is_one_of_its_rebuilt_weight(base, form):
-    torch.manual_seed(0)
     held = QuantisedLinear(base, form)
     assert shape_of(held) == shape_of(base)
     x = torch.randn(2, 3, held.in_features, requires_grad=True)
