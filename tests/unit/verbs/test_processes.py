@@ -96,9 +96,11 @@ def test_sharded_stops_and_goes_on_with_another_number_of_processes(places):
 
         return sink
 
-    one = learn("one")
+    # With its usual eps Adam makes a whole step of a gradient that is all rounding.
+    adam = {"optimizer": {"kind": "adamw", "eps": 1e-5}}
+    one = learn("one", **adam)
     with pytest.raises(KeyboardInterrupt, match="--resume run:parts"):
-        learn("parts", stop_at(2), processes=2, sharding="full")
+        learn("parts", stop_at(2), processes=2, sharding="full", **adam)
     path = places / "parts"
     found = sorted(file.name for file in (path / "checkpoints" / "step-00000002").iterdir())
     assert found == ["manifest.json", "rank-0000-of-0002.safetensors", "rank-0001-of-0002.safetensors", "state.pt"]
@@ -106,8 +108,7 @@ def test_sharded_stops_and_goes_on_with_another_number_of_processes(places):
         tune(resume="run:parts", processes=1, sinks=[stop_at(4)])
     assert tune(resume="run:parts", processes=2).state == "finished"
     assert seen(path) == pytest.approx(seen(places / "one"), rel=1e-5)
-    # Adam makes a whole step of a gradient that is all rounding.
-    torch.testing.assert_close(weights(load_model("run:parts")), weights(one), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(weights(load_model("run:parts")), weights(one), rtol=1e-5, atol=2e-6)
 
 
 def test_a_process_that_dies_ends_the_run(places):
