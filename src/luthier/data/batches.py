@@ -28,6 +28,8 @@ class Batch:
     lengths: tuple[int, ...]
     weights_N: Tensor
     """How much predicting each token counts."""
+    places_M: Tensor
+    """The places of tokens that weigh anything: known on the host, so that no device has to be asked."""
     previous_N: Tensor
     """The place of the token before each: the one to its left, the last of the parent for a segment that has one."""
     parents: tuple[int, ...] = ()
@@ -59,13 +61,15 @@ def collate(rows: Sequence[Encoded]) -> Batch:
     """Lay `rows` end to end."""
     lengths = tuple(length for row in rows for length in row.segments or (len(row.ids),))
     parents = _parents(rows)
+    weights_N = _floats([row.weights or (0.0,) * len(row.ids) for row in rows], rows)
     batch = Batch(
         names=[row.id for row in rows],
         ids_N=_ids([row.ids for row in rows]),
         lengths=lengths,
         previous_N=_previous(lengths, parents),
         parents=parents,
-        weights_N=_floats([row.weights or (0.0,) * len(row.ids) for row in rows], rows),
+        weights_N=weights_N,
+        places_M=weights_N.nonzero().squeeze(1),
         row_weights_S=torch.tensor([row.weight for row in rows], dtype=torch.float32),
     )
     if rows[0].target:

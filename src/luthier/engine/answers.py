@@ -16,6 +16,7 @@ from luthier.engine.likelihood import TOKENS
 from luthier.models.cross_entropy import token_nll
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
+from luthier.models.segments import owners
 from luthier.models.spec import LoadedModel
 from luthier.text.answers import render_answers
 
@@ -30,12 +31,11 @@ def answer_logs(model: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """[R, A] twice, for R rows of one prompt and A answers each: the sum of weight x log p over the tokens of each
     answer, given the prompt and the answer so far, in fp32; and the sum of weights. Differentiable."""
     hidden_NE = hidden_states(model, batch.ids_N, batch.lengths, batch.parents)
-    places_M = batch.weights_N.nonzero().squeeze(1)
+    places_M = batch.places_M
     weights_M = batch.weights_N[places_M]
     nll_M = token_nll(head_of(model), hidden_NE[batch.previous_N[places_M]], batch.ids_N[places_M])
-    sizes_S = torch.tensor(batch.lengths, device=batch.ids_N.device)
-    owner_M = torch.repeat_interleave(torch.arange(len(sizes_S), device=sizes_S.device), sizes_S)[places_M]
-    empty_S = nll_M.new_zeros(len(sizes_S))
+    owner_M = owners(batch.lengths).to(places_M.device)[places_M]
+    empty_S = nll_M.new_zeros(len(batch.lengths))
     logs_S, counts_S = empty_S.index_add(0, owner_M, -nll_M * weights_M), empty_S.index_add(0, owner_M, weights_M)
     return _of_answers(logs_S, batch), _of_answers(counts_S, batch)
 

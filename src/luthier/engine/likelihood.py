@@ -12,7 +12,7 @@ from luthier.core.types import Encoded
 from luthier.data.batches import Batch, collate, fill_batches
 from luthier.models.cross_entropy import token_nll
 from luthier.models.output import decoder_states, head_of
-from luthier.models.packed import hidden_states, mask_of, pad
+from luthier.models.packed import hidden_states, inside, mask_of, pad
 from luthier.models.spec import LoadedModel
 
 # Tokens that go through the model at once.
@@ -60,7 +60,7 @@ def _score_batch(model: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor, list
         nll_M = token_nll(head_of(model), target_states(model, batch), batch.target_M)
         return nll_M.cpu(), batch.target_weights_M.double().cpu(), list(batch.target_lengths)
     hidden_NE = hidden_states(model, batch.ids_N, batch.lengths)
-    places_M = batch.weights_N.nonzero().squeeze(1)
+    places_M = batch.places_M
     nll_N = torch.zeros(len(batch.ids_N), device=hidden_NE.device)
     nll_N[places_M] = token_nll(head_of(model), hidden_NE[places_M - 1], batch.ids_N[places_M])
     return nll_N.cpu(), batch.weights_N.double().cpu(), list(batch.lengths)
@@ -83,5 +83,4 @@ def target_states(model: LoadedModel, batch: Batch) -> Tensor:
     shifted_ST = pad(batch.target_M, batch.target_lengths, fill).roll(1, dims=1)
     shifted_ST[:, 0] = start
     ids_ST, mask_ST = pad(batch.ids_N, batch.lengths, fill), mask_of(batch.lengths, model.device)
-    states_STE = decoder_states(model.network, ids_ST, mask_ST, shifted_ST)
-    return states_STE[mask_of(batch.target_lengths, model.device).bool()]
+    return inside(decoder_states(model.network, ids_ST, mask_ST, shifted_ST), batch.target_lengths)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.models.segments import owners
 from luthier.models.spec import Pooling
 
 
@@ -79,7 +80,7 @@ def pool_flat(hidden_NE: Tensor, lengths: Sequence[int], pooling: Pooling) -> Te
     sizes_S = torch.tensor(lengths, device=hidden_NE.device)
     ends_S = sizes_S.cumsum(0)
     if pooling == "mean":
-        owner_N = torch.repeat_interleave(torch.arange(len(lengths), device=hidden_NE.device), sizes_S)
+        owner_N = owners(lengths).to(hidden_NE.device)
         sums_SE = hidden_NE.new_zeros(len(lengths), hidden_NE.shape[1]).index_add_(0, owner_N, hidden_NE)
         return sums_SE / sizes_S[:, None]
     return hidden_NE[ends_S - 1 if pooling == "last" else ends_S - sizes_S]

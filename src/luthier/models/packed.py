@@ -135,7 +135,7 @@ def _padded(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor
     if separator is not None:
         inputs["token_type_ids"] = torch.stack([text_of_pair(row, separator) for row in ids_ST]) * mask_ST
     # An encoder keeps the states of virtual tokens, in front, for its decoder.
-    return body(**inputs).last_hidden_state[:, -ids_ST.shape[1] :][mask_ST.bool()]
+    return inside(body(**inputs).last_hidden_state[:, -ids_ST.shape[1] :], lengths)
 
 
 def pad(flat_N: Tensor, lengths: Sequence[int], fill: int | float) -> Tensor:
@@ -147,6 +147,13 @@ def mask_of(lengths: Sequence[int], device: torch.device | None = None) -> Tenso
     """[S, T]: 1 on the tokens of each segment, 0 on what pads it."""
     sizes_S1 = torch.tensor(lengths, device=device)[:, None]
     return (torch.arange(max(lengths), device=device) < sizes_S1).long()
+
+
+def inside(padded_STE: Tensor, lengths: Sequence[int]) -> Tensor:
+    """[N, E]: what `pad` laid side by side end to end again. The places are found on the host."""
+    width = padded_STE.shape[1]
+    places = [torch.arange(at * width, at * width + length) for at, length in enumerate(lengths)]
+    return padded_STE.flatten(0, 1)[torch.cat(places).to(padded_STE.device)]
 
 
 def text_of_pair(ids_T: Tensor, separator: int) -> Tensor:

@@ -141,10 +141,9 @@ class Segments:
             which_S = torch.tensor([different.index(up) for up in group.parents], device=self.device)
             firsts = [group.parents.index(up) for up in different]
             put_PHB = group.keys[firsts, None, : group.before] * heads + self._heads(heads)
-            held_PHB = torch.ones_like(put_PHB, dtype=torch.bool)
-            if group.seen is not None:
-                held_PHB &= group.seen[firsts, None]
-            take = held_PHB.flatten().nonzero().squeeze(1)
+            # Places before a parent's start hold none; found on the host, where the lengths are.
+            held_PB = torch.arange(group.before, 0, -1) <= torch.tensor([self.lengths[up] for up in different])[:, None]
+            take = held_PB[:, None].expand(-1, heads, -1).flatten().nonzero().squeeze(1).to(self.device)
             return which_S, take, put_PHB.flatten()[take]
 
         return self._once(("parents", at, heads), find)
@@ -163,6 +162,11 @@ class Segments:
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]  # type: ignore[no-any-return]
+
+
+def owners(lengths: Sequence[int]) -> Tensor:
+    """[N], on the host: the segment of each token."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
 
 def make_mask(

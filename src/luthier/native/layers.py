@@ -7,6 +7,8 @@ Tensors are contiguous, on the CPU, in bf16 or fp32.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -30,11 +32,27 @@ SIGNATURES = {
 }
 
 
+_meta_is_cpu = False
+
+
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels can take these tensors: on the CPU, all bf16 or all fp32, and there is a library."""
     dtype = tensors[0].dtype
-    fit = dtype in SUFFIX and all(one.dtype == dtype and one.device.type == "cpu" for one in tensors)
+    here = ("cpu", "meta") if _meta_is_cpu else ("cpu",)
+    fit = dtype in SUFFIX and all(one.dtype == dtype and one.device.type in here for one in tensors)
     return fit and why_none() is None
+
+
+@contextmanager
+def meta_as_cpu() -> Iterator[None]:
+    """Inside, tensors on torch's meta device take the ways of those on the CPU: kernels are passed over, but what they
+    would need and return is made. See `models.rehearsal`."""
+    global _meta_is_cpu
+    _meta_is_cpu, before = True, _meta_is_cpu
+    try:
+        yield
+    finally:
+        _meta_is_cpu = before
 
 
 @cache
@@ -47,8 +65,17 @@ def why_none() -> str | None:
     return None
 
 
+def kernel(name: str, like: Tensor) -> Any:
+    """The kernel for tensors such as `like`; for those without values, one that does nothing."""
+    return _nothing if like.is_meta else _kernel(name, like.dtype)
+
+
+def _nothing(*args: Any) -> None:
+    pass
+
+
 @cache
-def kernel(name: str, dtype: torch.dtype) -> Any:
+def _kernel(name: str, dtype: torch.dtype) -> Any:
     function = getattr(load_library(), f"{name}_{SUFFIX[dtype]}")
     function.argtypes, function.restype = SIGNATURES[name], None
     return function
@@ -61,8 +88,8 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight_E: Tensor, eps: float, shift: float) -> Tensor:
         x, width = x.contiguous(), x.shape[-1]
         rows = x.numel() // width
-        y, inverse_R = torch.empty_like(x), torch.empty(rows)
-        kernel("rms_forward", x.dtype)(
+        y, inverse_R = torch.empty_like(x), torch.empty(rows, device=x.device)
+        kernel("rms_forward", x)(
             x.data_ptr(), weight_E.data_ptr(), y.data_ptr(), inverse_R.data_ptr(), rows, width, eps, shift
         )
         ctx.save_for_backward(x, weight_E, inverse_R)
@@ -74,8 +101,8 @@ class RMSNorm(torch.autograd.Function):
         x, weight_E, inverse_R = ctx.saved_tensors
         gy, width = grads[0].contiguous(), x.shape[-1]
         gx = torch.empty_like(x)
-        sums = torch.zeros(load_library().threads(), width) if ctx.needs_input_grad[1] else None
-        kernel("rms_backward", x.dtype)(
+        sums = torch.zeros(load_library().threads(), width, device=x.device) if ctx.needs_input_grad[1] else None
+        kernel("rms_backward", x)(
             gy.data_ptr(), x.data_ptr(), weight_E.data_ptr(), inverse_R.data_ptr(), gx.data_ptr(),
             None if sums is None else sums.data_ptr(), len(inverse_R), width, ctx.shift,
         )  # fmt: skip
@@ -95,7 +122,7 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
-        kernel("swiglu_forward", gate.dtype)(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
+        kernel("swiglu_forward", gate)(gate.data_ptr(), up.data_ptr(), y.data_ptr(), gate.numel())
         ctx.save_for_backward(gate, up)
         return y
 
@@ -103,7 +130,7 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         gy, grad_gate, grad_up = grads[0].contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        kernel("swiglu_backward", gate.dtype)(
+        kernel("swiglu_backward", gate)(
             gy.data_ptr(), gate.data_ptr(), up.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(), gate.numel()
         )
         return grad_gate, grad_up
@@ -133,7 +160,7 @@ class Rotate(torch.autograd.Function):
 
 
 def _rotate(x_NHD: Tensor, cosine_ND: Tensor, sine_ND: Tensor, sign: float) -> None:
-    kernel("rotate", x_NHD.dtype)(x_NHD.data_ptr(), cosine_ND.data_ptr(), sine_ND.data_ptr(), *x_NHD.shape, sign)
+    kernel("rotate", x_NHD)(x_NHD.data_ptr(), cosine_ND.data_ptr(), sine_ND.data_ptr(), *x_NHD.shape, sign)
 
 
 def naive_rotate(x_NHD: Tensor, cosine_ND: Tensor, sine_ND: Tensor) -> Tensor:
@@ -144,9 +171,9 @@ def naive_rotate(x_NHD: Tensor, cosine_ND: Tensor, sine_ND: Tensor) -> Tensor:
 
 def cross_entropy_(logits_NV: Tensor, target_N: Tensor, weight_N: Tensor) -> Tensor:
     """[N]: -log softmax(logits)[target] in fp32; the logits become weight x (softmax - one-hot), their gradient."""
-    loss_N = torch.empty(len(target_N))
+    loss_N = torch.empty(len(target_N), device=logits_NV.device)
     target_N, weight_N = target_N.contiguous(), weight_N.float().contiguous()
-    kernel("cross_entropy", logits_NV.dtype)(
+    kernel("cross_entropy", logits_NV)(
         logits_NV.data_ptr(), target_N.data_ptr(), weight_N.data_ptr(), loss_N.data_ptr(), *logits_NV.shape
     )
     return loss_N

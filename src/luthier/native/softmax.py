@@ -25,7 +25,7 @@ def can_see(scores: Tensor) -> bool:
 def seen_softmax_(scores_SHTK: Tensor, sizes_2S: Tensor, causal: bool, window: int | None, scale: float) -> Tensor:
     """softmax(scale x scores) over what each token sees, in the place of the scores."""
     own, before = sizes_2S.unbind()
-    kernel("seen_softmax", scores_SHTK.dtype)(
+    kernel("seen_softmax", scores_SHTK)(
         scores_SHTK.data_ptr(), own.data_ptr(), before.data_ptr(), *scores_SHTK.shape, window or 0, causal,
         scale,
     )  # fmt: skip
@@ -37,7 +37,7 @@ def seen_softmax_backward_(
 ) -> Tensor:
     """The gradient of the scores, in the place of that of the shares."""
     own, before = sizes_2S.unbind()
-    kernel("seen_softmax_backward", grad_SHTK.dtype)(
+    kernel("seen_softmax_backward", grad_SHTK)(
         grad_SHTK.data_ptr(), share_SHTK.data_ptr(), own.data_ptr(), before.data_ptr(), *grad_SHTK.shape,
         window or 0, causal, scale,
     )  # fmt: skip

@@ -16,13 +16,16 @@ from luthier.core.errors import TrainingError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.feed import Feed
+from luthier.models.memory import peak_memory, start_peak
 from luthier.models.spec import LoadedModel
 from luthier.training.averages import MovingAverage
 from luthier.training.checkpoint import Checkpoints, Progress, draw_state, restore_draws
+from luthier.training.forecast import Plan
 from luthier.training.learner import Learner, Settings
 from luthier.training.masters import Masters
 from luthier.training.objectives.part import Objective
 from luthier.training.optimizers.part import NO_SCALES, Optimizer
+from luthier.training.probe import Ceiling, probe, worth_probing
 from luthier.training.schedules.part import Schedule
 from luthier.training.sharding import Sharded
 from luthier.training.signals import watch_signals
@@ -40,6 +43,8 @@ class Outcome:
     stopped_early: bool
     seconds: float
     tokens_per_second: float
+    peak_bytes: int | None
+    """Most memory held while training; None where the system does not tell."""
 
 
 def train(
@@ -58,6 +63,7 @@ def train(
     scales: Mapping[str, float] = NO_SCALES,
     world: World = ALONE,
     sharded: Sharded | None = None,
+    plan: Plan | None = None,
 ) -> Outcome:
     """Train `parameters` in place; on return the model holds the best weights seen at a validation (of averages,
     where the optimiser or `settings.ema` keeps any). `scales` multiplies the learning rate of a parameter by its name.
@@ -66,6 +72,8 @@ def train(
     changes nothing. With `resume` the newest whole checkpoint is restored: weights, optimiser, random generators and
     place in the data; the run goes on exactly as it would have. SIGINT and SIGTERM finish the step, write a
     checkpoint and raise KeyboardInterrupt. Raises TrainingError on a non-finite or runaway loss.
+
+    With a `plan` its largest batch is tried before the first step where that is worth its time (`training.probe`).
 
     In a `world` of several processes each does the same with its share of every step, and all hold the same weights, or
     (`sharded`) each its part of them. A signal to one stops them all after the same step.
@@ -83,6 +91,10 @@ def train(
         masters.publish()
     progress = learner.progress
     _part_draws(world, settings.seed, progress.step)
+    watched = start_peak(model.device)
+    if plan is not None and worth_probing(plan, sharded is not None):
+        probe(learner, plan, events)
+    ceiling = Ceiling(model.device, plan)
     started, first = time.monotonic(), progress.step
     watch: Watch | None = Watch(parameters)
     tokens_before, stopped_early = progress.tokens, False
@@ -97,8 +109,9 @@ def train(
 
     with watch_signals() as asked_to_stop:
         for rows in feed.steps(progress.step, progress.place, events):
-            loss, norm = take_step(learner, rows)
+            loss, norm = take_step(learner, rows, events)
             masters.publish()
+            ceiling.keep()
             if watch is not None and (norm > 0 or not objective.idle):
                 watch.check(learner.rate, world)
                 watch = None
@@ -152,7 +165,8 @@ def train(
             masters.publish()
     masters.close()
     model.module.eval()
-    return Outcome(progress, stopped_early, seconds, (progress.tokens - tokens_before) / max(seconds, 1e-9))
+    speed = (progress.tokens - tokens_before) / max(seconds, 1e-9)
+    return Outcome(progress, stopped_early, seconds, speed, peak_memory(model.device) if watched else None)
 
 
 def _part_draws(world: World, seed: int, step: int) -> None:

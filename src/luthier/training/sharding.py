@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from luthier.core.errors import ConfigError, ModelError, RunError
 from luthier.data.batches import Batch
 from luthier.models.heads import Pooled
+from luthier.models.layers import layers_of
 from luthier.models.output import Head, head_of
 from luthier.models.spec import LoadedModel
 from luthier.training.checkpoint import Checkpoints, digest_of
@@ -59,7 +60,7 @@ class Sharded:
     """
 
     def __init__(self, model: LoadedModel, world: World):
-        layers = list(_layers(model.network))
+        layers = list(layers_of(model.network))
         if not layers:
             raise ModelError(f"{model.spec.family}: no list of layers was found to share out; use sharding: none")
         self._model, self._world = model, world
@@ -128,15 +129,6 @@ class _Root(nn.Module):
 
     def forward(self, act: Any) -> Any:
         return act()
-
-
-def _layers(network: nn.Module) -> Iterator[nn.Module]:
-    """The members of every outermost list of modules, if they hold weights."""
-    for child in network.children():
-        if isinstance(child, nn.ModuleList):
-            yield from (one for one in child if any(True for _ in one.parameters()))
-        else:
-            yield from _layers(child)
 
 
 def _without_weights(module: nn.Module) -> nn.Module:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn import Parameter
 
 from luthier.core.errors import TrainingError
+from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.batches import deal, split_step
+from luthier.models.memory import out_of_memory, return_freed_memory
+from luthier.training.checkpoint import draw_state, restore_draws
 from luthier.training.learner import Learner
 from luthier.training.noise import noisy_inputs
 from luthier.training.objectives.part import Objective
@@ -20,49 +24,30 @@ from luthier.training.objectives.part import Objective
 DIVERGED = 1000.0
 
 
-def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
+def take_step(learner: Learner, rows: Sequence[Encoded], events: Events) -> tuple[float, float]:
     """Learn from `rows`, of which each process takes its share: (mean loss, gradient norm), the same in all of them.
 
     The loss is summed over micro-batches and divided once by the weight of the whole step, so how the rows are split
-    changes nothing. Raises TrainingError on a non-finite or runaway loss, before the weights move.
+    changes nothing. Where memory runs out micro-batches are halved for the rest of the run, and the step begins again.
+    Raises TrainingError on a non-finite or runaway loss, before the weights move, and where memory runs out at one row.
     """
-    settings, progress, model = learner.settings, learner.progress, learner.model
-    seed = (settings.seed, progress.step)
-    world, idle = learner.world, rows[:1]
+    progress, model, world = learner.progress, learner.model, learner.world
+    seed = (learner.settings.seed, progress.step)
+    idle = rows[:1]
     rows = [rows[at] for at in deal([len(row.ids) + len(row.target) for row in rows], world.size)[world.rank]]
     rows = learner.objective.draw(rows, model, seed, world.sum)
     learner.tally = _tally(learner, rows)
-    lengths = [len(row.ids) + len(row.target) for row in rows]
-    micro = [
-        learner.objective.batch([rows[at] for at in part], model, seed)
-        for part in split_step(
-            range(len(rows)), lengths, math.ceil(settings.accumulate / world.size), settings.micro_tokens
-        )
-    ]
-    weight, tokens = world.sum(sum(batch.weight for batch in micro), sum(batch.tokens for batch in micro))
-    counted = len(micro)
-    if learner.sharded is not None:
-        # Gathering a layer takes all processes, so each makes as many passes as the one with the most.
-        micro += [learner.objective.batch(idle, model, seed) for _ in range(world.most(counted) - counted)]
-    factor = learner.schedule.factor(progress.step, settings.steps)
+    factor = learner.schedule.factor(progress.step, learner.settings.steps)
     for group in learner.engine.param_groups:
         group["lr"] = group["base_lr"] * factor
-    total = 0.0
-    for at, batch in enumerate(micro):
-        with noisy_inputs(model, batch.to(model.device), settings.noise, seed):
-            loss, _ = learner.measure(batch)
-            share = loss.sum if at < counted else loss.sum * 0
-            # Sharded gradients come back as means over the processes; the others are added up below.
-            (share * (1 if learner.sharded is None else world.size) / weight).backward()
-        value = float(share.detach())
-        total += value
-        if not math.isfinite(value):
-            raise _diverged(f"is {value}", progress.step, batch.names, learner.rate)
-    mean = world.sum(total)[0] / weight
+    draws = draw_state()
+    while (added := _add_up(learner, rows, idle, seed)) is None:
+        _halve(learner, rows, events)
+        restore_draws(draws)
     if learner.sharded is None:
         world.add_gradients([parameter for _, parameter in learner.parameters])
-    norm = _clip([parameter for _, parameter in learner.parameters], settings.clip)
-    names = [name for batch in micro[:counted] for name in batch.names]
+    norm = _clip([parameter for _, parameter in learner.parameters], learner.settings.clip)
+    mean, names = added.mean, added.names
     if not math.isfinite(norm):
         raise _diverged(f"is {mean:.4g} but its gradient is {norm}", progress.step, names, learner.rate)
     if progress.first_loss is None:
@@ -73,8 +58,73 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
     if learner.ema is not None:
         learner.ema.update()
     learner.engine.zero_grad(set_to_none=True)
-    progress.tokens += int(tokens)
+    progress.tokens += added.tokens
     return mean, norm
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """The gradients of a step lie in the weights; of its rows the mean loss, in all processes, and the names."""
+
+    mean: float
+    tokens: int
+    names: list[str]
+
+
+def _add_up(learner: Learner, rows: Sequence[Encoded], idle: Sequence[Encoded], seed: tuple[int, ...]) -> _Added | None:
+    """Forward and back through each micro-batch; None, and no gradients, where memory ran out in any process."""
+    settings, progress, model, world = learner.settings, learner.progress, learner.model, learner.world
+    lengths = [len(row.ids) + len(row.target) for row in rows]
+    parts = math.ceil(settings.accumulate / world.size)
+    micro = [
+        learner.objective.batch([rows[at] for at in part], model, seed)
+        for part in split_step(range(len(rows)), lengths, parts, settings.micro_tokens)
+    ]
+    weight, tokens = world.sum(sum(batch.weight for batch in micro), sum(batch.tokens for batch in micro))
+    counted = len(micro)
+    if learner.sharded is not None:
+        # Gathering a layer takes all processes, so each makes as many passes as the one with the most.
+        micro += [learner.objective.batch(idle, model, seed) for _ in range(world.most(counted) - counted)]
+    total, short = 0.0, False
+    for at, batch in enumerate(micro):
+        try:
+            with noisy_inputs(model, batch.to(model.device), settings.noise, seed):
+                loss, _ = learner.measure(batch)
+                share = loss.sum if at < counted else loss.sum * 0
+                # Sharded gradients come back as means over the processes; the others are added up later.
+                (share * (1 if learner.sharded is None else world.size) / weight).backward()
+            value = float(share.detach())
+        except (RuntimeError, MemoryError) as err:
+            if not out_of_memory(err) or learner.sharded is not None:
+                raise
+            short = True
+            break
+        total += value
+        if not math.isfinite(value):
+            raise _diverged(f"is {value}", progress.step, batch.names, learner.rate)
+    total, failed = world.sum(total, float(short))
+    if failed:
+        return None
+    return _Added(total / weight, int(tokens), [name for batch in micro[:counted] for name in batch.names])
+
+
+def _halve(learner: Learner, rows: Sequence[Encoded], events: Events) -> None:
+    """Forget the gradients of a step that ran out of memory, and let half as many tokens through at once from now on."""
+    learner.engine.zero_grad(set_to_none=True)
+    learner.model.module.zero_grad(set_to_none=True)
+    return_freed_memory(learner.model.device)
+    lengths = [len(row.ids) + len(row.target) for row in rows] or [0]
+    # All processes do the same, whichever of them it was.
+    longest, most = learner.world.most(max(lengths)), learner.world.most(sum(lengths))
+    before = min(learner.settings.micro_tokens, most)
+    if before <= longest:
+        raise TrainingError(
+            f"step {learner.progress.step + 1}: memory ran out with one row of {longest} tokens at once; set checkpointing: "
+            "layers or a shorter max_length, or choose adapter lora, quantize: nf4 or a smaller model"
+        )
+    half = max(longest, before // 2)
+    learner.settings = replace(learner.settings, micro_tokens=half)
+    events.warn(f"memory ran out, so {half} tokens go through the model at once from now on; the result is the same", 1)
 
 
 def _tally(learner: Learner, rows: Sequence[Encoded]) -> dict[str, float]:

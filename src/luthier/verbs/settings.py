@@ -67,7 +67,7 @@ def decide(work: Work) -> Settings:
         steps=steps,
         batch_size=int(config.batch_size),
         accumulate=config.accumulate,
-        micro_tokens=config.micro_tokens,
+        micro_tokens=1 if config.micro_tokens == "auto" else config.micro_tokens,
         learning_rate=float(config.learning_rate),
         clip=config.clip,
         validate_every=int(config.validate_every),

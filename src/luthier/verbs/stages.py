@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +15,16 @@ from luthier.core.types import Encoded
 from luthier.data.cache import lengths_of
 from luthier.data.feed import Feed, HeldRows, StreamedRows
 from luthier.data.load import Dataset, load_data
-from luthier.data.plans import Plan
+from luthier.data.plans import Plan as Steps
 from luthier.training.objectives import OBJECTIVES
+from luthier.verbs.planning import plan_memory
 from luthier.verbs.settings import check_sources, decide
 
 if TYPE_CHECKING:
     from luthier.evals.preferences import Logs
     from luthier.models.spec import LoadedModel
     from luthier.training.checkpoint import Checkpoints, Progress
+    from luthier.training.forecast import Plan
     from luthier.training.learner import Settings
     from luthier.training.objectives.part import Objective
     from luthier.training.sharding import Sharded
@@ -48,6 +49,7 @@ class Work:
         self.settings: Settings
         self.before: Logs | None = None
         self.feed: Feed
+        self.plan: Plan
 
     @property
     def config(self) -> Tune:
@@ -58,7 +60,7 @@ class Work:
         import torch
 
         from luthier.models.load import load_model
-        from luthier.training.allocator import keep_freed_memory
+        from luthier.models.memory import keep_freed_memory
 
         config, events = self.config, self.events
         threads = self.world.threads(config.threads)
@@ -166,6 +168,8 @@ class Work:
             shares(self.model, events)
         self.settings = decide(self)
         self.feed = self._make_feed()
+        self.plan = plan_memory(self)
+        self.settings = self.plan.settings
 
     def _encode_part(self, part: str) -> Sequence[Encoded]:
         """The rows of the training or the validation part, source by source, each with its source's name."""
@@ -193,7 +197,7 @@ class Work:
                 shuffled=config.order == "shuffled",
                 by_length=config.by_length,
             )
-        plan = Plan(
+        plan = Steps(
             lengths_of(self.rows),
             settings.batch_size,
             settings.steps,
@@ -275,18 +279,6 @@ class Work:
             "parameters": count_parameters(self.model.module),
             "trainable_parameters": sum(parameter.numel() for _, parameter in self.parameters),
         }
-
-    def estimate_memory(self) -> dict[str, int]:
-        """Predicted peak memory in bytes, by part."""
-        from luthier.models.memory import estimate_memory
-
-        longest = sorted(lengths_of(self.rows), reverse=True)
-        rows = math.ceil(self.settings.batch_size / self.settings.accumulate)
-        trainable = sum(parameter.numel() for _, parameter in self.parameters)
-        # A step with more than micro_tokens is split, but for a row that is longer than that alone.
-        at_once = min(rows * longest[0], max(self.settings.micro_tokens, longest[0]))
-        slots = self.config.optimizer.slots + bool(self.config.ema)
-        return estimate_memory(self.model, trainable=trainable, batch_tokens=at_once, optimizer_slots=slots)
 
     def refer(self, path: Path) -> None:
         """Let the model say of the rows, before it learns, what the objective and the judge will hold against it.

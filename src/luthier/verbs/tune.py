@@ -28,6 +28,7 @@ from luthier.verbs.stages import Work
 if TYPE_CHECKING:
     from luthier.core.types import Encoded
     from luthier.models.spec import LoadedModel
+    from luthier.training.forecast import Plan
     from luthier.training.loop import Outcome
     from luthier.training.world import World
 
@@ -57,8 +58,13 @@ class Tune(Config):
     """Rows of one optimiser step."""
     accumulate: int = Field(1, gt=0)
     """Micro-batches that a step is split into at least, to save memory; the result is the same."""
-    micro_tokens: int = Field(8192, gt=0)
-    """Most tokens that go through the model at once: a step with more is split; the result is the same."""
+    micro_tokens: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    """Most tokens that go through the model at once: a step with more is split; the result is the same. auto: what fits."""
+    checkpointing: Literal["auto", "none", "layers", "offload"] = "auto"
+    """Of a layer keep all that is computed (none), its input and compute the rest again (layers), or its input on the host
+    (offload, for a GPU); auto: none if that fits."""
+    memory: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Memory that may be filled, in GB; auto: what is free."""
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 leaves gradients alone."""
     layer_decay: float = Field(1.0, gt=0, le=1)
@@ -144,7 +150,8 @@ def plan(asked: Resolved[Tune], *, sinks: Sequence[Sink] = ()) -> dict[str, Any]
         "choices": work.events.choices,
         "warnings": dict(work.events.warnings),
         **work.numbers(),
-        "memory_bytes": work.estimate_memory(),
+        "memory_bytes": {} if work.plan.forecast is None else work.plan.forecast.parts,
+        "seconds": work.plan.seconds,
     }
 
 
@@ -211,6 +218,7 @@ def _follow(
 
 def _learn(path: Path, work: Work, *, resume: bool) -> Outcome:
     """The part of a tuning that all processes do together."""
+    from luthier.models.checkpointing import checkpoint_layers
     from luthier.training.loop import train
 
     work.refer(path)
@@ -230,8 +238,10 @@ def _learn(path: Path, work: Work, *, resume: bool) -> Outcome:
         scales=work.scales(),
         world=work.world,
         sharded=work.sharded,
+        plan=work.plan,
     )
     work.gather()
+    checkpoint_layers(work.model, "none")
     return outcome
 
 
@@ -246,6 +256,7 @@ def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
             "best_step": outcome.progress.best_step or outcome.progress.step,
             "tokens": outcome.progress.tokens,
             "tokens_per_second": round(outcome.tokens_per_second, 1),
+            **_compared(work.plan, outcome),
             "training_seconds": round(run.record.numbers.get("training_seconds", 0.0) + outcome.seconds, 1),
             "stopped_early": outcome.stopped_early,
         },
@@ -255,6 +266,16 @@ def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
     judge(work, run)
     for checkpoint in work.checkpoints(run.path).steps():
         shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _compared(plan: Plan, outcome: Outcome) -> dict[str, Any]:
+    """What was predicted, beside what it was."""
+    found: dict[str, Any] = {"peak_bytes": outcome.peak_bytes}
+    if plan.forecast is not None:
+        found["predicted_peak_bytes"] = plan.forecast.total
+    if plan.seconds is not None:
+        found["predicted_seconds"] = round(plan.seconds, 1)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def fine_tune(

@@ -8,7 +8,6 @@ from luthier.core.errors import ModelError
 from luthier.models.facts import fingerprint, kind_of, read_facts
 from luthier.models.hardware import describe_hardware
 from luthier.models.load import load_model
-from luthier.models.memory import estimate_memory
 from tiny import ALL_FAMILIES, tiny_model
 from tiny import kind_of as kind_of_tiny
 
@@ -38,20 +37,6 @@ def test_fingerprint_knows_the_weights_not_the_task():
     with torch.no_grad():
         pooled.network.embeddings.word_embeddings.weight.add_(0.01)
     assert fingerprint(masked.network) != fingerprint(pooled.network)
-
-
-def test_memory_grows_with_what_learns_and_with_the_batch():
-    loaded = load_model(str(tiny_model("llama")))
-    small = estimate_memory(loaded, trainable=100, batch_tokens=64)
-    large = estimate_memory(loaded, trainable=1000, batch_tokens=128)
-    assert (
-        small["weights"]
-        == large["weights"]
-        == 4 * read_facts(loaded.network).parameters + sum(one.nbytes for one in loaded.module.buffers())
-    )
-    assert large["optimizer"] == 10 * small["optimizer"] == 8 * 1000
-    assert large["activations"] == 2 * small["activations"]
-    assert small["total"] == sum(size for part, size in small.items() if part != "total")
 
 
 def test_hardware():

@@ -21,5 +21,5 @@ def causal_loss(model: LoadedModel, batch: Batch) -> Loss:
 def supervised(model: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """(the states that predict, what they predict, with what weight), for the tokens with a weight."""
     hidden_NE = hidden_states(model, batch.ids_N, batch.lengths, batch.parents)
-    places_M = batch.weights_N.nonzero().squeeze(1)
+    places_M = batch.places_M
     return hidden_NE[batch.previous_N[places_M]], batch.ids_N[places_M], batch.weights_N[places_M]

@@ -117,6 +117,9 @@ class Distil(Objective):
         )
         self._teacher = teacher
 
+    def beside(self) -> Sequence[LoadedModel]:
+        return () if self._teacher is None else (self._teacher,)
+
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         self.check_examples(examples)
         return self._form.encode(examples, model, events)

@@ -153,6 +153,15 @@ class GRPO(Objective):
             groups.append(self._group(row, answers[mine], each))
         return self._hold(groups, model) if self.beta else groups
 
+    def stand_in(self, rows: Sequence[Encoded], model: LoadedModel) -> Sequence[Encoded]:
+        """Groups whose answers are all as long as they may be."""
+        groups = []
+        for row in rows:
+            length = max(1, min(self.max_tokens, model.spec.max_length - len(row.ids)))
+            answers = [(0,) * length] * self.samples
+            groups.append(self._group(row, answers, {"reward": [float(at) for at in range(self.samples)]}))
+        return groups
+
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         groups = [row for row in rows if isinstance(row, Group)]
         assert len(groups) == len(rows)  # draw() comes first

@@ -86,6 +86,9 @@ class KTO(Objective):
         moved = max(0.0, gained / count) if count else 0.0
         return [_own_alone(row, moved) for row in rows]
 
+    def stand_in(self, rows: Sequence[Encoded], model: LoadedModel) -> Sequence[Encoded]:
+        return [_own_alone(replace(row, gold=(1.0, 0.0)), 0.0) for row in rows]
+
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         return batch_answers(rows)
 

@@ -104,6 +104,14 @@ class Objective(Part):
         """
         return rows
 
+    def stand_in(self, rows: Sequence[Encoded], model: LoadedModel) -> Sequence[Encoded]:
+        """Rows such as `draw` makes of these at their longest, without asking the model: for a forecast of memory."""
+        return rows
+
+    def beside(self) -> Sequence[LoadedModel]:
+        """The models that run beside the one that learns in `measure`."""
+        return ()
+
     def tally(self, rows: Sequence[Encoded]) -> Tally:
         """What of a step's rows, as drawn, is worth keeping beside its loss."""
         return {}

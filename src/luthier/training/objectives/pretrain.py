@@ -100,7 +100,7 @@ class Pretrain(Objective):
         if model.spec.task == "causal":
             return causal_loss(model, batch), None
         assert batch.gold is not None
-        places_M = batch.weights_N.nonzero().squeeze(1)
+        places_M = batch.places_M
         states_ME = hidden_states(model, batch.ids_N, batch.lengths)[places_M]
         loss = token_loss(head_of(model), states_ME, batch.gold[places_M], batch.weights_N[places_M])
         return Loss(loss, batch.weight), None

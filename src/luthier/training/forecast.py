@@ -1,0 +1,231 @@
+"""What a tuning will hold in memory at most, and how long it will take, said before its first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+from torch.nn import Parameter
+
+from luthier.core.types import Encoded
+from luthier.models.checkpointing import Checkpointing
+from luthier.models.heads import Pooled
+from luthier.models.memory import held_memory
+from luthier.models.output import head_of
+from luthier.models.packed import packs, shares
+from luthier.models.rehearsal import META, Ledger, rehearse
+from luthier.models.spec import LoadedModel
+from luthier.training.learner import Settings
+from luthier.training.masters import Masters
+from luthier.training.noise import noisy_inputs
+from luthier.training.objectives.part import Objective
+from luthier.training.optimizers.part import Optimizer
+
+# What an allocator holds beyond what is in use: pieces between blocks, and room for alignment.
+SLACK = 1.05
+# What libraries on the CPU come to keep beside it: code for the shapes of products, buffers of threads.
+LIBRARIES = 64 * 10**6
+# Seconds that an operation costs whatever its size, on the CPU and on a GPU that is kept waiting.
+CALL = 6e-6
+# Sizes of the products and copies by which a machine's speed is measured: typical of a layer, and beyond its caches.
+ROWS, INNER, OUTER, COPIED = 1024, 768, 2048, 2**25
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Bytes by what they are for, and seconds. `total` is the most that is held at once."""
+
+    process: int
+    """What the process holds before the first step: weights, data, libraries; on a GPU the weights alone."""
+    weights: int
+    """Of that, the model."""
+    masters: int
+    """fp32 selves of weights in a smaller precision."""
+    optimizer: int
+    """What the optimiser and averages keep beside what learns."""
+    gradients: int
+    activations: int
+    """Most that the largest micro-batch holds at once on its way forward and back, its gradients left out."""
+    validation: int
+    """Most that the largest batch of held-out rows holds at once."""
+    tokens: int
+    """Of the largest micro-batch."""
+    seconds: float
+    """That it takes."""
+
+    @property
+    def kept(self) -> int:
+        """What is held between steps."""
+        return self.process + self.masters + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return self.kept + max(self.gradients + self.activations, self.validation)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """For people and records."""
+        return {
+            "weights": self.weights,
+            "process": self.process - self.weights,
+            "masters": self.masters,
+            "optimizer": self.optimizer,
+            "gradients": self.gradients,
+            "activations": self.activations,
+            "validation": self.validation,
+            "total": self.total,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a run goes through the model, the largest of it, and what that is predicted to take."""
+
+    settings: Settings
+    checkpointing: Checkpointing
+    rows: Sequence[Encoded]
+    """The largest micro-batch of the run."""
+    held_out: Sequence[Encoded]
+    """The largest batch of held-out rows."""
+    forecast: Forecast | None
+    """None where this model's code does not run without values."""
+    limit: int | None
+    """Bytes that may be held; None where nobody knows."""
+    seconds: float | None = None
+    """Predicted for all steps."""
+
+
+def foresee(
+    model: LoadedModel,
+    objective: Objective,
+    parameters: Sequence[Parameter],
+    optimizer: Optimizer,
+    rows: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    *,
+    several: bool,
+    averages: bool = False,
+    noise: float = 0.0,
+    shards: int = 1,
+) -> Forecast:
+    """Rehearse the largest micro-batch, `rows`, and the largest batch of held-out rows (or none) without their numbers.
+
+    `several`: a step has more than one micro-batch, so that gradients lie beside the next one's activations. `shards`:
+    the processes that share weights, gradients and what the optimiser keeps; each holds whole ones of one layer at a time,
+    which is left out. Rows must not need a draw (see `Objective.stand_in`). May raise whatever the model's code raises
+    on tensors without values.
+    """
+    process = held_memory(model.device)
+    trainable = sum(one.numel() for one in parameters)
+    wide = sum(one.numel() for one in parameters if one.dtype != torch.float32)
+    weights = sum(one.nbytes for one in (*model.module.parameters(), *model.module.buffers()))
+    models = [model, *objective.beside()]
+    with ExitStack() as entered:
+        for one in models:
+            entered.enter_context(_as_it_is(one))
+        with rehearse([one.module for one in models], model.device) as ledger:
+            stand_ins = [ledger.stand_ins[id(one)] for one in parameters]
+            masters = Masters([(str(at), one) for at, one in enumerate(stand_ins)])  # type: ignore[misc]
+            if several:
+                for _, one in masters.parameters:
+                    one.grad = torch.empty_like(one)
+            before = ledger.held
+            ledger.mark()
+            model.module.train()
+            batch = objective.batch(rows, model, (0, 0)).to(META)
+            with noisy_inputs(model, batch, noise, (0, 0)):
+                loss, _ = objective.measure(model, batch)
+                loss.sum.backward()
+            learned = sum(one.grad.nbytes for _, one in masters.parameters if one.grad is not None)
+            peak = ledger.peak - before
+            activations = peak if several else max(peak - learned, 0)
+            work = (dict(ledger.flops), ledger.moved, ledger.operations)
+            masters.close()
+            del masters, loss, stand_ins, batch
+            validation = _look(model, objective, held_out, ledger) if held_out else 0
+    seconds = _Machine.of(model.device).seconds(*work)
+    return Forecast(
+        process=process + (LIBRARIES if model.device.type == "cpu" else 0),
+        weights=weights,
+        masters=math.ceil(4 * wide / shards),
+        optimizer=math.ceil(4 * (optimizer.slots + averages) * trainable / shards),
+        gradients=math.ceil(4 * trainable / shards),
+        activations=math.ceil(activations * SLACK),
+        validation=math.ceil(validation * SLACK),
+        tokens=sum(len(row.ids) + len(row.target) for row in rows),
+        seconds=seconds,
+    )
+
+
+@torch.no_grad()
+def _look(model: LoadedModel, objective: Objective, rows: Sequence[Encoded], ledger: Ledger) -> int:
+    before = ledger.held
+    ledger.mark()
+    model.module.eval()
+    objective.measure(model, objective.batch(rows, model, (0, 0)).to(META))
+    return ledger.peak - before
+
+
+@contextmanager
+def _as_it_is(model: LoadedModel) -> Iterator[None]:
+    """Find out first what is found out by looking at values, and leave the model as it was."""
+    if not isinstance(model.module, Pooled):
+        head_of(model)
+    packs(model)
+    shares(model)
+    before, training = (model.packs, model.shares, model.head), model.module.training
+    try:
+        yield
+    finally:
+        model.packs, model.shares, model.head = before
+        model.module.train(training)
+
+
+@dataclass(slots=True)
+class _Machine:
+    """How fast a device multiplies and copies, measured once."""
+
+    device: torch.device
+    products: dict[torch.dtype, float] = field(default_factory=dict)
+    copied: float = 0.0
+
+    @staticmethod
+    def of(device: torch.device) -> _Machine:
+        return _MACHINES.setdefault(device, _Machine(device))
+
+    def seconds(self, flops: dict[torch.dtype, float], moved: float, operations: int) -> float:
+        """For products, copies and calls, one after another."""
+        if not self.copied:
+            self.copied = self._copy()
+        for dtype in flops:
+            if dtype not in self.products:
+                self.products[dtype] = self._multiply(dtype)
+        multiplied = sum(count / self.products[dtype] for dtype, count in flops.items())
+        return multiplied + moved / self.copied + operations * CALL
+
+    def _multiply(self, dtype: torch.dtype) -> float:
+        left, right = (torch.ones(shape, dtype=dtype, device=self.device) for shape in ((ROWS, INNER), (INNER, OUTER)))
+        return 2.0 * ROWS * INNER * OUTER / self._time(lambda: left @ right)
+
+    def _copy(self) -> float:
+        source = torch.ones(COPIED // 4, device=self.device)
+        target = torch.empty_like(source)
+        return 2.0 * COPIED / self._time(lambda: target.copy_(source))
+
+    def _time(self, work: Callable[[], object]) -> float:
+        """The median of a few, after one that warms up."""
+        taken = []
+        for _ in range(6):
+            started = perf_counter()
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            taken.append(perf_counter() - started)
+        return sorted(taken[1:])[2]
+
+
+_MACHINES: dict[torch.device, _Machine] = {}

@@ -1,0 +1,205 @@
+"""How much goes through the model at once, and what of it is kept: so that it fits, predicted before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from luthier.core.errors import ConfigError
+from luthier.core.types import Encoded
+from luthier.data.batches import deal, fill_batches, split_step
+from luthier.data.cache import lengths_of
+from luthier.data.feed import HeldRows
+
+if TYPE_CHECKING:
+    from luthier.models.checkpointing import Checkpointing
+    from luthier.training.forecast import Plan
+    from luthier.training.learner import Settings
+    from luthier.verbs.stages import Work
+
+# Tokens that go through the model at once where nobody says: more is no faster on a CPU; on a GPU up to MOST may be.
+TOKENS, MOST = 8192, 65536
+# The share of the memory there is that a forecast may fill.
+FILLED = 0.95
+# Steps of a plan that are looked at, and of these how many with the most tokens are laid out.
+LOOKED, LAID_OUT = 50_000, 4
+
+
+def plan_memory(work: Work) -> Plan:
+    """The most tokens at once that fit, with nothing computed twice if that fits; said, with what it is predicted to take.
+
+    Raises ConfigError where `memory` was given and the leanest way does not fit in it.
+    """
+    from luthier.models.checkpointing import checkpoint_layers
+    from luthier.models.memory import held_memory, return_freed_memory, shown
+
+    config, events, device = work.config, work.events, work.model.device
+    return_freed_memory(device)
+    limit = _limit(work)
+    leanest: Plan | None = None
+    for how in _ways(work):
+        if how != "none":
+            checkpoint_layers(work.model, how)
+        for tokens in _ladder(work, limit):
+            plan = _lay_out(work, tokens, how, limit)
+            if plan.forecast is None or limit is None or plan.forecast.total <= limit * FILLED:
+                return _say(work, plan)
+            leanest = min(plan, leanest or plan, key=_total)
+            if len(plan.rows) == 1:
+                break
+    assert leanest is not None and leanest.forecast is not None and limit is not None
+    checkpoint_layers(work.model, leanest.checkpointing)
+    needed = f"{shown(leanest.forecast.total)} ({leanest.forecast.tokens} tokens at once, checkpointing {leanest.checkpointing})"
+    if config.memory != "auto":
+        raise ConfigError(
+            f"memory: {shown(limit)} are not enough, {needed} are needed at least, of which {shown(held_memory(device))} are "
+            "held already; choose adapter lora, quantize: nf4, a shorter max_length or a smaller model"
+        )
+    events.warn(
+        f"the memory that is free may not be enough: {needed} are predicted, and there are {shown(limit)}; choose adapter "
+        "lora, quantize: nf4, a shorter max_length or a smaller model"
+    )
+    return _say(work, leanest)
+
+
+def _total(plan: Plan) -> int:
+    assert plan.forecast is not None
+    return plan.forecast.total
+
+
+def _limit(work: Work) -> int | None:
+    """Bytes that this process may hold."""
+    from luthier.models.memory import free_memory, held_memory
+
+    if work.config.memory != "auto":
+        return int(work.config.memory * 1e9)
+    device = work.model.device
+    free = free_memory(device)
+    if free is None:
+        return None
+    return held_memory(device) + free // (work.world.local_size if device.type == "cpu" else 1)
+
+
+def _ways(work: Work) -> list[Checkpointing]:
+    if work.config.checkpointing != "auto":
+        return [work.config.checkpointing]
+    from luthier.models.layers import layers_of
+
+    if next(layers_of(work.model.network), None) is None:
+        return ["none"]
+    return ["none", "layers"] if work.model.device.type == "cpu" else ["none", "layers", "offload"]
+
+
+def _ladder(work: Work, limit: int | None) -> Iterator[int]:
+    """Tokens at once to try, from the most."""
+    if work.config.micro_tokens != "auto":
+        yield int(work.config.micro_tokens)
+        return
+    tokens = TOKENS if work.model.device.type == "cpu" or limit is None else MOST
+    while tokens >= 1:
+        yield tokens
+        tokens //= 2
+
+
+def _lay_out(work: Work, tokens: int, how: Checkpointing, limit: int | None) -> Plan:
+    from luthier.training.forecast import Plan, foresee
+
+    settings = replace(work.settings, micro_tokens=tokens)
+    rows, several = _largest(work, settings)
+    held_out = _largest_held_out(work, settings)
+    try:
+        forecast = foresee(
+            work.model,
+            work.objective,
+            [parameter for _, parameter in work.parameters],
+            work.config.optimizer,
+            rows,
+            held_out,
+            several=several,
+            averages=bool(work.config.ema),
+            noise=work.config.noise,
+            shards=work.world.size if work.shards else 1,
+        )
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as why:
+        reason = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
+        work.events.choose("memory", "not predicted", f"this model does not run without values ({reason[:120]})")
+        return Plan(settings, how, rows, held_out, None, limit)
+    seconds = None
+    if work.dataset.stream is None:
+        an_epoch = sum(lengths_of(work.rows)) / max(1, len(work.rows))
+        share = settings.batch_size / work.world.size
+        seconds = settings.steps * share * an_epoch / max(1, forecast.tokens) * forecast.seconds
+    return Plan(settings, how, rows, held_out, forecast, limit, seconds)
+
+
+def _largest(work: Work, settings: Settings) -> tuple[Sequence[Encoded], bool]:
+    """The rows of the largest micro-batch, and whether its step has others."""
+    lengths = np.asarray(lengths_of(work.rows))
+    if isinstance(work.feed, HeldRows):
+        steps = list(islice(work.feed.plan.steps_from(0), LOOKED))
+    else:
+        longest = np.argsort(-lengths, kind="stable")[: settings.batch_size]
+        steps = [longest.tolist()]
+    totals = [int(lengths[step].sum()) for step in steps]
+    most = sorted(range(len(steps)), key=lambda at: -totals[at])[:LAID_OUT]
+    most.append(max(range(len(steps)), key=lambda at: int(lengths[steps[at]].max())))
+    largest: Sequence[Encoded] = []
+    several, weight = False, (-1, -1)
+    for at in dict.fromkeys(most):
+        rows = work.objective.stand_in([work.rows[row] for row in steps[at]], work.model)
+        sizes = [len(row.ids) + len(row.target) for row in rows]
+        for hand in deal(sizes, work.world.size):
+            parts = split_step(
+                range(len(hand)),
+                [sizes[row] for row in hand],
+                -(-settings.accumulate // work.world.size),
+                settings.micro_tokens,
+            ) if hand else []  # fmt: skip
+            for part in parts:
+                held = [sizes[hand[row]] for row in part]
+                found = (sum(held), sum(one * one for one in held))
+                several = several or len(parts) > 1
+                if found > weight:
+                    weight, largest = found, [rows[hand[row]] for row in part]
+    return largest, several
+
+
+def _largest_held_out(work: Work, settings: Settings) -> Sequence[Encoded]:
+    from luthier.training.objectives.part import Objective
+
+    if not work.validation or type(work.objective).examine is not Objective.examine:
+        return ()
+    lengths = lengths_of(work.validation)
+    part = max(fill_batches(lengths, settings.micro_tokens), key=lambda part: sum(lengths[at] for at in part))
+    return [work.validation[at] for at in part]
+
+
+def _say(work: Work, plan: Plan) -> Plan:
+    from luthier.models.memory import shown
+
+    config, forecast = work.config, plan.forecast
+    if config.micro_tokens == "auto":
+        why = "the most that fits" if plan.settings.micro_tokens != TOKENS else "more at once is no faster"
+        work.advise("micro_tokens", plan.settings.micro_tokens, why, quiet=plan.settings.micro_tokens == TOKENS)
+    if config.checkpointing == "auto":
+        what = "layers are computed again on the way back, or it would not fit"
+        why = "everything that is computed fits" if plan.checkpointing == "none" else what
+        work.advise("checkpointing", plan.checkpointing, why, quiet=plan.checkpointing == "none")
+    if forecast is not None:
+        parts = ", ".join(f"{name} {shown(size)}" for name, size in forecast.parts.items() if name != "total" and size)
+        beside = "" if plan.limit is None else f"; {shown(plan.limit)} may be used"
+        work.events.choose("memory", f"{shown(forecast.total)} at most", f"predicted: {parts}{beside}")
+    if plan.seconds is not None:
+        work.events.choose("time", spoken(plan.seconds), "predicted for all steps, without validation")
+    return plan
+
+
+def spoken(seconds: float) -> str:
+    """A duration for people: 40 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,70 @@
+"""Layers computed again give the gradients of layers that are kept."""
+
+import pytest
+import torch
+
+from luthier.core.errors import ConfigError
+from luthier.models.adapters import ADAPTERS
+from luthier.models.checkpointing import checkpoint_layers
+from luthier.models.fuse import fuse
+from luthier.models.layers import layers_of
+from luthier.models.load import load_model
+from luthier.models.packed import hidden_states, packs
+from tiny import ALL_FAMILIES, kind_of, tiny_model
+
+
+def gradients(model):
+    model.module.zero_grad(set_to_none=True)
+    torch.manual_seed(0)  # dropout
+    states = hidden_states(model, torch.arange(60) % 300 + 5, [20, 7, 33])
+    (states.float() * torch.linspace(-1, 1, states.shape[1])).sum().backward()
+    return {name: one.grad.clone() for name, one in model.module.named_parameters() if one.grad is not None}
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("adapter", ["full", {"kind": "lora", "rank": 4, "dropout": 0.1}])
+def test_every_family(family, adapter):
+    model = load_model(str(tiny_model(family)))
+    ADAPTERS.parse(adapter).apply(model)
+    if packs(model):
+        fuse(model)
+    model.module.train()
+    whole = gradients(model)
+    calls = count_calls(model)
+    assert checkpoint_layers(model, "layers") == (4 if kind_of(family) == "encoder-decoder" else 2)
+    again = gradients(model)
+    assert calls["forward"] == 2
+    # On the way to another device and back, as on a GPU.
+    for layer in model.network.modules():
+        if "own_forward" in vars(layer):
+            layer.offloads = True
+    moved = gradients(model)
+    checkpoint_layers(model, "none")
+    after = gradients(model)
+    for found in (again, moved, after):
+        assert found.keys() == whole.keys() and whole
+        assert all(torch.equal(found[name], one) for name, one in whole.items())
+    assert not any("own_forward" in vars(layer) for layer in model.network.modules())
+
+
+def count_calls(model):
+    """How often the first norm of the first layer runs."""
+    part = next(one for one in next(layers_of(model.network)).modules() if "Norm" in type(one).__name__)
+    calls = {"forward": 0}
+    part.register_forward_pre_hook(lambda *_: calls.update(forward=calls["forward"] + 1))
+    return calls
+
+
+def test_nothing_is_computed_again_where_no_gradient_is_wanted():
+    model = load_model(str(tiny_model("llama")))
+    packs(model)
+    checkpoint_layers(model, "layers")
+    calls = count_calls(model)
+    with torch.no_grad():
+        hidden_states(model, torch.arange(30), [30])
+    assert calls["forward"] == 1
+
+
+def test_offload_on_the_host_is_refused():
+    with pytest.raises(ConfigError, match="offload moves what a GPU keeps to the host; on the CPU use layers"):
+        checkpoint_layers(load_model(str(tiny_model("llama"))), "offload")
