@@ -113,6 +113,16 @@ class Renderer:
 
     # -- to go on from ------------------------------------------------------------------------------------------------
 
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, opened: bool = False
+    ) -> tuple[str, tuple[int, ...]]:
+        """A conversation as the template's text and as ids, however long; `opened` for the assistant's next turn.
+
+        Raises DataError when the template refuses the turns.
+        """
+        text = self._apply(messages, tools, opened)
+        return text, tuple(self._with_first(self._ids(text)))
+
     def prompt(
         self, prompt: str | Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, raw: bool = False
     ) -> tuple[int, ...]:
@@ -128,7 +138,7 @@ class Renderer:
             ids = self._first + self._ids(text)
         else:
             turns = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
-            ids = self._with_first(self._ids(self._apply(turns, tools, True)))
+            ids = list(self.render(turns, tools, opened=True)[1])
         if len(ids) > self.max_length or (self.kind == "decoder" and len(ids) == self.max_length):
             raise DataError(f"the prompt has {len(ids)} tokens, and the context is {self.max_length}; shorten it")
         if not ids:
@@ -245,8 +255,8 @@ class Renderer:
         if self._checked >= CHECKED or first is None:
             return
         self._checked += 1
-        alone = self._with_first(self._ids(self._apply(example.messages[:first], example.tools, True)))
-        if row.ids[: len(alone)] != tuple(alone)[: len(row.ids)]:
+        alone = self.render(example.messages[:first], example.tools, opened=True)[1]
+        if row.ids[: len(alone)] != alone[: len(row.ids)]:
             self.mismatches += 1
 
     def _pieces(self, ids: Sequence[int], weights: Sequence[float]) -> list[tuple[str, float]]:
