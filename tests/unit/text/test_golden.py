@@ -83,7 +83,6 @@ def changes(path):
     return {
         "the template beside the tokenizer": lambda: (path / "chat_template.jinja").write_text(CHATML + "\n"),
         "both templates": lambda: template(CHATML.replace("'\\n' +", "'\\n\\n' +")),
-        "a template that does not end": lambda: template("{% for m in messages %}{{ m.content }}{% endfor %}"),
         "the end": end,
         "the merges": merge,
     }
@@ -92,7 +91,6 @@ def changes(path):
 SAID = {
     "the template beside the tokenizer": "the chat template beside the tokenizer is not the one in luthier.json",
     "both templates": r"its chat template is another one: it writes '\\nAnswer briefly.* where it wrote 'Answer briefly",
-    "a template that does not end": "no special token",
     "the end": r"eos_token is '<\|endoftext\|>' and was '<\|im_end\|>'",
     "the merges": r"from token \d+ of a fixed text on it reads \[.*\] instead of \[",
 }
@@ -107,9 +105,8 @@ def test_pain_6_a_model_that_reads_text_otherwise_is_refused(change, tmp_path):
     with pytest.raises(RenderingError, match=SAID[change]) as caught:
         load_model(str(path), **({"task": "classify", "labels": ("a", "b")} if change == "the end" else {}))
     assert "\n" not in str(caught.value) and f"remove its {GOLDEN_FILE}" in str(caught.value)
-    if change != "a template that does not end":
-        (path / GOLDEN_FILE).unlink()
-        load_model(str(path))
+    (path / GOLDEN_FILE).unlink()
+    load_model(str(path))
 
 
 def test_a_damaged_record_is_one_sentence(tmp_path):
