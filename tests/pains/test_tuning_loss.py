@@ -44,8 +44,7 @@ def test_pain_01_accumulation_does_not_change_the_loss(family):
     rows = PAIRS if family == "t5" else CHATS
     settings = {"learning_rate": 1e-3, "steps": 3, "schedule": "constant"}
     whole, *others = (
-        learn(family, rows, **settings, **more)["step"]
-        for more in ({}, {"accumulate": 8}, {"micro_tokens": 90})
+        learn(family, rows, **settings, **more)["step"] for more in ({}, {"accumulate": 8}, {"micro_tokens": 90})
     )
     for split in others:
         assert split[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-6)
@@ -59,7 +58,9 @@ def test_pain_02_the_validation_loss_does_not_depend_on_the_batch(family):
     rows = PAIRS if family == "t5" else CHATS
     data = {"train": rows, "validation": rows[:7]}
     sizes = (1, 60, 8192)
-    found = [learn(family, rows, data=data, micro_tokens=size, name=f"at-{size}")["validate"][0]["loss"] for size in sizes]
+    found = [
+        learn(family, rows, data=data, micro_tokens=size, name=f"at-{size}")["validate"][0]["loss"] for size in sizes
+    ]
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
     judged = evaluate(model="run:at-60", data={"train": rows[:7]}, likelihood=True)
     assert math.log(judged.metrics["perplexity"].value) == pytest.approx(found[0], rel=1e-5)
@@ -141,7 +142,9 @@ def test_pain_16_a_loss_that_is_no_number_stops_at_once(runs, tmp_path):
         model.network.get_input_embeddings().weight[model.tokenizer("Z")["input_ids"][-1]] = float("nan")
     model.network.save_pretrained(path)
     rows = [{"prompt": "say", "completion": "Z" if at == 5 else "a"} for at in range(8)]
-    with pytest.raises(TrainingError, match=r"the loss is nan, so training stopped .*rows of this batch: row 6\.") as caught:
+    with pytest.raises(
+        TrainingError, match=r"the loss is nan, so training stopped .*rows of this batch: row 6\."
+    ) as caught:
         learn(path, rows, name="broken", accumulate=8, steps=50)
     assert caught.value.exit_code
     events = (runs / "broken" / "events.jsonl").read_text()

@@ -47,7 +47,9 @@ def fuse(model: LoadedModel, events: Events | None = None) -> int:
     if found and events is not None:
         events.choose("fused", _list(found), "they give what the model's own parts give, in fewer passes")
     if other and events is not None:
-        events.choose("not fused", _list(other), "a faster form gives something else, so they stay as the family wrote them")
+        events.choose(
+            "not fused", _list(other), "a faster form gives something else, so they stay as the family wrote them"
+        )
     return found.total()
 
 

@@ -1,11 +1,10 @@
 """A few fixed texts beside a model: rendered again when it is loaded, and an error when they come out otherwise."""
 
-import json
 import shutil
 
 import pytest
 
-from luthier.core.errors import ModelError, RenderingError
+from luthier.core.errors import ModelError
 from luthier.core.types import Chat, Message
 from luthier.models.load import load_model
 from luthier.models.save import save_model
@@ -61,52 +60,6 @@ def test_the_day_and_the_length_change_nothing():
     assert "Today is 2000-01-01." in golden.samples[2].text
     assert make_golden(short) == golden == render_again(short, golden)
     assert "2000-01-01" not in long.render([Message("user", "hi")])[0]
-
-
-def changes(path):
-    spec, tokens = path / "luthier.json", path / "tokenizer_config.json"
-    held = json.loads(spec.read_text())
-
-    def template(text):
-        (path / "chat_template.jinja").write_text(text)
-        spec.write_text(json.dumps({**held, "template": {"name": "own", "source": text}}))
-
-    def end():
-        settings = json.loads(tokens.read_text())
-        tokens.write_text(json.dumps({**settings, "eos_token": "<|endoftext|>"}))
-
-    def merge():
-        core = json.loads((path / "tokenizer.json").read_text())
-        core["model"]["merges"] = core["model"]["merges"][:-40]
-        (path / "tokenizer.json").write_text(json.dumps(core))
-
-    return {
-        "the template beside the tokenizer": lambda: (path / "chat_template.jinja").write_text(CHATML + "\n"),
-        "both templates": lambda: template(CHATML.replace("'\\n' +", "'\\n\\n' +")),
-        "the end": end,
-        "the merges": merge,
-    }
-
-
-SAID = {
-    "the template beside the tokenizer": "the chat template beside the tokenizer is not the one in luthier.json",
-    "both templates": r"its chat template is another one: it writes '\\nAnswer briefly.* where it wrote 'Answer briefly",
-    "the end": r"eos_token is '<\|endoftext\|>' and was '<\|im_end\|>'",
-    "the merges": r"from token \d+ of a fixed text on it reads \[.*\] instead of \[",
-}
-
-
-@pytest.mark.parametrize("change", SAID)
-def test_pain_6_a_model_that_reads_text_otherwise_is_refused(change, tmp_path):
-    path = tmp_path / "model"
-    save_model(load_model(str(tiny_model("qwen2"))), path)
-    load_model(str(path))
-    changes(path)[change]()
-    with pytest.raises(RenderingError, match=SAID[change]) as caught:
-        load_model(str(path), **({"task": "classify", "labels": ("a", "b")} if change == "the end" else {}))
-    assert "\n" not in str(caught.value) and f"remove its {GOLDEN_FILE}" in str(caught.value)
-    (path / GOLDEN_FILE).unlink()
-    load_model(str(path))
 
 
 def test_a_damaged_record_is_one_sentence(tmp_path):

@@ -63,20 +63,6 @@ def test_a_template_that_strips_thinking_from_earlier_turns():
         renderer.chat(Chat("t:1", thought))
 
 
-def test_the_stop_token_is_learned_even_where_it_is_the_pad_token():
-    renderer = make("gpt2")
-    renderer.tokenizer.pad_token = renderer.tokenizer.eos_token
-    row = renderer.pair(Pair("t:1", "question", "answer"))
-    assert learned(renderer, row).endswith("<|endoftext|>")
-
-
-def test_two_beginnings_are_an_error():
-    tokenizer = tiny_tokenizer("llama")
-    template = Template("doubled", "{{ '<s><s>' }}" + choose_template(tokenizer)[0].source)
-    with pytest.raises(DataError, match="begins with <s> twice"):
-        Renderer(tokenizer, kind="decoder", template=template, max_length=500).chat(Chat("t:1", TURNS))
-
-
 def test_a_template_without_an_end_is_refused():
     template = Template("endless", "{% for m in messages %}{{ m.content }}{% endfor %}")
     renderer = Renderer(tiny_tokenizer("qwen2"), kind="decoder", template=template, max_length=500)
