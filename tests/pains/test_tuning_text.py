@@ -70,6 +70,16 @@ def test_pain_03_a_template_that_ends_no_turn_is_refused_before_the_first_step(t
     assert not (runs / "one").exists()
 
 
+def test_pain_03_rows_that_are_cut_teach_no_end(runs):
+    """All of them cut: refused before the first step. Some: counted."""
+    long = [{"prompt": "say c", "completion": "the quick brown fox " * 9}] * 2
+    with pytest.raises(DataError, match="every row is cut before its answer ends, so the model would never stop"):
+        learn(tiny_model("llama"), long, max_length=40, truncate=True)
+    assert not (runs / "one").exists()
+    record = learn(tiny_model("llama"), ROWS + long, max_length=40, truncate=True, steps=1)
+    assert record.warnings["rows are cut before their answer ends, and do not teach the model to stop"] == 2
+
+
 def test_pain_03_answers_that_do_not_end_are_counted():
     record = learn(tiny_model("llama"), data={"train": ROWS, "test": ROWS}, steps=1, learning_rate=1e-4)
     assert any("of 2 answers reached max_tokens without an end of their own" in text for text in record.warnings)

@@ -166,6 +166,13 @@ def encode_rows(
         events.warn(f"texts cut to the context length ({lost} tokens lost, {share:.1%} of all)", len(cut))
     if renderer is None:
         return rows
+    endless = [row for row in cut if any(row.weights) and not _learns_to_stop(row, renderer)]
+    if endless and len(endless) == len(rows):
+        raise DataError(
+            "every row is cut before its answer ends, so the model would never stop; raise max_length or shorten the texts"
+        )
+    if endless:
+        events.warn("rows are cut before their answer ends, and do not teach the model to stop", len(endless))
     unknown = [row for row in rows if renderer.unknown_id in row.ids or renderer.unknown_id in row.target]
     if unknown:
         events.warn(
@@ -179,3 +186,7 @@ def encode_rows(
             renderer.mismatches - seams,
         )
     return rows
+
+
+def _learns_to_stop(row: Encoded, renderer: Renderer) -> bool:
+    return any(weight and token in renderer.stop_ids for token, weight in zip(row.ids, row.weights))
