@@ -24,6 +24,10 @@ class ModelError(LuthierError, ValueError):
     """A model, tokenizer or adapter cannot be found, loaded or combined."""
 
 
+class RenderingError(ModelError):
+    """A model reads text otherwise than it was tuned to: another template, other special tokens, other ids."""
+
+
 class RunError(LuthierError, RuntimeError):
     """A run directory is missing, taken, locked or damaged."""
 

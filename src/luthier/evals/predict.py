@@ -63,6 +63,9 @@ def predict_examples(
         return scored
     prompts = [_prompt_of(example) for example in examples]
     written = generate(model, prompts, sampling, batch_size=batch_size, on_progress=tell)
+    endless = sum(one.finish == "length" for one in written)
+    if endless and events is not None:
+        events.warn(f"of {len(written)} answers reached max_tokens without an end of their own", endless)
     return [
         Prediction(example.id, one.text.strip(), _gold_of(example), input=_shown(prompt))
         for example, prompt, one in zip(examples, prompts, written)

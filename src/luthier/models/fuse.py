@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,15 +35,21 @@ def fuse(model: LoadedModel, events: Events | None = None) -> int:
             events.choose("fused", "nothing", trouble)
         return 0
     found: Counter[str] = Counter()
+    other: Counter[str] = Counter()
     for module in model.network.modules():
         for name, recognise in (("norms", _norm), ("MLPs", _mlp), ("attentions", _attention)):
             forward = recognise(module)
-            if forward is not None:
+            if forward is False:
+                other[name] += 1
+            elif forward is not None:
                 module.forward = MethodType(forward, module)  # type: ignore[method-assign]
                 found[name] += 1
     if found and events is not None:
-        shown = ", ".join(f"{count} {name}" for name, count in found.items())
-        events.choose("fused", shown, "they give what the model's own parts give, in fewer passes")
+        events.choose("fused", _list(found), "they give what the model's own parts give, in fewer passes")
+    if other and events is not None:
+        events.choose(
+            "not fused", _list(other), "a faster form gives something else, so they stay as the family wrote them"
+        )
     return found.total()
 
 
@@ -83,7 +89,14 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     return self.o_proj(out_NHD.reshape(len(flat_NE), -1))[None], None
 
 
-def _norm(module: nn.Module) -> Callable[..., Any] | None:
+def _list(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+# Each gives the faster form; None where the part is no such part, and False where it looks like one and computes otherwise.
+
+
+def _norm(module: nn.Module) -> Callable[..., Any] | Literal[False] | None:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     parts = dict(module.named_parameters(recurse=False))
@@ -95,10 +108,10 @@ def _norm(module: nn.Module) -> Callable[..., Any] | None:
             if _close(RMSNorm.apply(x, weight, eps, shift), module(x)):
                 vars(module).update(luthier_eps=eps, luthier_shift=shift)
                 return norm_forward
-    return None
+    return False
 
 
-def _mlp(module: Any) -> Callable[..., Any] | None:
+def _mlp(module: Any) -> Callable[..., Any] | Literal[False] | None:
     children = {name for name, _ in module.named_children()}
     if not {"gate_proj", "up_proj", "down_proj"} <= children or not children <= {
         "gate_proj", "up_proj", "down_proj", "act_fn"
@@ -107,10 +120,10 @@ def _mlp(module: Any) -> Callable[..., Any] | None:
     x = torch.randn(TRIED, _width(module.gate_proj), generator=torch.Generator().manual_seed(0))
     x = x.to(module.gate_proj.weight.dtype)
     with torch.no_grad():
-        return mlp_forward if _close(mlp_forward(module, x), type(module).forward(module, x)) else None
+        return mlp_forward if _close(mlp_forward(module, x), type(module).forward(module, x)) else False
 
 
-def _attention(module: Any) -> Callable[..., Any] | None:
+def _attention(module: Any) -> Callable[..., Any] | Literal[False] | None:
     """An attention with four projections, rotary positions in halves, and nothing else but norms of q and k."""
     children = {name for name, _ in module.named_children()}
     needed = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -135,7 +148,7 @@ def _attention(module: Any) -> Callable[..., Any] | None:
         return None
     finally:
         config._attn_implementation = own
-    return attention_forward if alike else None
+    return attention_forward if alike else False
 
 
 def _close(ours: Tensor, own: Tensor) -> bool:

@@ -29,6 +29,7 @@ from luthier.models.precision import cast_network, cast_weights
 from luthier.models.purpose import add_head, check_task, choose_length, choose_pooling, keeps_head, make_renderer
 from luthier.models.quantised.network import quantise
 from luthier.models.quiet import quiet
+from luthier.models.rendering import check_rendering
 from luthier.models.sources import knock, lasting_name, resolve_source
 from luthier.models.spec import HEAD_FILE, NATURAL_TASK, Kind, LoadedModel, ModelSpec, read_spec
 
@@ -69,7 +70,8 @@ def load_model(
     `conversations` asks for a chat template where the task alone would not: for reward models.
 
     A directory with a PEFT adapter loads its base first. Raises ModelError (not found, unreachable, damaged, an adapter
-    for another base), ConfigError (a task that the kind cannot do, a length beyond the context) and MissingExtra.
+    for another base, text read otherwise than in its tuning), ConfigError (a task that the kind cannot do, a length
+    beyond the context) and MissingExtra.
     """
     events = events or Events()
     place = resolve_source(source)
@@ -141,6 +143,8 @@ def load_model(
     if isinstance(module, Pooled) and isinstance(place, Path) and keeps_head(spec, saved):
         module.head.load_state_dict(load_file(place / HEAD_FILE, device=str(_device(device))))
     module.eval()
+    if saved is not None and isinstance(place, Path):
+        check_rendering(place, source, tokenizer, saved)
     spec, renderer = make_renderer(
         tokenizer,
         spec,

@@ -115,9 +115,17 @@ def make_renderer(
         if held is not None and template == "auto":
             chosen = Template(**held)
         else:
+            own = tokenizer.chat_template
             chosen, why = choose_template(tokenizer, template)
             if events is not None:
                 events.choose("template", chosen.name, why)
+                if held is not None and chosen.source != held["source"]:
+                    events.warn(
+                        f"the template changes to {chosen.name!r}; the model comes with {held['name']!r}, and what it learned "
+                        "in that may be lost"
+                    )
+                elif held is None and isinstance(own, str) and chosen.source != own:
+                    events.warn(f"the template {chosen.name!r} is used in place of the tokenizer's own, as asked for")
         if chosen.source:
             tokenizer.chat_template = chosen.source
     renderer = Renderer(

@@ -14,11 +14,13 @@ from luthier.models.adapters import ADAPTERS
 from luthier.models.heads import Pooled
 from luthier.models.quiet import quiet
 from luthier.models.spec import HEAD_FILE, SPEC_FILE, LoadedModel
+from luthier.text.golden import write_golden
 
 
 def save_model(loaded: LoadedModel, directory: Path, *, dtype: str | None = None) -> None:
     """Write the model to `directory` (made if need be): config, weights, tokenizer with the chat template in use,
-    generation settings with the stop tokens, the head of a classifier, and `luthier.json`.
+    generation settings with the stop tokens, the head of a classifier, `luthier.json`, and `golden.json`: how it reads
+    fixed texts.
 
     With an adapter attached only the adapter is written, in PEFT's format. `dtype` ("bfloat16") rounds the weights on
     the disk; the model in memory stays as it is. Raises OSError when the place cannot be written.
@@ -47,6 +49,7 @@ def _write(loaded: LoadedModel, directory: Path, dtype: str | None) -> None:
     with quiet():
         loaded.tokenizer.save_pretrained(directory)
     (directory / SPEC_FILE).write_text(loaded.spec.model_dump_json(indent=2), encoding="utf-8")
+    write_golden(loaded.renderer, directory)
 
 
 def _save_network(loaded: LoadedModel, directory: Path, dtype: str | None) -> None:

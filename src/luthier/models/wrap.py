@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from luthier.core.errors import ConfigError, ModelError
+from luthier.core.events import Events
 from luthier.core.types import Task
 from luthier.models.facts import kind_of
 from luthier.models.heads import Pooled
@@ -59,6 +60,7 @@ def fit_model(
     truncate: bool = False,
     learn: Literal["all", "last"] = "all",
     conversations: bool = False,
+    events: Events | None = None,
 ) -> LoadedModel:
     """The same weights for another purpose: a classifier grows a head on the body of a language model.
 
@@ -97,7 +99,7 @@ def fit_model(
         template=template,
         truncate=truncate,
         learn=learn,
-        events=None,
+        events=events,
         conversations=conversations or (task == "regress" and old.learned == "reward"),
     )
     return LoadedModel(module, tokenizer, spec, renderer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from luthier.core.errors import DataError, ModelError
@@ -38,14 +38,29 @@ class Renderer:
         at = next((at for at in range(len(framed)) if framed[at : at + len(plain)] == plain), 0)
         self._first = list(framed[:at]) if kind == "decoder" else []
         self._end = tokenizer.eos_token_id
-        self.turn_end = (
+        self._tail = ""
+        self.turn_end: str | None = (
             self._find_turn_end() if template is not None and template.name != "raw" else tokenizer.eos_token
         )
         stops = [tokenizer.convert_tokens_to_ids(self.turn_end) if self.turn_end else None, self._end]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(int(stop) for stop in stops if stop is not None))
         self._checked = 0
         self.mismatches = 0
-        """Conversations whose prompt does not tokenise as the beginning of the whole: the seam between train and serve."""
+        """Prompts that do not tokenise as the beginning of the whole: the seam between train and serve."""
+
+    @property
+    def first_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts in front of every text of a decoder (BOS)."""
+        return tuple(self._first)
+
+    @property
+    def unknown_id(self) -> int | None:
+        """The token that stands for text outside the vocabulary, where it stands for nothing else."""
+        token = self.tokenizer.unk_token
+        others = ("bos_token", "eos_token", "pad_token", "sep_token", "cls_token", "mask_token")
+        if token is None or token in (getattr(self.tokenizer, name, None) for name in others):
+            return None
+        return int(self.tokenizer.unk_token_id)
 
     # -- to learn from ------------------------------------------------------------------------------------------------
 
@@ -61,12 +76,18 @@ class Renderer:
     def chat(self, example: Chat) -> Encoded:
         """A conversation: what the assistant says is learned, with the token that ends its turn.
 
-        Raises DataError, beginning with the example's id: nothing to learn, too long, a turn without an end, two BOS.
+        Raises DataError, beginning with the example's id: nothing to learn, too long, a turn without an end, two BOS; and
+        ModelError for a template that ends no turn.
         """
         if self.template is None:
             raise ModelError("this model was loaded without a chat template, so it cannot read conversations")
         if self.template.name == "raw":
             return self.pair(_as_pair(example))
+        if self.turn_end is None:
+            raise ModelError(
+                f"the chat template {self.template.name!r} ends an assistant's turn with {self._tail!r}, "
+                "which is no special token: the model could not learn to stop; use another template"
+            )
         try:
             spans = find_spans(
                 example.messages,
@@ -78,7 +99,9 @@ class Renderer:
         except DataError as err:
             raise DataError(f"{example.id}: {err}") from None
         row = self._spanned(example.id, whole, spans)
-        self._compare_prompt(example, row)
+        first = next(at for at, message in enumerate(example.messages) if message.role == "assistant")
+        if first:
+            self._compare_prompt(row, lambda: self.render(example.messages[:first], example.tools, opened=True)[1])
         return row
 
     def pair(self, example: Pair) -> Encoded:
@@ -98,7 +121,9 @@ class Renderer:
         if self._end is None:
             raise ModelError("the tokenizer has no end-of-text token, so the model could not learn to stop")
         whole = example.source + example.target + self.tokenizer.eos_token
-        return self._spanned(example.id, whole, [(len(example.source), len(whole), 1.0)])
+        row = self._spanned(example.id, whole, [(len(example.source), len(whole), 1.0)])
+        self._compare_prompt(row, lambda: (*self._first, *self._ids(example.source)))
+        return row
 
     def labelled(self, text: str, pair: str | None = None, id: str = "") -> Encoded:
         """A text, or two, as a classifier or regressor reads it: the tokenizer's own frame, or for a decoder the texts
@@ -112,6 +137,16 @@ class Renderer:
         return Encoded(id, fitted, cut=cut)
 
     # -- to go on from ------------------------------------------------------------------------------------------------
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, opened: bool = False
+    ) -> tuple[str, tuple[int, ...]]:
+        """A conversation as the template's text and as ids, however long; `opened` for the assistant's next turn.
+
+        Raises DataError when the template refuses the turns.
+        """
+        text = self._apply(messages, tools, opened)
+        return text, tuple(self._with_first(self._ids(text)))
 
     def prompt(
         self, prompt: str | Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, raw: bool = False
@@ -128,7 +163,7 @@ class Renderer:
             ids = self._first + self._ids(text)
         else:
             turns = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
-            ids = self._with_first(self._ids(self._apply(turns, tools, True)))
+            ids = list(self.render(turns, tools, opened=True)[1])
         if len(ids) > self.max_length or (self.kind == "decoder" and len(ids) == self.max_length):
             raise DataError(f"the prompt has {len(ids)} tokens, and the context is {self.max_length}; shorten it")
         if not ids:
@@ -172,19 +207,13 @@ class Renderer:
             ) from None
         return str(text)
 
-    def _find_turn_end(self) -> str:
-        """The text of the special token that the template writes after an assistant's content."""
+    def _find_turn_end(self) -> str | None:
+        """The text of the special token that the template writes after an assistant's content; None where there is none."""
         text = self._apply([Message("user", "a"), Message("assistant", SENTINEL)], (), False)
-        tail = text.partition(SENTINEL)[2]
-        ids = self._ids(tail)
+        self._tail = text.partition(SENTINEL)[2]
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        found = next((token for token in ids if token in special), None)
-        if found is None:
-            raise ModelError(
-                f"the chat template {self.template.name if self.template else ''!r} ends an assistant's turn with {tail!r}, "
-                "which is no special token: the model could not learn to stop; use another template"
-            )
-        return str(self.tokenizer.convert_ids_to_tokens(found))
+        found = next((token for token in self._ids(self._tail) if token in special), None)
+        return None if found is None else str(self.tokenizer.convert_ids_to_tokens(found))
 
     def _with_first(self, ids: list[int]) -> list[int]:
         """Put the tokenizer's own first tokens (BOS) in front of a rendered chat, unless the template wrote them."""
@@ -239,26 +268,28 @@ class Renderer:
             return (*ids[: self.max_length - 1], ids[-1]), (*weights[: self.max_length - 1], weights[-1]), over
         return tuple(ids[: self.max_length]), tuple(weights[: self.max_length]), over
 
-    def _compare_prompt(self, example: Chat, row: Encoded) -> None:
+    def _compare_prompt(self, row: Encoded, render: Callable[[], tuple[int, ...]]) -> None:
         """Count it when the prompt alone tokenises otherwise than as the beginning of the whole."""
-        first = next((at for at, message in enumerate(example.messages) if message.role == "assistant"), None)
-        if self._checked >= CHECKED or first is None:
+        if self._checked >= CHECKED:
             return
         self._checked += 1
-        alone = self._with_first(self._ids(self._apply(example.messages[:first], example.tools, True)))
-        if row.ids[: len(alone)] != tuple(alone)[: len(row.ids)]:
+        alone = render()
+        if row.ids[: len(alone)] != alone[: len(row.ids)]:
             self.mismatches += 1
 
     def _pieces(self, ids: Sequence[int], weights: Sequence[float]) -> list[tuple[str, float]]:
+        def decode(part: Sequence[int]) -> str:
+            return str(self.tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
         pieces: list[tuple[str, float]] = []
-        held: list[int] = []
-        for token, weight in zip(ids, weights):
-            held.append(token)
-            text = str(self.tokenizer.decode(held, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        # Each is decoded with the piece before it: alone, a word of SentencePiece would lose the space in front.
+        start = done = 0
+        for at, weight in enumerate(weights[: len(ids)], 1):
+            before, text = decode(ids[start:done]), decode(ids[start:at])
             whole = not text.endswith("\ufffd")
-            pieces.append((text if whole else "", weight))
+            pieces.append((text[len(before) :] if whole else "", weight))
             if whole:
-                held = []
+                start, done = done, at
         return pieces
 
 

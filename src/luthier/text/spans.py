@@ -22,8 +22,8 @@ def find_spans(messages: Sequence[Message], apply: Apply, turn_end: str, learn: 
     """The spans of the assistant turns that are learned, each with the text that ends the turn and nothing after it.
 
     A turn reaches from where its opening ends to where the conversation up to it ends, when both are prefixes of the
-    whole; a template that writes a turn differently once more turns follow (thinking that is stripped from earlier
-    turns) is met by marking the content. Raises DataError when a turn cannot be placed or has no end.
+    whole. Marking the content meets a turn that is written differently once more turns follow (thinking that is stripped
+    from earlier turns), and one that nothing comes before. Raises DataError when a turn cannot be placed or has no end.
     """
     whole = apply(messages, False)
     turns = [at for at, message in enumerate(messages) if message.role == "assistant"]
@@ -33,8 +33,9 @@ def find_spans(messages: Sequence[Message], apply: Apply, turn_end: str, learn: 
         weight = 1.0 if message.weight is None else float(message.weight)
         if weight == 0:
             continue
-        opening, through = apply(messages[:at], True), apply(messages[: at + 1], False)
-        if whole.startswith(opening) and whole.startswith(through) and len(opening) < len(through):
+        # Before the first turn there is nothing that a template could render.
+        opening, through = apply(messages[:at], True) if at else None, apply(messages[: at + 1], False)
+        if opening and whole.startswith(opening) and whole.startswith(through) and len(opening) < len(through):
             start = len(opening)
             end = whole.rfind(turn_end, start, len(through)) + len(turn_end)
             if end < start + len(turn_end):

@@ -7,16 +7,18 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.core.errors import LuthierError, RunError, TrainingError
+from luthier.core.errors import LuthierError, RenderingError, RunError, TrainingError
 from luthier.core.run import Run, write_rows
 from luthier.text.answers import split_answers
+from luthier.verbs.rendering import find_rendered_otherwise, keep_rendering, note_rendering
 
 if TYPE_CHECKING:
     from luthier.verbs.stages import Work
 
 
 def keep_inputs(work: Work, run: Run) -> None:
-    """Write what was read: profile, fingerprint, a few rows as the model sees them."""
+    """Write what was read: profile, fingerprint, a few rows as the model sees them, how it reads fixed texts."""
+    keep_rendering(work, run)
     data = {
         "fingerprint": work.dataset.fingerprint,
         "train": work.feed.rows_an_epoch and len(work.dataset.train),
@@ -71,9 +73,18 @@ def _check_saved(work: Work, run: Run, path: Path) -> None:
 
     try:
         again = load_model(str(path), device=str(work.model.device))
+    except RenderingError as err:
+        raise TrainingError(f"the saved model was not put into place, and the checkpoints are whole: {err}") from None
     except LuthierError as err:
         run.events.warn(f"the saved model could not be loaded again to compare it: {err}")
         return
+    different = find_rendered_otherwise(note_rendering(work, again), work.rendered)
+    if different is not None:
+        raise TrainingError(
+            f"{path}: the saved model reads text otherwise than the tuning did, so it was not put into place: {different}; "
+            "the checkpoints are whole; if nothing else changed the tokenizer or the template meanwhile, please report it "
+            "with the run's config.yaml"
+        )
     if not same_model(work.model, again, work.rows[0].ids):
         raise TrainingError(
             f"{path}: the saved model computes something else than the tuned one, so it was not put into place; the "

@@ -18,6 +18,7 @@ from luthier.data.load import Dataset, load_data
 from luthier.data.plans import Plan as Steps
 from luthier.training.objectives import OBJECTIVES
 from luthier.verbs.planning import plan_memory
+from luthier.verbs.rendering import Rendered, note_rendering
 from luthier.verbs.settings import check_sources, decide
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Work:
         self.objective: Objective
         self.settings: Settings
         self.before: Logs | None = None
+        self.rendered: Rendered
         self.feed: Feed
         self.plan: Plan
 
@@ -97,7 +99,7 @@ class Work:
         if self.given is not None:
             from luthier.models.wrap import fit_model
 
-            self.model = fit_model(self.given, **wanted)
+            self.model = fit_model(self.given, events=events, **wanted)
             if form in ("int8", "nf4"):
                 from luthier.models.quantised.network import quantise_loaded
 
@@ -164,6 +166,7 @@ class Work:
         events, dataset = self.events, self.dataset
         events.stage(f"encoding {len(dataset.train)} rows")
         self.rows, self.validation = self._encode_part("train"), self._encode_part("validation")
+        self.rendered = note_rendering(self)
         if self.objective.refers:
             shares(self.model, events)
         self.settings = decide(self)

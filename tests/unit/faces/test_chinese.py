@@ -74,6 +74,11 @@ EXEMPT = {
     "Hey, are we still on for lunch tomorrow at noon?": "a text to classify",
     "WINNER! You have been selected for a 1000 pound prize. Call 09061701461 now to claim. T&Cs apply.": "the same",
     "Sorry I missed your call, I was in a meeting. Ring you tonight.": "the same",
+    "The naïve café costs 3.50 € —  don’t pay 12,345!": "a text to render",
+    "Prices in 2026: one, two, three.": "the same",
+    "Answer briefly.": "the same",
+    "Thank you! 谢谢！": "the same",
+    "You are welcome. 不客气。": "the same",
 }
 
 

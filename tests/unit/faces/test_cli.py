@@ -114,7 +114,10 @@ def test_prepare_marks_what_is_learned(tmp_path, capsys):
         json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns[:1] + turns[1:]}), encoding="utf-8"
     )
     assert main(["prepare", "show", str(path), "--set", "data.split.validation=0"]) == 0
-    assert "⟦Hello 世界<|end|>⟧" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "⟦Hello 世界<|end|>⟧" in said.out and not said.err
+    assert main(["prepare", "show", str(path), "--set", "data.split.validation=0", "--template", "plain"]) == 0
+    assert "warning: the template changes to 'plain'" in capsys.readouterr().err
 
 
 def test_doctor(capsys):

@@ -116,16 +116,6 @@ def test_packed_equals_separate(family, task):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_a_family_that_would_mix_segments_is_found_out(monkeypatch):
-    from luthier.models import packed
-
-    model = load_model(str(tiny_model("llama")))
-    monkeypatch.setattr(packed, "Segments", lambda lengths, *_: Segments((sum(lengths),)))
-    events = Events()
-    assert not packs(model, events)
-    assert "padded" in events.choices["packing"]
-
-
 def test_a_model_in_double_precision_is_read_too():
     model = load_model(str(tiny_model("llama")))
     model.module.double()

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from luthier.core.errors import DataError, ModelError
+from luthier.core.events import Events
 from luthier.core.types import Chat, Message, Pair
 from luthier.text.render import Renderer
 from luthier.text.template import Template, choose_template
+from luthier.training.objectives.part import encode_rows
 from tiny import CHATML, FAMILIES, tiny_tokenizer
 
 TURNS = (
@@ -61,24 +63,42 @@ def test_a_template_that_strips_thinking_from_earlier_turns():
         renderer.chat(Chat("t:1", thought))
 
 
-def test_the_stop_token_is_learned_even_where_it_is_the_pad_token():
-    renderer = make("gpt2")
-    renderer.tokenizer.pad_token = renderer.tokenizer.eos_token
-    row = renderer.pair(Pair("t:1", "question", "answer"))
-    assert learned(renderer, row).endswith("<|endoftext|>")
-
-
-def test_two_beginnings_are_an_error():
-    tokenizer = tiny_tokenizer("llama")
-    template = Template("doubled", "{{ '<s><s>' }}" + choose_template(tokenizer)[0].source)
-    with pytest.raises(DataError, match="begins with <s> twice"):
-        Renderer(tokenizer, kind="decoder", template=template, max_length=500).chat(Chat("t:1", TURNS))
-
-
 def test_a_template_without_an_end_is_refused():
     template = Template("endless", "{% for m in messages %}{{ m.content }}{% endfor %}")
+    renderer = Renderer(tiny_tokenizer("qwen2"), kind="decoder", template=template, max_length=500)
     with pytest.raises(ModelError, match="could not learn to stop"):
-        Renderer(tiny_tokenizer("qwen2"), kind="decoder", template=template, max_length=500)
+        renderer.chat(Chat("t:1", TURNS))
+    assert renderer.prompt("go on") and renderer.stop_ids  # what was trained elsewhere can be used all the same
+
+
+def test_a_conversation_may_begin_with_the_assistant():
+    turns = (Message("assistant", "Hello, how can I help?"), *TURNS[1:3])
+    for renderer in (make(), make("llama"), make("gpt2")):
+        row = renderer.chat(Chat("t:1", turns))
+        end = renderer.turn_end
+        assert learned(renderer, row) == f"Hello, how can I help?{end}Hello 世界{end}" and not renderer.mismatches
+
+
+def spaced(byte_fallback: bool = True) -> Renderer:
+    """In the manner of Llama 2: a space in front of every text, spaces as letters, bytes for what is not known."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<unk>", "</s>", *(f"<0x{at:02X}>" for at in range(256)), "▁", "\n", ":", *map(chr, range(65, 123))]
+    vocabulary = {token: at for at, token in enumerate(letters)}
+    core = Tokenizer(models.BPE(vocabulary, [], byte_fallback=byte_fallback, unk_token="<unk>"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(parts)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>")
+    return Renderer(tokenizer, kind="decoder", template=choose_template(tokenizer, "plain")[0], max_length=500)
+
+
+def test_shown_pieces_keep_their_spaces():
+    renderer = spaced()
+    row = renderer.pair(Pair("t:1", "say cat", "the cat 你 sat"))
+    assert learned(renderer, row) == "the cat 你 sat</s>"
+    assert "".join(text for text, _ in renderer.describe(row)).startswith("User:\nsay cat\n\nAssistant:\nthe")
 
 
 def test_nothing_to_learn_is_an_error_that_names_the_row():
@@ -120,3 +140,22 @@ def test_a_template_of_ones_own(tmp_path: Path):
     assert chosen == Template("mine", CHATML) and why == "asked for"
     with pytest.raises(ValueError, match="did you mean 'chatml'"):
         choose_template(tiny_tokenizer("qwen2"), "chatlm")
+
+
+def test_what_a_row_loses_is_counted():
+    known, lossy = spaced(), spaced(byte_fallback=False)
+    rows = [Pair("t:1", "say", "cat"), Pair("t:2", "say", "狗")]
+    for renderer, lost in ((known, 0), (lossy, 1)):
+        events = Events()
+        encode_rows(rows, renderer.pair, events, renderer=renderer)
+        assert sum(events.warnings.values()) == lost
+        assert all("(t:2 is the first); they are lost to the model" in text for text in events.warnings)
+
+
+@pytest.mark.parametrize("completion", ["e fox", " fox"])
+def test_a_seam_that_tokenises_otherwise_is_counted(completion):
+    """With the raw template nothing stands between a prompt and its answer: their letters may join in one token."""
+    renderer, events = make("llama", "raw"), Events()
+    row = encode_rows([Pair("t:1", "th", completion)], renderer.pair, events, renderer=renderer)[0]
+    joined = row.ids[: len(renderer.prompt("th"))] != renderer.prompt("th")
+    assert joined == (completion == "e fox") == any("tokenise otherwise alone" in text for text in events.warnings)

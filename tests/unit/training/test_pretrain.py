@@ -21,8 +21,7 @@ def encoded(family="llama", texts=TEXTS, **settings):
 
 def test_apart_every_token_but_the_first_of_a_document_is_learned_once():
     model, rows = encoded()
-    end = model.tokenizer.eos_token_id
-    whole = [[*model.tokenizer(text.text, add_special_tokens=False)["input_ids"], end] for text in TEXTS]
+    whole = [[*model.tokenizer(text.text)["input_ids"], model.tokenizer.eos_token_id] for text in TEXTS]
     learned = Counter(token for row in rows for token, weight in zip(row.ids, row.weights) if weight)
     assert learned == Counter(token for ids in whole for token in ids[1:])
     for row in rows:
@@ -33,6 +32,16 @@ def test_apart_every_token_but_the_first_of_a_document_is_learned_once():
     assert {name for row in rows for name in [row.id.split(" ")[0]]} <= {text.id for text in TEXTS}
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "opt"])
+@pytest.mark.parametrize("documents", ["apart", "joined"])
+def test_a_document_begins_as_a_text_that_is_gone_on_from(family, documents):
+    """With BOS where the tokenizer puts one in front: what is evaluated and continued later begins so too."""
+    model, rows = encoded(family, texts=TEXTS[:1], documents=documents)
+    begin = model.renderer.prompt("the quick", raw=True)
+    assert rows[0].ids[: len(begin)] == begin
+    assert rows[0].weights[: len(begin)] == (0.0, *[1.0] * (len(begin) - 1))
+
+
 def test_apart_long_documents_go_on_where_they_were_cut():
     _, rows = encoded(texts=TEXTS[4:5])
     pieces = [row.ids for row in rows if len(row.segments) == 1]
@@ -41,8 +50,7 @@ def test_apart_long_documents_go_on_where_they_were_cut():
 
 def test_joined_documents_run_on():
     model, rows = encoded(documents="joined")
-    end = model.tokenizer.eos_token_id
-    whole = [[*model.tokenizer(text.text, add_special_tokens=False)["input_ids"], end] for text in TEXTS]
+    whole = [[*model.tokenizer(text.text)["input_ids"], model.tokenizer.eos_token_id] for text in TEXTS]
     assert [token for row in rows for token in row.ids] == [token for ids in whole for token in ids]
     assert all(len(row.ids) == 64 for row in rows[:-1]) and all(row.weights[0] == 0 for row in rows)
     assert all(row.segments == () for row in rows)

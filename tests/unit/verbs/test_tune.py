@@ -117,22 +117,6 @@ def test_adapters_learn_and_leave_the_rest_alone(adapter, runs):
         torch.testing.assert_close(model.module(input_ids=ids).logits, again.module(input_ids=ids).logits)
 
 
-def test_accumulation_changes_nothing(runs):
-    found = []
-    for accumulate in (1, 8):
-        events: list[dict] = []
-        values = {
-            "model": str(tiny_model("llama")),
-            "data": {"train": CHATS, **NO_SPLIT},
-            "accumulate": accumulate,
-            **QUICK,
-        }
-        tune(resolve(Tune, values=values | {"steps": 10}), sinks=[events.append])
-        found.append(losses(events))
-    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-5)
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-
-
 def test_the_run_holds_everything(runs):
     rows = LABELLED * 1
     values = {

@@ -6,8 +6,10 @@ import sys
 from collections.abc import Sequence
 
 from luthier.core.errors import ConfigError, did_you_mean
+from luthier.core.events import Event
 from luthier.faces.cli.chinese import say
 from luthier.faces.cli.flags import add_fields, make_parser, read_fields
+from luthier.faces.cli.progress import describe
 from luthier.faces.cli.results import print_json
 
 ACTIONS = ("show", "profile")
@@ -38,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     if found.action == "profile":
         print_json(profile(asked))
         return 0
-    rows = show(asked)
+    rows = show(asked, sinks=[_warn])
     if found.json:
         print_json(rows)
         return 0
@@ -56,3 +58,8 @@ def run(arguments: Sequence[str]) -> int:
             text += piece
         print(text + ((PLAIN if colour else "⟧") if open_mark else ""))
     return 0
+
+
+def _warn(event: Event) -> None:
+    if event["event"] == "warning":
+        print(describe(event), file=sys.stderr)

@@ -39,7 +39,7 @@ class Compare(Objective):
 
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         self.check_examples(examples)
-        return encode_rows(examples, lambda one: encode_row(model, one), events)
+        return encode_rows(examples, lambda one: encode_row(model, one), events, renderer=model.renderer)
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         batch = batch_answers(rows)

@@ -95,7 +95,7 @@ class Classify(Objective):
                 weight *= sum(weights.get(label, 1.0) for label in held) / len(held)
             return replace(row, id=example.id, weights=(), gold=gold, weight=weight)
 
-        return encode_rows(examples, encode, events)
+        return encode_rows(examples, encode, events, renderer=model.renderer)
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
         scores_SC = score_batch(model, batch)

@@ -128,7 +128,7 @@ class GRPO(Objective):
 
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         self.check_examples(examples)
-        rows = encode_rows(examples, lambda one: _prompt(one, model), events)
+        rows = encode_rows(examples, lambda one: _prompt(one, model), events, renderer=model.renderer)
         short = sum(len(row.ids) + self.max_tokens > model.spec.max_length for row in rows)
         if short:
             events.warn("prompts so long that the context has no room for max_tokens after them", short)

@@ -51,7 +51,12 @@ class KTO(Objective):
 
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         self.check_examples(examples)
-        rows = encode_rows(examples, lambda one: replace(encode_row(model, one), gold=(float(one.good),)), events)
+        rows = encode_rows(
+            examples,
+            lambda one: replace(encode_row(model, one), gold=(float(one.good),)),
+            events,
+            renderer=model.renderer,
+        )
         others = draw_others([content_key(example) for example in examples])
         alone = sum(other is None for other in others)
         if alone:

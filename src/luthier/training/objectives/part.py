@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from luthier.models.spec import LoadedModel, ModelSpec
+    from luthier.text.render import Renderer
 
 
 @dataclass(slots=True)
@@ -144,9 +145,16 @@ class Objective(Part):
 
 
 def encode_rows(
-    examples: Sequence[Example], encode: Callable[[Any], Encoded], events: Events, *, show: int = 3
+    examples: Sequence[Example],
+    encode: Callable[[Any], Encoded],
+    events: Events,
+    *,
+    renderer: Renderer | None = None,
+    show: int = 3,
 ) -> list[Encoded]:
-    """Encode each example; all rows that fail are reported together, the first few by name. Cut rows are counted."""
+    """Encode each example; all rows that fail are reported together, the first few by name. Counted are rows that are cut,
+    that hold text outside the vocabulary, or whose prompt `renderer` found to tokenise otherwise alone."""
+    seams = renderer.mismatches if renderer is not None else 0
     rows: list[Encoded] = []
     failed: list[str] = []
     for example in examples:
@@ -164,4 +172,29 @@ def encode_rows(
         lost = sum(row.cut for row in cut)
         share = lost / (lost + sum(len(row.ids) + len(row.target) for row in rows))
         events.warn(f"texts cut to the context length ({lost} tokens lost, {share:.1%} of all)", len(cut))
+    if renderer is None:
+        return rows
+    endless = [row for row in cut if any(row.weights) and not _learns_to_stop(row, renderer)]
+    if endless and len(endless) == len(rows):
+        raise DataError(
+            "every row is cut before its answer ends, so the model would never stop; raise max_length or shorten the texts"
+        )
+    if endless:
+        events.warn("rows are cut before their answer ends, and do not teach the model to stop", len(endless))
+    unknown = [row for row in rows if renderer.unknown_id in row.ids or renderer.unknown_id in row.target]
+    if unknown:
+        events.warn(
+            f"rows hold characters that the tokenizer does not know ({unknown[0].id} is the first); they are lost to the model",
+            len(unknown),
+        )
+    if renderer.mismatches > seams:
+        events.warn(
+            "prompts tokenise otherwise alone than before their answer, so the model learns to answer after other tokens "
+            "than it will be given; end the prompt, or begin the answer, with a space or a line break",
+            renderer.mismatches - seams,
+        )
     return rows
+
+
+def _learns_to_stop(row: Encoded, renderer: Renderer) -> bool:
+    return any(weight and token in renderer.stop_ids for token, weight in zip(row.ids, row.weights))

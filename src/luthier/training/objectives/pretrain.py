@@ -56,7 +56,7 @@ class Pretrain(Objective):
         self.check_examples(examples)
         tokenizer, length = model.tokenizer, model.spec.max_length
         causal = model.spec.task == "causal"
-        end = tokenizer.eos_token_id
+        first, end = model.renderer.first_ids, tokenizer.eos_token_id
         if causal and end is None:
             raise DataError(
                 "the tokenizer has no end-of-text token, so documents would run together; set its eos_token"
@@ -68,7 +68,8 @@ class Pretrain(Objective):
             texts = [example.text for example in part]
             found = tokenizer(texts, add_special_tokens=not causal, verbose=False)["input_ids"]
             for example, ids in zip(part, found):
-                document = [*ids, end] if causal else ids
+                # With the tokenizer's own beginning, which is where a text is gone on from.
+                document = ids if not causal else [*first, *ids, end] if ids else []
                 # Pieces overlap by one token, so that every token but a document's first is predicted once.
                 step = length - 1 if causal else length
                 if self.documents == "joined":

@@ -67,7 +67,7 @@ class Regress(Objective):
             gold = (float(example.label) - mean) / scale  # type: ignore[arg-type]
             return replace(row, id=example.id, weights=(), gold=gold, weight=float(example.meta.get("weight", 1.0)))
 
-        return encode_rows(examples, encode, events)
+        return encode_rows(examples, encode, events, renderer=model.renderer)
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
         scores_S1 = score_batch(model, batch)

@@ -51,7 +51,12 @@ class Reward(Objective):
 
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         self.check_examples(examples)
-        return encode_rows(examples, lambda one: replace(encode_row(model, one), gold=float(one.margin or 0.0)), events)
+        return encode_rows(
+            examples,
+            lambda one: replace(encode_row(model, one), gold=float(one.margin or 0.0)),
+            events,
+            renderer=model.renderer,
+        )
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         return batch_answers(rows)

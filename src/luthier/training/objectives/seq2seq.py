@@ -38,7 +38,7 @@ class Seq2Seq(Objective):
 
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         self.check_examples(examples)
-        return encode_rows(examples, model.renderer.pair, events)
+        return encode_rows(examples, model.renderer.pair, events, renderer=model.renderer)
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
         assert batch.target_M is not None and batch.target_weights_M is not None

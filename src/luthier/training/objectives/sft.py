@@ -34,7 +34,10 @@ class SFT(Objective):
         self.check_examples(examples)
         render = model.renderer
         return encode_rows(
-            examples, lambda one: render.chat(one) if isinstance(one, Chat) else render.pair(one), events
+            examples,
+            lambda one: render.chat(one) if isinstance(one, Chat) else render.pair(one),
+            events,
+            renderer=render,
         )
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:

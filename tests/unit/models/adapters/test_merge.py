@@ -34,25 +34,6 @@ def tuned(kind, source=None):
     return loaded, part
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "pissa"])
-def test_pain_8_merging_does_not_degrade_the_fine_tune(kind, tmp_path):
-    """Pain 8: an adapter tuned on a bf16 base is merged into the base's own fp32 weights, not into the rounded ones."""
-    loaded, part = tuned(kind)
-    save_model(loaded, tmp_path / "adapter")
-    expected = logits(load_model(str(tmp_path / "adapter"), dtype="float32"))  # the fp32 base and the adapter beside it
-    part.merge(loaded)
-    assert loaded.spec.precision == "float32" and loaded.network.dtype == torch.float32
-    assert torch.allclose(logits(loaded), expected, atol=1e-5)
-    save_model(loaded, tmp_path / "whole")
-    again = load_model(str(tmp_path / "whole"))
-    assert again.network.dtype == torch.float32
-    assert torch.equal(logits(again), logits(loaded))
-
-    rounded = load_model(str(tmp_path / "whole"), dtype="bfloat16")  # what merging into bf16 would give at its best
-    cast_weights(rounded, "float32")
-    assert not torch.allclose(logits(rounded), expected, atol=1e-4)
-
-
 def test_full_tuning_of_a_rounded_adapter_starts_from_the_full_precision(tmp_path):
     loaded, _ = tuned("lora")
     save_model(loaded, tmp_path / "adapter")
