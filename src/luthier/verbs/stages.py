@@ -89,7 +89,7 @@ class Work:
             "max_length": config.max_length,
             "truncate": config.truncate,
         }
-        if objective.task is not None:
+        if wanted["task"] in ("classify", "regress"):
             wanted["pooling"] = config.pooling
         form = self._choose_form()
         if self.given is not None:

@@ -89,6 +89,10 @@ class Objective(Part):
         """Examples as the model sees them. Raises DataError that counts and names the rows that cannot be."""
         raise NotImplementedError(f"{type(self).__name__} must define encode()")
 
+    def beside(self) -> str:
+        """What encoding depends on beside the examples, the settings and the model that learns: a name for it."""
+        return ""
+
     def refer(self, rows: Sequence[Encoded], model: LoadedModel, events: Events, keep: Path) -> list[Encoded]:
         """The rows with what the model says of them before the first step, for objectives that hold on to it; kept in the
         directory `keep`, so that a run that goes on reads the same."""
