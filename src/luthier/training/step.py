@@ -14,24 +14,29 @@ from luthier.core.types import Encoded
 from luthier.data.batches import deal, split_step
 from luthier.training.learner import Learner
 from luthier.training.noise import noisy_inputs
-from luthier.training.objectives.part import Objective
+from luthier.training.objectives.part import Objective, Tally
 
 # Beyond this many times its start (and at least this much), a loss is not coming back.
 DIVERGED = 1000.0
 
 
-def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
+def take_step(learner: Learner, rows: Sequence[Encoded] | None) -> tuple[float, float]:
     """Learn from `rows`, of which each process takes its share: (mean loss, gradient norm), the same in all of them.
+    None: from those of the step before, as they were drawn for it.
 
     The loss is summed over micro-batches and divided once by the weight of the whole step, so how the rows are split
     changes nothing. Raises TrainingError on a non-finite or runaway loss, before the weights move.
     """
     settings, progress, model = learner.settings, learner.progress, learner.model
     seed = (settings.seed, progress.step)
-    world, idle = learner.world, rows[:1]
-    rows = [rows[at] for at in deal([len(row.ids) + len(row.target) for row in rows], world.size)[world.rank]]
-    rows = learner.objective.draw(rows, model, seed, world.sum)
-    learner.tally = _tally(learner, rows)
+    world, idle = learner.world, (rows or ())[:1]
+    if rows is None:
+        rows = learner.drawn
+    else:
+        rows = [rows[at] for at in deal([len(row.ids) + len(row.target) for row in rows], world.size)[world.rank]]
+        rows = learner.objective.draw(rows, model, seed, world.sum)
+        learner.drawn = rows if learner.objective.repeats() > 1 else ()
+    tallies = [learner.objective.tally(rows)]
     lengths = [len(row.ids) + len(row.target) for row in rows]
     micro = [
         learner.objective.batch([rows[at] for at in part], model, seed)
@@ -50,15 +55,18 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
     total = 0.0
     for at, batch in enumerate(micro):
         with noisy_inputs(model, batch.to(model.device), settings.noise, seed):
-            loss, _ = learner.measure(batch)
+            loss, seen = learner.measure(batch)
             share = loss.sum if at < counted else loss.sum * 0
             # Sharded gradients come back as means over the processes; the others are added up below.
             (share * (1 if learner.sharded is None else world.size) / weight).backward()
+        if seen is not None and at < counted:
+            tallies.append(learner.objective.observe(seen.detach()))
         value = float(share.detach())
         total += value
         if not math.isfinite(value):
             raise _diverged(f"is {value}", progress.step, batch.names, learner.rate)
     mean = world.sum(total)[0] / weight
+    learner.tally = _tally(learner, tallies)
     if learner.sharded is None:
         world.add_gradients([parameter for _, parameter in learner.parameters])
     norm = _clip([parameter for _, parameter in learner.parameters], settings.clip)
@@ -77,13 +85,13 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
     return mean, norm
 
 
-def _tally(learner: Learner, rows: Sequence[Encoded]) -> dict[str, float]:
-    """The means of what the objective counts in the rows of all processes."""
-    if type(learner.objective).tally is Objective.tally:
+def _tally(learner: Learner, tallies: Sequence[Tally]) -> dict[str, float]:
+    """The means of what the objective counted, of all processes."""
+    kind = type(learner.objective)
+    if kind.tally is Objective.tally and kind.observe is Objective.observe:
         return {}
-    parts = learner.world.gather(learner.objective.tally(rows))
     found: dict[str, list[tuple[float, float]]] = {}
-    for part in parts:
+    for part in (one for parts in learner.world.gather(list(tallies)) for one in parts):
         for name, pair in part.items():
             found.setdefault(name, []).append(pair)
     return {name: sum(one for one, _ in pairs) / sum(count for _, count in pairs) for name, pairs in found.items()}

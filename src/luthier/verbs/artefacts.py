@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import LuthierError, RunError, TrainingError
 from luthier.core.run import Run, write_rows
-from luthier.core.types import Text
+from luthier.core.types import Example, Text
 from luthier.text.answers import split_answers
 
 if TYPE_CHECKING:
@@ -89,18 +90,22 @@ def judge(work: Work, run: Run) -> None:
     from luthier.evals.predict import predict_examples
     from luthier.evals.preferences import judge_answers, read_answers, reads_answers
 
+    examples: Sequence[Example]
     part, examples = ("test", work.dataset.test) if work.dataset.test else ("validation", work.dataset.validation)
     if not examples:
         run.events.warn("nothing was held out, so the tuned model was not judged; give data.test or data.split.test")
         return
     spec, fitting = work.model.spec, baselines_for(work.model.spec.task) if work.config.baselines else ()
-    train = work.dataset.train
+    train: Sequence[Example] = work.dataset.train
     if spec.task in ("classify", "regress"):
         # A teacher can be learned from without labels, and nothing can be judged without them.
-        train, examples = ([one for one in rows if not isinstance(one, Text)] for rows in (train, examples))
+        train = [one for one in train if not isinstance(one, Text)]
+        examples = [one for one in examples if not isinstance(one, Text)]
         fitting = fitting if train else ()
     if not examples:
-        run.events.warn("the held-out rows have no labels, so the tuned model was not judged; give data.test with labels")
+        run.events.warn(
+            "the held-out rows have no labels, so the tuned model was not judged; give data.test with labels"
+        )
         return
     run.events.stage(f"judging on {len(examples)} held-out rows")
     found: dict[str, Any] = {}

@@ -50,7 +50,7 @@ def decide(work: Work) -> Settings:
         why = f"{config.optimizer.kind} averages the weights in place of a falling rate"
         work.advise("schedule", SCHEDULES.parse(config.optimizer.schedule), why, shown=config.optimizer.schedule)
     config = work.config
-    an_epoch = math.ceil(len(work.rows) / int(config.batch_size))
+    an_epoch = math.ceil(len(work.rows) / int(config.batch_size)) * work.objective.repeats()
     steps = config.steps or max(1, round(float(config.epochs) * an_epoch))
     an_epoch = steps if work.dataset.stream else an_epoch
     if config.validate_every in ("auto", "epoch"):

@@ -182,12 +182,13 @@ class Work:
 
     def _make_feed(self) -> Feed:
         config, settings, dataset = self.config, self.settings, self.dataset
+        steps = math.ceil(settings.steps / self.objective.repeats())
         if dataset.stream is not None:
             return StreamedRows(
                 dataset.stream,
                 lambda examples, events: self.objective.encode(examples, self.model, events),
                 batch_size=settings.batch_size,
-                steps=settings.steps,
+                steps=steps,
                 seed=config.seed,
                 window=config.data.shuffle_buffer,
                 shuffled=config.order == "shuffled",
@@ -196,7 +197,7 @@ class Work:
         plan = Plan(
             lengths_of(self.rows),
             settings.batch_size,
-            settings.steps,
+            steps,
             config.seed,
             config.order,
             config.by_length,

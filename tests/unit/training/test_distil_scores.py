@@ -1,5 +1,6 @@
 """Distillation of classifiers, regressors and encoder-decoders: its numbers by hand, what is matched, what is refused."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -187,9 +188,9 @@ def test_settings_and_teachers_that_do_not_fit(tmp_path):
     rewards = scorer(tmp_path / "rewards", (), task="regress", learned="reward")
     with pytest.raises(ConfigError, match="gives rewards for conversations"):
         prepared(rewards, rows)
-    with pytest.raises(ConfigError, match="is an encoder-decoder, and .* is none"):
+    with pytest.raises(ConfigError, match=r"is an encoder-decoder, and .* is none"):
         prepared(str(tiny_model("bart")), PAIRS, "llama")
-    with pytest.raises(ValueError, match="learns from .* rows, this is Preference"):
+    with pytest.raises(ValueError, match=r"learns from .* rows, this is Preference"):
         objective.check_examples([Preference("x", (), (), ())])
 
 
@@ -236,7 +237,7 @@ def test_a_teacher_that_writes_may_have_another_tokenizer():
     turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
     settings = {"answers": "teacher", "hard": 1.0, "max_tokens": 5}
     teacher = str(tiny_model("llama", seed=1))
-    objective, model, rows = prepared(teacher, [Chat("t:0", turns)], "qwen2", **settings)
+    _, model, rows = prepared(teacher, [Chat("t:0", turns)], "qwen2", **settings)
     theirs = load_model(teacher)
     said = generate(theirs, [turns[:3]], Sampling(max_tokens=5))[0].text.strip()
     answered = Chat("t:0", (*turns[:3], Message("assistant", said)))
@@ -287,8 +288,6 @@ def test_rows_without_any_label_are_learned_and_not_judged(tmp_path, runs):
 def test_labelled_and_unlabelled_sources_together(tmp_path, runs):
     teacher = scorer(tmp_path / "teacher")
     files = {"some": values(teacher)["data"]["train"], "more": [{"text": text + "!"} for text in TEXTS]}
-    import json
-
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     sources = [{"source": str(tmp_path / f"{name}.jsonl")} for name in files]

@@ -108,8 +108,16 @@ class Objective(Part):
         """
         return rows
 
+    def repeats(self) -> int:
+        """Steps that learn from the same drawn rows before others are drawn."""
+        return 1
+
     def tally(self, rows: Sequence[Encoded]) -> Tally:
         """What of a step's rows, as drawn, is worth keeping beside its loss."""
+        return {}
+
+    def observe(self, scores: Tensor) -> Tally:
+        """What of the scores that `measure` gave of a step's batch is worth keeping beside its loss."""
         return {}
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:

@@ -28,7 +28,9 @@ def read_scorer(name: str) -> ModelSpec | None:
     if spec is None or spec.task not in ("classify", "regress"):
         return None
     if spec.learned == "reward":
-        raise ConfigError(f"objective.teacher: {name} gives rewards for conversations; choose a classifier or a regressor")
+        raise ConfigError(
+            f"objective.teacher: {name} gives rewards for conversations; choose a classifier or a regressor"
+        )
     return spec
 
 
