@@ -78,6 +78,9 @@ def take_step(learner: Learner, rows: Sequence[Encoded] | None) -> tuple[float, 
     if mean > DIVERGED * max(progress.first_loss, 1.0):
         raise _diverged(f"went from {progress.first_loss:.4g} to {mean:.4g}", progress.step, names, learner.rate)
     learner.engine.step()
+    if learner.sharded is None:
+        # Fused optimisers do not say that they wrote; what is remembered of a weight (a norm) goes by its version.
+        torch.autograd.graph.increment_version([parameter for _, parameter in learner.parameters])
     if learner.ema is not None:
         learner.ema.update()
     learner.engine.zero_grad(set_to_none=True)

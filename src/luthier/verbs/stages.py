@@ -99,7 +99,10 @@ class Work:
             if form in ("int8", "nf4"):
                 from luthier.models.quantised.network import quantise_loaded
 
-                quantise_loaded(self.model, form, events)  # type: ignore[arg-type]
+                if config.adapter.reads_base and self.model.spec.quantize == "none":
+                    self.model.spec = self.model.spec.model_copy(update={"quantize": form})
+                else:
+                    quantise_loaded(self.model, form, events)  # type: ignore[arg-type]
         else:
             self.model = load_model(
                 config.model,
@@ -109,12 +112,18 @@ class Work:
                 # In full: what an earlier tuning rounded to bfloat16 would stay rounded in one that computes in fp32.
                 dtype="float32",
                 quantize=form,  # type: ignore[arg-type]
+                unquantised=config.adapter.reads_base,
                 events=events,
                 **wanted,
             )
         self.objective.check_model(self.model.spec)
         self.objective.adapt(self.model, self.dataset.train)
+        fresh = self.model.spec.adapter is None
         config.adapter.apply(self.model)
+        if fresh and config.adapter.reads_base and self.model.spec.quantize != "none":
+            from luthier.models.quantised.network import tell_size
+
+            tell_size(self.model.network, events)
         self.parameters = list(config.adapter.trainable(self.model))
         self._choose_precision()
         self.objective.ready(self.model, events)
@@ -134,7 +143,7 @@ class Work:
             if not adapter.quantises:
                 raise ConfigError(
                     f"quantize: the adapter {adapter.kind!r} needs the base's own weights, which {config.quantize} cannot "
-                    "hold; choose adapter lora, or leave quantize out"
+                    "hold; choose adapter lora, dora or pissa, or leave quantize out"
                 )
             if config.from_scratch:
                 raise ConfigError("quantize: random weights learn nothing under an adapter; leave out from_scratch")
