@@ -42,9 +42,8 @@ def decide(work: Work) -> Settings:
     if config.learning_rate == "auto":
         count = count_parameters(work.model.module)
         rate, why = defaults.choose_learning_rate(count, config.adapter.kind, kind, config.from_scratch)
-        if config.optimizer.rate != 1:
-            rate = float(f"{rate * config.optimizer.rate:.1e}")
-            why += f", times {config.optimizer.rate:g} for {config.optimizer.kind}"
+        values = sum(parameter.numel() for _, parameter in work.parameters)
+        rate, why = defaults.suit_optimizer(rate, why, config.optimizer, values)
         work.advise("learning_rate", rate, why)
     if config.optimizer.schedule and work.asked.origin("schedule") == "default":
         why = f"{config.optimizer.kind} averages the weights in place of a falling rate"

@@ -24,6 +24,7 @@ class Lion(Optimizer):
     kind: ClassVar[str] = "lion"
     elementwise: ClassVar[bool] = True
     rate: ClassVar[float] = 0.2
+    rate_why: ClassVar[str] = "every value moves by the whole rate at each step"
     slots: ClassVar[float] = 1.0
 
     beta1: float = Field(0.9, ge=0, lt=1)
