@@ -294,3 +294,22 @@ def test_labelled_and_unlabelled_sources_together(tmp_path, runs):
     data = {"train": sources, "split": {"validation": 0.25}}
     record = tune(resolve(Tune, values=values(teacher, data=data, steps=3)))
     assert record.state == "finished" and "accuracy" in record.metrics
+
+
+def test_two_processes_give_what_one_gives(tmp_path, runs, monkeypatch):
+    """One process of the machine asks the teacher; the other reads what it said."""
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    teacher = scorer(tmp_path / "teacher")
+    for name, rows in values(teacher)["data"].items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {name: str(tmp_path / f"{name}.jsonl") for name in ("train", "validation")}
+    quick = {"data": data, "steps": 4, "baselines": False}
+    found = []
+    for processes in (1, 2):
+        name = f"of-{processes}"
+        tune(resolve(Tune, values=values(teacher, **quick, processes=processes, name=name)))
+        events = read_events(runs / name / "events.jsonl")
+        found.append([event["loss"] for event in events if event["event"] in ("step", "validate")])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
