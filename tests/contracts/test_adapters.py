@@ -6,6 +6,7 @@ import torch
 from luthier.models.adapters import ADAPTERS
 from luthier.models.heads import Pooled
 from luthier.models.load import load_model
+from luthier.models.quantised.network import quantised_layers
 from luthier.models.save import save_model
 from tiny import ALL_FAMILIES, kind_of, tiny_model
 
@@ -62,11 +63,18 @@ def test_contract(kind, family, task, tmp_path):
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 @pytest.mark.parametrize("kind", [kind for kind in ADAPTERS.names() if ADAPTERS.load(kind).quantises])
 def test_over_a_quantised_base(kind, form, tmp_path):
-    loaded = load_model(str(tiny_model("llama")), quantize=form)
-    held = outputs(loaded)
     adapter = ADAPTERS.parse(kind)
+    loaded = load_model(str(tiny_model("llama")), quantize=form, unquantised=adapter.reads_base)
+    start = outputs(loaded)
     adapter.apply(loaded)
-    assert torch.allclose(outputs(loaded), held, atol=1e-6)  # starts equal to the quantised base
+    if adapter.reads_base:
+        away = float((outputs(load_model(str(tiny_model("llama")), quantize=form)) - start).norm())
+        assert 0 < float((outputs(loaded) - start).norm()) < away  # starts nearer to the base in full than that is
+    else:
+        assert torch.allclose(outputs(loaded), start, atol=1e-6)  # starts equal to the quantised base
+    assert {layer.form for _, layer in quantised_layers(loaded.network)} == {form}
+    plain = [one for one in loaded.network.base_model.modules() if type(one) is torch.nn.Linear]
+    assert plain == []
     with torch.no_grad():
         for _, parameter in adapter.trainable(loaded):
             parameter.add_(0.02 * torch.randn_like(parameter))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from luthier.choice.defaults import suit_optimizer
 from luthier.training.optimizers import OPTIMIZERS
 
 # Large enough a matrix for the optimisers that treat small ones in another way.
@@ -137,3 +138,12 @@ def test_an_average_can_be_looked_at_at_any_time(kind):
                 assert torch.equal(parameters[0][1], before)
         found.append(parameters[0][1].detach())
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS.names())
+def test_it_says_why_another_rate_suits_it(kind):
+    part = OPTIMIZERS.parse(kind)
+    times = part.times(1_000_000)
+    assert times > 0 and (times == 1 or part.rate_why)
+    rate, why = suit_optimizer(1e-3, "full tuning", part, 1_000_000)
+    assert rate == pytest.approx(1e-3 * times, rel=0.05) and (times == 1) == (why == "full tuning")

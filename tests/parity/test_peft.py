@@ -9,6 +9,7 @@ from luthier.core.errors import ConfigError, ModelError
 from luthier.models.adapters import ADAPTERS
 from luthier.models.adapters.inject import lora_layers
 from luthier.models.load import AUTO_CLASSES, load_model
+from luthier.models.quantised.network import plain_name, quantised_layers
 from luthier.models.quiet import quiet
 from luthier.models.save import save_model
 from tiny import ALL_FAMILIES, NATURAL_TASK, kind_of, tiny_model
@@ -270,3 +271,49 @@ def test_kinds_of_adapter_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match="cartridge is distilled from a long text, not tuned on rows"):
         load_model(str(tmp_path))
+
+
+def quantised(kind, form):
+    part = ADAPTERS.parse({"kind": kind, "rank": 4, "alpha": 8})
+    loaded = load_model(str(tiny_model("llama")), quantize=form, unquantised=part.reads_base)
+    part.apply(loaded)
+    shake(loaded.module)
+    return loaded
+
+
+def rebuilt_network(loaded):
+    """A plain network whose weights are those that the quantised layers of `loaded` amount to."""
+    network = base_network("llama")
+    for name, layer in quantised_layers(loaded.network):
+        network.get_submodule(plain_name(name)).weight.data = layer.weight
+    return network
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_over_a_quantised_base_ours_is_pefts_over_the_weights_it_amounts_to(kind, form, tmp_path):
+    loaded = quantised(kind, form)
+    save_model(loaded, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(rebuilt_network(loaded), tmp_path / "ours").eval()
+    assert torch.allclose(logits(theirs, "decoder"), logits(loaded.module, "decoder"), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_pissa_over_a_quantised_rest(form, tmp_path):
+    """PEFT's own QPiSSA is a LoRA of the learned matrices over a quantised residual model that is saved apart. Its files for
+    the base as it was hold the difference, of twice the rank: over the base in full they give what merging gives."""
+    loaded = quantised("pissa", form)
+    residual = rebuilt_network(loaded)
+    theirs = peft.get_peft_model(residual, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")).eval()
+    held = dict(theirs.base_model.model.named_modules())
+    with torch.no_grad():
+        for name, layer in lora_layers(loaded.network):
+            held[name].lora_A["default"].weight.copy_(layer.lora_a)
+            held[name].lora_B["default"].weight.copy_(layer.lora_b)
+    assert torch.allclose(logits(theirs, "decoder"), logits(loaded.module, "decoder"), atol=1e-5)
+
+    save_model(loaded, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["r"] == 8
+    theirs = peft.PeftModel.from_pretrained(base_network("llama"), tmp_path / "ours").eval()
+    ADAPTERS.parse("pissa").merge(loaded)
+    assert torch.allclose(logits(theirs, "decoder"), logits(loaded.module, "decoder"), atol=1e-5)

@@ -64,6 +64,53 @@ def test_the_loss_and_what_each_token_should_gain(monkeypatch, expected):
         assert [-gain / weight for gain in gains] == pytest.approx(gradient, abs=1e-12)
 
 
+@pytest.mark.parametrize("expected", KEPT["grpo_again"], ids=named)
+def test_a_second_update_from_the_same_answers(monkeypatch, expected):
+    """TRL's num_iterations: 2, its second pass: ratios away from 1, some of them clipped."""
+    objective = GRPO(
+        rewards="exact_match",
+        samples=KEPT["group"],
+        max_tokens=KEPT["most"],
+        beta=expected["beta"],
+        standardise=expected["scale"],
+        average=AVERAGES[expected["loss_type"]],
+        updates=2,
+        clip_high=0.28,
+    )
+    row = Prompt("p", (1, 2), (0.0, 0.0))
+    parts = [slice(start, start + KEPT["group"]) for start in range(0, len(KEPT["rewards"]), KEPT["group"])]
+    groups = [
+        objective._group(row, [[3] * len(one) for one in KEPT["now"][part]], {"reward": KEPT["rewards"][part]})
+        for part in parts
+    ]
+
+    class Held:
+        def active(self):
+            return nullcontext()
+
+    objective._reference = Held()
+    sides = iter([KEPT["written"], KEPT["start"]])
+
+    def log_probs(model, rows, head):
+        side = next(sides)
+        return [np.concatenate([[0.0, 0.0], *side[part]]) for part in parts]
+
+    monkeypatch.setattr(grpo, "log_probs", log_probs)
+    batch = objective.batch(objective._remember(groups, None), None, (0, 0))
+    now_M = torch.tensor([one for row in KEPT["now"] for one in row], dtype=torch.float64, requires_grad=True)
+    monkeypatch.setattr(grpo, "token_nll", lambda head, states, target: -now_M.detach())
+    monkeypatch.setattr(grpo, "token_loss", lambda head, states, target, weight: -(weight * now_M).sum())
+    share_M = batch.weights_N[batch.weights_N > 0]
+    loss, clipped_M = objective._measure_again(None, now_M, None, share_M, batch)
+    (loss.sum / loss.weight).backward()
+    assert float(loss.sum.detach()) / loss.weight == pytest.approx(expected["loss"], abs=1e-7)
+    gradient = [one for row in expected["gradient"] for one in row]
+    assert now_M.grad.tolist() == pytest.approx(gradient, abs=1e-7)
+    assert 2 <= int(clipped_M.sum()) < len(gradient) / 2
+    if not objective.beta:  # what is clipped is what gets no gradient
+        assert [not one for one in gradient] == clipped_M.tolist()
+
+
 @pytest.mark.parametrize("expected", KEPT["jsd"], ids=named)
 def test_the_divergence(expected):
     student_NV = torch.tensor(KEPT["student"], dtype=torch.float64, requires_grad=True)

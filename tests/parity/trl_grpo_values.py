@@ -20,8 +20,16 @@ GROUP = 3
 REWARDS = [1.0, 0.0, 0.25, 0.5, 2.0, 0.5]
 
 
-def grpo(loss_type: str, beta: float, scale: bool, now_SM: torch.Tensor, start_SM: torch.Tensor) -> dict:
-    """The loss, and its gradient after the log-likelihood of each token that was written."""
+def grpo(
+    loss_type: str,
+    beta: float,
+    scale: bool,
+    now_SM: torch.Tensor,
+    start_SM: torch.Tensor,
+    written_SM: torch.Tensor | None = None,
+) -> dict:
+    """The loss, and its gradient after the log-likelihood of each token that was written; with `written_SM` that of a
+    second iteration (num_iterations: 2), at weights that are no longer those that wrote."""
     now_SM = now_SM.clone().requires_grad_()
     mask_SM = (torch.arange(MOST) < torch.tensor(LENGTHS)[:, None]).long()
     rewards = torch.tensor(REWARDS, dtype=torch.float64).view(-1, GROUP)
@@ -45,8 +53,9 @@ def grpo(loss_type: str, beta: float, scale: bool, now_SM: torch.Tensor, start_S
         importance_sampling_level="token",
         beta=beta,
         loss_type=loss_type,
+        num_iterations=1 if written_SM is None else 2,
         epsilon_low=0.2,
-        epsilon_high=0.2,
+        epsilon_high=0.2 if written_SM is None else 0.28,
         current_gradient_accumulation_steps=1,
         max_completion_length=MOST,
         _metrics={"train": defaultdict(list)},
@@ -60,6 +69,8 @@ def grpo(loss_type: str, beta: float, scale: bool, now_SM: torch.Tensor, start_S
         "ref_per_token_logps": start_SM,
         "num_items_in_batch": mask_SM.sum(),
     }
+    if written_SM is not None:
+        inputs["old_per_token_logps"] = written_SM
     loss = GRPOTrainer._compute_loss(me, None, inputs)
     loss.backward()
     return {
@@ -86,6 +97,8 @@ def main() -> None:
     torch.manual_seed(0)
     now_SM, start_SM = (-torch.rand(len(LENGTHS), MOST, dtype=torch.float64) * 3 for _ in range(2))
     student_NV, teacher_NV = torch.randn(2, 4, 6, dtype=torch.float64)
+    # Ratios from about a half to two: some within the bounds, some beyond either.
+    written_SM = now_SM + (torch.rand(len(LENGTHS), MOST, dtype=torch.float64) - 0.5) * 1.4
     kinds = [
         (loss_type, beta, scale)
         for loss_type in ("grpo", "dapo", "dr_grpo")
@@ -103,6 +116,8 @@ def main() -> None:
         "student": student_NV.tolist(),
         "teacher": teacher_NV.tolist(),
         "grpo": [grpo(*one, now_SM, start_SM) for one in kinds],
+        "written": [written_SM[row, :length].tolist() for row, length in enumerate(LENGTHS)],
+        "grpo_again": [grpo(*one, now_SM, start_SM, written_SM) for one in kinds],
         "jsd": [
             jsd(beta, temperature, student_NV, teacher_NV)
             for beta in (0.0, 0.1, 0.5, 1.0)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from luthier.core.types import Chat, Example, Feedback, Labelled, Pair, Preference
 
 Choice: TypeAlias = tuple[Any, str]
 """A value, and why."""
+
+
+class Suited(Protocol):
+    """What an optimiser says of the rate that suits it."""
+
+    kind: ClassVar[str]
+    rate_why: ClassVar[str]
+
+    def times(self, values: int) -> float:
+        """As a multiple of AdamW's."""
+
 
 # Objectives that move a tuned model a little: a tenth of the usual rate, few passes.
 NUDGES = ("dpo", "kto", "simpo")
@@ -52,6 +63,14 @@ def choose_learning_rate(parameters: int, adapter: str, objective: str, from_scr
     if adapter not in ("full", "freeze"):
         return _round(min(2e-3, rate * 10)), f"ten times the rate of full tuning for {_millions(parameters)} parameters"
     return _round(rate), f"full tuning of {_millions(parameters)} parameters"
+
+
+def suit_optimizer(rate: float, why: str, optimizer: Suited, values: int) -> Choice:
+    """AdamW's `rate` and the reason for it as those of another optimiser, where so many `values` learn."""
+    times = optimizer.times(values)
+    if times == 1:
+        return rate, why
+    return _round(rate * times), f"{why}, times {times:.3g} for {optimizer.kind}: {optimizer.rate_why}"
 
 
 def choose_epochs(rows: int, objective: str) -> Choice:

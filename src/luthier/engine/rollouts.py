@@ -24,21 +24,23 @@ def roll_out(
     *,
     numbers_SM: np.ndarray | None = None,
     temperature: float = 1.0,
+    beams: int = 1,
 ) -> list[tuple[int, ...]]:
     """The answer to each prompt, in order: at most `max_tokens` ids, the last a stop token where the answer is whole.
 
-    Without `numbers_SM` the likeliest token each time. With them (from 0 to 1, M of `max_tokens` for each answer) a
-    token is drawn from the whole distribution at `temperature`, by its place in the cumulative sum, so an answer
-    depends on its prompt and its numbers and, but for rounding, on nothing beside it. The model is in eval mode
-    meanwhile; a prompt near the end of the context leaves less room.
+    Without `numbers_SM` the likeliest token each time, or the likeliest of `beams` answers. With them (from 0 to 1, M of
+    `max_tokens` for each answer) a token is drawn from the whole distribution at `temperature`, by its place in the
+    cumulative sum, so an answer depends on its prompt and its numbers and, but for rounding, on nothing beside it. The
+    model is in eval mode meanwhile; a prompt near the end of the context leaves less room.
     """
     order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
     found: list[tuple[int, ...]] = [()] * len(prompts)
-    for start in range(0, len(order), AT_ONCE):
-        part = order[start : start + AT_ONCE]
+    at_once, sampling = max(1, AT_ONCE // beams), Sampling(max_tokens=max_tokens, beams=beams)
+    for start in range(0, len(order), at_once):
+        part = order[start : start + at_once]
         rows = [prompts[at] for at in part]
         drawn = None if numbers_SM is None else Draw(numbers_SM[part], max(map(len, rows)), temperature)
-        for at, ids in zip(part, write(model, rows, Sampling(max_tokens=max_tokens), processor=drawn)):
+        for at, ids in zip(part, write(model, rows, sampling, processor=drawn)):
             end = next((place for place, token in enumerate(ids) if token in model.spec.stop_ids), len(ids) - 1)
             found[at] = tuple(ids[: end + 1])
     return found

@@ -27,6 +27,7 @@ from luthier.models.facts import fingerprint, kind_of
 from luthier.models.heads import Pooled
 from luthier.models.precision import cast_network, cast_weights
 from luthier.models.purpose import add_head, check_task, choose_length, choose_pooling, keeps_head, make_renderer
+from luthier.models.quantised.linear import Form
 from luthier.models.quantised.network import quantise
 from luthier.models.quiet import quiet
 from luthier.models.rendering import check_rendering
@@ -59,6 +60,7 @@ def load_model(
     from_scratch: bool = False,
     conversations: bool = False,
     quantize: Literal["auto", "none", "int8", "nf4"] = "auto",
+    unquantised: bool = False,
     events: Events | None = None,
 ) -> LoadedModel:
     """Load `source` (a shipped name, run:<id>, a directory, a hub id) for `task`, in eval mode.
@@ -67,6 +69,7 @@ def load_model(
     one is kept when its labels are the same, or when none are given. `dtype` auto is what the model was tuned in here,
     else float32, whatever the files hold. `from_scratch` takes the shape alone and draws the weights from torch's
     generator. `quantize` is the form in which the linear layers of the body are held; auto: as the adapter was tuned.
+    `unquantised` leaves a base without an adapter as its files have it, for an adapter that reads it and quantises the rest.
     `conversations` asks for a chat template where the task alone would not: for reward models.
 
     A directory with a PEFT adapter loads its base first. Raises ModelError (not found, unreachable, damaged, an adapter
@@ -94,13 +97,15 @@ def load_model(
         events.choose(
             "base", "in full", f"the adapter was tuned over a base in {saved.quantize}, and its answers may differ"
         )
-    # What PiSSA leaves in the base is taken from it in full precision, and rounded after.
-    late = saved is not None and (saved.adapter or {}).get("kind") == "pissa" and dtype == "bfloat16"
+    # What PiSSA leaves in the base is taken from it in full precision, and rounded or quantised after.
+    pissa = saved is not None and (saved.adapter or {}).get("kind") == "pissa"
+    late = pissa and dtype == "bfloat16" and quantize == "none"
+    form: Form | None = None if quantize in ("auto", "none") else quantize  # type: ignore[assignment]
     # In the precision of the files, weights are read from the disk only when their layer is quantised.
     first = "float32" if late else dtype if quantize == "none" or from_scratch else "file"
     network = load_network(base, config, task, hub, dtype=first, from_scratch=from_scratch, events=events)
-    if quantize != "none":
-        quantise(network, quantize, events)
+    if form is not None and not pissa and (adapter is not None or not unquantised):
+        quantise(network, form, events)
         cast_network(network, DTYPES[dtype])
     whole = adapter is None or saved is not None or (isinstance(place, Path) and (place / "tokenizer.json").is_file())
     tokenizer = load_tokenizer(place if whole else base, hub)
@@ -126,8 +131,11 @@ def load_model(
         if adapter.get("peft_type") == "LORA":
             made_here = saved.adapter if saved else None
             settings = attach_adapter(
-                network, place, adapter, base_name, tokenizer=tokenizer, events=events, saved=made_here
+                network, place, adapter, base_name, tokenizer=tokenizer, events=events, saved=made_here, form=form
             )
+            if form is not None and pissa:
+                quantise(network, form, events)
+                cast_network(network, DTYPES[dtype])
         else:
             settings = read_peft(network, spec, place, adapter)
         update = {"adapter": settings, "base": lasting_name(base_name), "base_fingerprint": found}

@@ -73,6 +73,7 @@ def key_of(examples: Sequence[Example], objective: Objective, model: LoadedModel
         (transformers.__version__, tokenizers.__version__, numpy.__version__),
         type(objective).__qualname__,
         objective.model_dump(mode="json"),
+        objective.beside(),
         model.spec.model_dump(mode="json", exclude=PLACES),
         (renderer.max_length, renderer.truncate, renderer.learn, repr(renderer.template)),
     ]

@@ -123,7 +123,7 @@ def foresee(
     trainable = sum(one.numel() for one in parameters)
     wide = sum(one.numel() for one in parameters if one.dtype != torch.float32)
     weights = sum(one.nbytes for one in (*model.module.parameters(), *model.module.buffers()))
-    models = [model, *objective.beside()]
+    models = [model, *objective.companions()]
     with ExitStack() as entered:
         for one in models:
             entered.enter_context(_as_it_is(one))

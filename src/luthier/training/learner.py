@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from luthier.core.types import Encoded
 from luthier.data.batches import Batch
 from luthier.models.spec import LoadedModel
 from luthier.training.averages import Averages, MovingAverage
@@ -65,6 +66,8 @@ class Learner:
     progress: Progress = field(default_factory=Progress)
     tally: dict[str, float] = field(default_factory=dict)
     """What the objective counted in the rows of the last step."""
+    drawn: Sequence[Encoded] = ()
+    """The rows of the last step that this process learned from, where another step learns from them again."""
     masters: Masters | None = None
     ema: MovingAverage | None = None
     world: World = ALONE

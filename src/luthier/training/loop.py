@@ -26,6 +26,7 @@ from luthier.training.masters import Masters
 from luthier.training.objectives.part import Objective
 from luthier.training.optimizers.part import NO_SCALES, Optimizer
 from luthier.training.probe import Ceiling, probe, worth_probing
+from luthier.training.repeats import repeated, take_share
 from luthier.training.schedules.part import Schedule
 from luthier.training.sharding import Sharded
 from luthier.training.signals import watch_signals
@@ -99,16 +100,20 @@ def train(
     watch: Watch | None = Watch(parameters)
     tokens_before, stopped_early = progress.tokens, False
     model.module.train()
+    repeats = objective.repeats()
+    feeding = feed.steps(-(-progress.step // repeats), progress.place, events)
 
     def save() -> None:
         state = {"optimizer": engine.state_dict(), "progress": asdict(progress), "draws": draw_state()}
         if ema is not None:
             state["averages"] = ema.state_dict()
+        if progress.step % repeats:
+            state["rows"] = world.gather(list(learner.drawn))
         path = checkpoints.save(f"step-{progress.step:08d}", learner.weights(), state)
         events.emit("checkpoint", step=progress.step, path=str(path))
 
     with watch_signals() as asked_to_stop:
-        for rows in feed.steps(progress.step, progress.place, events):
+        for rows in feeding if repeats == 1 else repeated(feeding, repeats, progress.step, settings.steps):
             loss, norm = take_step(learner, rows, events)
             masters.publish()
             ceiling.keep()
@@ -117,14 +122,14 @@ def train(
                 watch = None
             progress.step += 1
             progress.place = feed.place
-            progress.drawn = dict(Counter(progress.drawn) + Counter(row.source for row in rows if row.source))
+            progress.drawn = dict(Counter(progress.drawn) + Counter(row.source for row in rows or () if row.source))
             elapsed = time.monotonic() - started
             done = progress.step - first
             events.emit(
                 "step",
                 step=progress.step,
                 steps=settings.steps,
-                epoch=round(progress.step * settings.batch_size / feed.rows_an_epoch, 4)
+                epoch=round(progress.step / repeats * settings.batch_size / feed.rows_an_epoch, 4)
                 if feed.rows_an_epoch
                 else None,
                 loss=loss,
@@ -190,6 +195,7 @@ def _restore(learner: Learner, checkpoints: Checkpoints, events: Events) -> None
             learner.ema.load_state_dict(state["averages"])
         restore_draws(state["draws"])
         learner.progress = Progress(**state["progress"])
+        learner.drawn = take_share(state["rows"], learner.world) if "rows" in state else ()
         events.choose("resume", path.name, "the newest whole checkpoint")
         return
     events.choose("resume", "from the start", "the run was stopped before its first checkpoint")

@@ -18,14 +18,15 @@ from luthier.models.memory import out_of_memory, return_freed_memory
 from luthier.training.checkpoint import draw_state, restore_draws
 from luthier.training.learner import Learner
 from luthier.training.noise import noisy_inputs
-from luthier.training.objectives.part import Objective
+from luthier.training.objectives.part import Objective, Tally
 
 # Beyond this many times its start (and at least this much), a loss is not coming back.
 DIVERGED = 1000.0
 
 
-def take_step(learner: Learner, rows: Sequence[Encoded], events: Events) -> tuple[float, float]:
+def take_step(learner: Learner, rows: Sequence[Encoded] | None, events: Events) -> tuple[float, float]:
     """Learn from `rows`, of which each process takes its share: (mean loss, gradient norm), the same in all of them.
+    None: from those of the step before, as they were drawn for it.
 
     The loss is summed over micro-batches and divided once by the weight of the whole step, so how the rows are split
     changes nothing. Where memory runs out micro-batches are halved for the rest of the run, and the step begins again.
@@ -33,10 +34,13 @@ def take_step(learner: Learner, rows: Sequence[Encoded], events: Events) -> tupl
     """
     progress, model, world = learner.progress, learner.model, learner.world
     seed = (learner.settings.seed, progress.step)
-    idle = rows[:1]
-    rows = [rows[at] for at in deal([len(row.ids) + len(row.target) for row in rows], world.size)[world.rank]]
-    rows = learner.objective.draw(rows, model, seed, world.sum)
-    learner.tally = _tally(learner, rows)
+    idle = (rows or ())[:1]
+    if rows is None:
+        rows = learner.drawn
+    else:
+        rows = [rows[at] for at in deal([len(row.ids) + len(row.target) for row in rows], world.size)[world.rank]]
+        rows = learner.objective.draw(rows, model, seed, world.sum)
+        learner.drawn = rows if learner.objective.repeats() > 1 else ()
     factor = learner.schedule.factor(progress.step, learner.settings.steps)
     for group in learner.engine.param_groups:
         group["lr"] = group["base_lr"] * factor
@@ -44,6 +48,7 @@ def take_step(learner: Learner, rows: Sequence[Encoded], events: Events) -> tupl
     while (added := _add_up(learner, rows, idle, seed)) is None:
         _halve(learner, rows, events)
         restore_draws(draws)
+    learner.tally = _tally(learner, [learner.objective.tally(rows), *added.tallies])
     if learner.sharded is None:
         world.add_gradients([parameter for _, parameter in learner.parameters])
     norm = _clip([parameter for _, parameter in learner.parameters], learner.settings.clip)
@@ -55,6 +60,9 @@ def take_step(learner: Learner, rows: Sequence[Encoded], events: Events) -> tupl
     if mean > DIVERGED * max(progress.first_loss, 1.0):
         raise _diverged(f"went from {progress.first_loss:.4g} to {mean:.4g}", progress.step, names, learner.rate)
     learner.engine.step()
+    if learner.sharded is None:
+        # Fused optimisers do not say that they wrote; what is remembered of a weight (a norm) goes by its version.
+        torch.autograd.graph.increment_version([parameter for _, parameter in learner.parameters])
     if learner.ema is not None:
         learner.ema.update()
     learner.engine.zero_grad(set_to_none=True)
@@ -69,6 +77,8 @@ class _Added:
     mean: float
     tokens: int
     names: list[str]
+    tallies: list[Tally]
+    """What the objective counted in what it measured."""
 
 
 def _add_up(learner: Learner, rows: Sequence[Encoded], idle: Sequence[Encoded], seed: tuple[int, ...]) -> _Added | None:
@@ -86,13 +96,16 @@ def _add_up(learner: Learner, rows: Sequence[Encoded], idle: Sequence[Encoded], 
         # Gathering a layer takes all processes, so each makes as many passes as the one with the most.
         micro += [learner.objective.batch(idle, model, seed) for _ in range(world.most(counted) - counted)]
     total, short = 0.0, False
+    tallies = []
     for at, batch in enumerate(micro):
         try:
             with noisy_inputs(model, batch.to(model.device), settings.noise, seed):
-                loss, _ = learner.measure(batch)
+                loss, seen = learner.measure(batch)
                 share = loss.sum if at < counted else loss.sum * 0
                 # Sharded gradients come back as means over the processes; the others are added up later.
                 (share * (1 if learner.sharded is None else world.size) / weight).backward()
+            if seen is not None and at < counted:
+                tallies.append(learner.objective.observe(seen.detach()))
             value = float(share.detach())
         except (RuntimeError, MemoryError) as err:
             if not out_of_memory(err) or learner.sharded is not None:
@@ -105,7 +118,7 @@ def _add_up(learner: Learner, rows: Sequence[Encoded], idle: Sequence[Encoded], 
     total, failed = world.sum(total, float(short))
     if failed:
         return None
-    return _Added(total / weight, int(tokens), [name for batch in micro[:counted] for name in batch.names])
+    return _Added(total / weight, int(tokens), [name for batch in micro[:counted] for name in batch.names], tallies)
 
 
 def _halve(learner: Learner, rows: Sequence[Encoded], events: Events) -> None:
@@ -127,13 +140,13 @@ def _halve(learner: Learner, rows: Sequence[Encoded], events: Events) -> None:
     events.warn(f"memory ran out, so {half} tokens go through the model at once from now on; the result is the same", 1)
 
 
-def _tally(learner: Learner, rows: Sequence[Encoded]) -> dict[str, float]:
-    """The means of what the objective counts in the rows of all processes."""
-    if type(learner.objective).tally is Objective.tally:
+def _tally(learner: Learner, tallies: Sequence[Tally]) -> dict[str, float]:
+    """The means of what the objective counted, of all processes."""
+    kind = type(learner.objective)
+    if kind.tally is Objective.tally and kind.observe is Objective.observe:
         return {}
-    parts = learner.world.gather(learner.objective.tally(rows))
     found: dict[str, list[tuple[float, float]]] = {}
-    for part in parts:
+    for part in (one for parts in learner.world.gather(list(tallies)) for one in parts):
         for name, pair in part.items():
             found.setdefault(name, []).append(pair)
     return {name: sum(one for one, _ in pairs) / sum(count for _, count in pairs) for name, pairs in found.items()}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import LuthierError, RenderingError, RunError, TrainingError
 from luthier.core.run import Run, write_rows
+from luthier.core.types import Example, Text
 from luthier.text.answers import split_answers
 from luthier.verbs.rendering import find_rendered_otherwise, keep_rendering, note_rendering
 
@@ -99,12 +101,24 @@ def judge(work: Work, run: Run) -> None:
     from luthier.evals.predict import predict_examples
     from luthier.evals.preferences import judge_answers, read_answers, reads_answers
 
+    examples: Sequence[Example]
     part, examples = ("test", work.dataset.test) if work.dataset.test else ("validation", work.dataset.validation)
     if not examples:
         run.events.warn("nothing was held out, so the tuned model was not judged; give data.test or data.split.test")
         return
-    run.events.stage(f"judging on {len(examples)} held-out rows")
     spec, fitting = work.model.spec, baselines_for(work.model.spec.task) if work.config.baselines else ()
+    train: Sequence[Example] = work.dataset.train
+    if spec.task in ("classify", "regress"):
+        # A teacher can be learned from without labels, and nothing can be judged without them.
+        train = [one for one in train if not isinstance(one, Text)]
+        examples = [one for one in examples if not isinstance(one, Text)]
+        fitting = fitting if train else ()
+    if not examples:
+        run.events.warn(
+            "the held-out rows have no labels, so the tuned model was not judged; give data.test with labels"
+        )
+        return
+    run.events.stage(f"judging on {len(examples)} held-out rows")
     found: dict[str, Any] = {}
     if reads_answers(examples):
         logs, fitting = read_answers(work.model, examples, run.events), ()
@@ -118,7 +132,7 @@ def judge(work: Work, run: Run) -> None:
     (run.artefacts / "details.json").write_text(json.dumps(details, ensure_ascii=False), encoding="utf-8")
     for baseline in fitting:
         run.events.stage(f"judging the baseline {baseline.kind}")
-        guesses = baseline.predict(work.dataset.train, examples)
+        guesses = baseline.predict(train, examples)
         write_rows(run.artefacts / f"predictions-{baseline.kind}.jsonl", guesses)
         found[baseline.kind] = judge(guesses, spec.task, spec.labels)[0]
     artefacts = {"predictions": "artefacts/predictions.jsonl", "details": "artefacts/details.json"}

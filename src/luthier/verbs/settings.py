@@ -42,15 +42,14 @@ def decide(work: Work) -> Settings:
     if config.learning_rate == "auto":
         count = count_parameters(work.model.module)
         rate, why = defaults.choose_learning_rate(count, config.adapter.kind, kind, config.from_scratch)
-        if config.optimizer.rate != 1:
-            rate = float(f"{rate * config.optimizer.rate:.1e}")
-            why += f", times {config.optimizer.rate:g} for {config.optimizer.kind}"
+        values = sum(parameter.numel() for _, parameter in work.parameters)
+        rate, why = defaults.suit_optimizer(rate, why, config.optimizer, values)
         work.advise("learning_rate", rate, why)
     if config.optimizer.schedule and work.asked.origin("schedule") == "default":
         why = f"{config.optimizer.kind} averages the weights in place of a falling rate"
         work.advise("schedule", SCHEDULES.parse(config.optimizer.schedule), why, shown=config.optimizer.schedule)
     config = work.config
-    an_epoch = math.ceil(len(work.rows) / int(config.batch_size))
+    an_epoch = math.ceil(len(work.rows) / int(config.batch_size)) * work.objective.repeats()
     steps = config.steps or max(1, round(float(config.epochs) * an_epoch))
     an_epoch = steps if work.dataset.stream else an_epoch
     if config.validate_every in ("auto", "epoch"):

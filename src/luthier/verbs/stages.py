@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,7 +94,7 @@ class Work:
             "max_length": config.max_length,
             "truncate": config.truncate,
         }
-        if objective.task is not None:
+        if wanted["task"] in ("classify", "regress"):
             wanted["pooling"] = config.pooling
         form = self._choose_form()
         if self.given is not None:
@@ -103,7 +104,10 @@ class Work:
             if form in ("int8", "nf4"):
                 from luthier.models.quantised.network import quantise_loaded
 
-                quantise_loaded(self.model, form, events)  # type: ignore[arg-type]
+                if config.adapter.reads_base and self.model.spec.quantize == "none":
+                    self.model.spec = self.model.spec.model_copy(update={"quantize": form})
+                else:
+                    quantise_loaded(self.model, form, events)  # type: ignore[arg-type]
         else:
             self.model = load_model(
                 config.model,
@@ -113,12 +117,18 @@ class Work:
                 # In full: what an earlier tuning rounded to bfloat16 would stay rounded in one that computes in fp32.
                 dtype="float32",
                 quantize=form,  # type: ignore[arg-type]
+                unquantised=config.adapter.reads_base,
                 events=events,
                 **wanted,
             )
         self.objective.check_model(self.model.spec)
         self.objective.adapt(self.model, self.dataset.train)
+        fresh = self.model.spec.adapter is None
         config.adapter.apply(self.model)
+        if fresh and config.adapter.reads_base and self.model.spec.quantize != "none":
+            from luthier.models.quantised.network import tell_size
+
+            tell_size(self.model.network, events)
         self.parameters = list(config.adapter.trainable(self.model))
         self._choose_precision()
         self.objective.ready(self.model, events)
@@ -138,7 +148,7 @@ class Work:
             if not adapter.quantises:
                 raise ConfigError(
                     f"quantize: the adapter {adapter.kind!r} needs the base's own weights, which {config.quantize} cannot "
-                    "hold; choose adapter lora, or leave quantize out"
+                    "hold; choose adapter lora, dora or pissa, or leave quantize out"
                 )
             if config.from_scratch:
                 raise ConfigError("quantize: random weights learn nothing under an adapter; leave out from_scratch")
@@ -189,12 +199,13 @@ class Work:
 
     def _make_feed(self) -> Feed:
         config, settings, dataset = self.config, self.settings, self.dataset
+        steps = math.ceil(settings.steps / self.objective.repeats())
         if dataset.stream is not None:
             return StreamedRows(
                 dataset.stream,
                 lambda examples, events: self.objective.encode(examples, self.model, events),
                 batch_size=settings.batch_size,
-                steps=settings.steps,
+                steps=steps,
                 seed=config.seed,
                 window=config.data.shuffle_buffer,
                 shuffled=config.order == "shuffled",
@@ -203,7 +214,7 @@ class Work:
         plan = Steps(
             lengths_of(self.rows),
             settings.batch_size,
-            settings.steps,
+            steps,
             config.seed,
             config.order,
             config.by_length,

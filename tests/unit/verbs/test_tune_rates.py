@@ -12,6 +12,7 @@ from luthier.models.load import load_model
 from luthier.training import loop
 from luthier.training.checkpoint import Checkpoints, read_checkpoint
 from luthier.training.learner import Learner
+from luthier.training.optimizers import OPTIMIZERS
 from luthier.training.schedules.shapes import Constant
 from luthier.training.validation import validate
 from luthier.verbs.stages import Work
@@ -161,8 +162,8 @@ def test_what_suits_an_optimiser_is_chosen_and_said():
     adamw, _, memory = decided()
     lion, why, less = decided(optimizer={"kind": "lion"})
     assert (
-        lion["learning_rate"] == pytest.approx(adamw["learning_rate"] / 5)
-        and "times 0.2 for lion" in why["learning_rate"]
+        lion["learning_rate"] == pytest.approx(adamw["learning_rate"] / 3, rel=0.03)
+        and "times 0.333 for lion: every value moves by the whole rate" in why["learning_rate"]
     )
     assert (
         less["optimizer"] * 2 == memory["optimizer"] and decided(ema=0.9)[2]["optimizer"] * 2 == memory["optimizer"] * 3
@@ -171,6 +172,21 @@ def test_what_suits_an_optimiser_is_chosen_and_said():
     assert free["schedule.kind"] == "constant" and "in place of a falling rate" in why["schedule"]
     asked, why, _ = decided(optimizer={"kind": "schedule_free"}, schedule={"kind": "cosine"})
     assert asked["schedule.kind"] == "cosine" and "schedule" not in why
+
+
+def test_sgds_rate_goes_by_how_many_values_learn():
+    # AdamW moves each of 10,000 values by the rate: a step as long as 100 rates. SGD's steps in one direction add up to
+    # rate / (1 - momentum) times a gradient of length 1.
+    assert OPTIMIZERS.parse("sgd").times(10_000) == pytest.approx(10)
+    assert OPTIMIZERS.parse({"kind": "sgd", "momentum": 0}).times(10_000) == 100
+    assert OPTIMIZERS.parse({"kind": "galore", "strength": 0.5}).times(10_000) == 2
+    values = {"model": str(tiny_model("llama")), **SETTINGS, "learning_rate": "auto", "optimizer": "sgd"}
+    few = plan(resolve(Tune, values={**values, "adapter": {"kind": "freeze", "layers": 0}}))
+    all_of_it = plan(resolve(Tune, values=values))
+    rates = [one["settings"]["learning_rate"]["value"] for one in (few, all_of_it)]
+    learning = [one["trainable_parameters"] for one in (few, all_of_it)]
+    assert rates[1] / rates[0] == pytest.approx((learning[1] / learning[0]) ** 0.5, rel=0.05) and rates[0] != rates[1]
+    assert "for sgd: its step is as long as the clipped gradient" in few["choices"]["learning_rate"]
 
 
 def test_the_lowest_layers_move_least(runs):

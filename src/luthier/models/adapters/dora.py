@@ -9,15 +9,17 @@ from luthier.models.adapters.lora import Lora
 if TYPE_CHECKING:
     from torch import nn
 
+    from luthier.models.quantised.linear import Form
+
 
 class Dora(Lora):
-    """DoRA (Liu et al. 2024, arXiv:2402.09353): LoRA with a learned magnitude for each output, in linear layers."""
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): LoRA with a learned magnitude for each output, in linear layers. Over a
+    quantised base its norm is that of the weight as it is rebuilt; merged, that of the base in full."""
 
     kind: ClassVar[str] = "dora"
-    quantises: ClassVar[bool] = False
     embeds: ClassVar[bool] = False
 
-    def beside(self, base: nn.Module) -> nn.Module:
+    def beside(self, base: nn.Module, form: Form | None = None) -> nn.Module:
         """The layer that takes the place of `base`."""
         from luthier.models.adapters.magnitude import DoraLinear
 

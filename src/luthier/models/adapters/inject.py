@@ -68,18 +68,18 @@ class LoraLinear(nn.Module):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (W + scale B A).T + bias; what is dropped is dropped before A alone."""
         if isinstance(self.base, QuantisedLinear):
-            return self._beside_quantised(x, self.base)
+            return self._beside_quantised(x, self.base, bias)
         if not self.drops:
             factors = Factors(self.matrix, bias, self.lora_a, self.lora_b, self.scale)
             return low_rank_products(x.flatten(0, -2), [factors])[0].view(*x.shape[:-1], -1)
         low = (self.dropout(x).to(self.lora_a.dtype) @ self.lora_a.T) @ self.lora_b.T
         return nn.functional.linear(x, self.matrix, bias) + (low * self.scale).to(x.dtype)
 
-    def _beside_quantised(self, x: Tensor, base: QuantisedLinear) -> Tensor:
+    def _beside_quantised(self, x: Tensor, base: QuantisedLinear, bias: Tensor | None) -> Tensor:
         if not self.drops:
-            return base.beside(x, self.lora_a, self.lora_b, self.scale)
+            return base.beside(x, bias, self.lora_a, self.lora_b, self.scale)
         low = (self.dropout(x).to(self.lora_a.dtype) @ self.lora_a.T) @ self.lora_b.T
-        return base(x) + (low * self.scale).to(x.dtype)  # type: ignore[no-any-return]
+        return base.beside(x, bias) + (low * self.scale).to(x.dtype)
 
     def whole(self) -> Tensor:
         """The weight that the layer as it stands amounts to, [out, in], in fp32 at least."""

@@ -13,6 +13,7 @@ from luthier.models.adapters.part import Adapter
 if TYPE_CHECKING:
     from torch import nn
 
+    from luthier.models.quantised.linear import Form
     from luthier.models.spec import LoadedModel
 
 
@@ -80,8 +81,8 @@ class Lora(Adapter):
 
         write_adapter(loaded, directory)
 
-    def beside(self, base: nn.Module) -> nn.Module:
-        """The layer that takes the place of `base`."""
+    def beside(self, base: nn.Module, form: Form | None = None) -> nn.Module:
+        """The layer that takes the place of `base`, which it is to hold in `form`; None: as it is."""
         from torch import nn
 
         from luthier.models.adapters.inject import LoraEmbedding, LoraLinear
@@ -111,12 +112,16 @@ class Lora(Adapter):
                 )
         base = {"base": lasting_name(loaded.spec.source), "base_fingerprint": fingerprint(network)}
         for name in names:
-            layer = self.beside(network.get_submodule(name))
+            layer = self.beside(network.get_submodule(name), self._form_under(loaded, name))
             layer.train(network.training)
             replace_layer(network, name, layer)
         if self.tokens:
             add_tokens(loaded, self.tokens)
         loaded.spec = loaded.spec.model_copy(update={"adapter": self.model_dump(), **base})
+
+    def _form_under(self, loaded: LoadedModel, name: str) -> Form | None:
+        """The form in which the layer is to be held under its adapter; None: as it is."""
+        return None
 
     def _choose(self, loaded: LoadedModel) -> list[str]:
         """Names of the layers that get an adapter; of an encoder-decoder that classifies, in its encoder only."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from luthier.models.adapters.inject import LoraLinear, widened
+from luthier.models.quantised.linear import QuantisedLinear
 
 
 class DoraLinear(LoraLinear):
     """y = m (W + scale B A) x / ||W + scale B A|| + bias, with the norm and m [out] by output, m from ||W||.
 
     DoRA: Liu et al. 2024, arXiv:2402.09353. The norm is a constant in the backward pass (section 4.3). The merged weight
-    is never made: the products are those of LoRA, and the norm comes from W A.T and A A.T. Dropout acts before A alone;
+    is never made: the products are those of LoRA, and the norm comes from W A.T and A A.T. Of a quantised base W is what is
+    rebuilt from it, for the norm some outputs at a time; m starts as its norm. Dropout acts before A alone;
     PEFT drops from the part of W too that the magnitude adds.
     """
 
@@ -36,12 +39,12 @@ class DoraLinear(LoraLinear):
     def norm(self) -> Tensor:
         """||W + scale B A|| of each output [out], in fp32."""
         a_RI, b_OR = self.lora_a, self.lora_b
-        key = (a_RI.data_ptr(), a_RI._version, b_OR.data_ptr(), b_OR._version, _version(self.weight), self.training)
+        key = (a_RI.data_ptr(), a_RI._version, b_OR.data_ptr(), b_OR._version, self._base_state(), self.training)
         # While it answers, the weights stand still; while it learns, each step moves them.
         if self._norm is not None and self._norm[0] == key and not self.training:
             return self._norm[1]
         squares_O = self._base_squares()
-        cross_O = ((widened(self.matrix) @ a_RI.T) * b_OR).sum(1)
+        cross_O = torch.cat([((rows_BI @ a_RI.T) * b_OR[place]).sum(1) for place, rows_BI in self._blocks()])
         own_O = ((b_OR @ (a_RI @ a_RI.T)) * b_OR).sum(1)
         total_O = squares_O + 2 * self.scale * cross_O + self.scale**2 * own_O
         norm_O = total_O.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
@@ -50,16 +53,26 @@ class DoraLinear(LoraLinear):
 
     def _base_squares(self) -> Tensor:
         """||W||^2 of each output, made once for each state of W."""
-        key = _version(self.weight)
+        key = self._base_state()
         if self._squares is None or self._squares[0] != key:
-            self._squares = (key, widened(self.matrix).square().sum(1).float())
+            squares_O = torch.cat([rows_BI.square().sum(1).float() for _, rows_BI in self._blocks()])
+            self._squares = (key, squares_O)
         return self._squares[1]
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """W in fp32, by outputs."""
+        if isinstance(self.base, QuantisedLinear):
+            yield from self.base.blocks()
+        else:
+            yield slice(None), widened(self.matrix)
+
+    def _base_state(self) -> tuple[Any, ...]:
+        """What changes whenever W does."""
+        if isinstance(self.base, QuantisedLinear):
+            return self.base.version
+        return self.weight.data_ptr(), self.weight._version, self.weight.dtype
 
     @torch.no_grad()
     def whole(self) -> Tensor:
         """The weight that the layer as it stands amounts to, [out, in], in fp32 at least."""
         return super().whole() * (self.lora_magnitude / self.norm())[:, None]
-
-
-def _version(weight: Tensor) -> tuple[Any, ...]:
-    return (weight.data_ptr(), weight._version, weight.dtype)

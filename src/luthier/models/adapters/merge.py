@@ -25,15 +25,18 @@ def merge_adapter(loaded: LoadedModel) -> None:
     adapter learned would be rounded away. Layers that shared a weight and now differ get one each, and the config says
     so. Raises ModelError when the base can no longer be had.
     """
-    from luthier.models.quantised.network import restore
+    from luthier.models.quantised.network import plain_name, restore
 
     # Both may need it, and neither for a base that is held in full.
     base = cache(lambda: read_base(loaded))
-    restore(loaded, base)
+    restored = {plain_name(name) for name in restore(loaded, base)}
     if loaded.spec.adapter is None:
         return
-    widen(loaded, base)
     network = loaded.network
+    if not widen(loaded, base):
+        for name, layer in network.named_modules():
+            if isinstance(layer, PissaLinear) and plain_name(name) in restored:
+                layer.subtract()
     if loaded.spec.adapter["kind"] == "peft":
         from luthier.models.adapters.peft_methods import merge
 
@@ -48,8 +51,9 @@ def merge_adapter(loaded: LoadedModel) -> None:
 
 
 @torch.no_grad()
-def widen(loaded: LoadedModel, base: Callable[[], Any]) -> None:
-    """Bring a model with an adapter to fp32, the base from its own files, as `base` reads them, where it was rounded.
+def widen(loaded: LoadedModel, base: Callable[[], Any]) -> bool:
+    """Bring a model with an adapter to fp32, the base from its own files, as `base` reads them, where it was rounded; False
+    where it was not, and nothing is done.
 
     Raises ModelError when they are gone or hold another model.
     """
@@ -57,7 +61,7 @@ def widen(loaded: LoadedModel, base: Callable[[], Any]) -> None:
 
     network, spec = loaded.network, loaded.spec
     if all(one.dtype.itemsize >= 4 for one in network.parameters()):
-        return
+        return False
     also = also_modules(network, (spec.adapter or {}).get("also", ()))
     own = {id(parameter) for module in also.values() for parameter in module.parameters()}
     whole = dict(base().named_parameters(remove_duplicate=False))
@@ -78,6 +82,7 @@ def widen(loaded: LoadedModel, base: Callable[[], Any]) -> None:
             layer.subtract()
     network.config.dtype = torch.float32
     loaded.spec = spec.model_copy(update={"precision": "float32"})
+    return True
 
 
 def separate(network: Any) -> None:

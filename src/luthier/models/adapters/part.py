@@ -18,6 +18,8 @@ class Adapter(Part):
 
     quantises: ClassVar[bool] = False
     """Whether the base may be held in fewer bits under it: none of the base's linear weights learn."""
+    reads_base: ClassVar[bool] = False
+    """Whether it reads the base's weights before they are quantised, and does that itself."""
 
     def apply(self, loaded: LoadedModel) -> None:
         """Make the model ready to learn, in place; its outputs do not change."""

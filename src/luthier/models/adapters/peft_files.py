@@ -36,6 +36,8 @@ from luthier.models.adapters.inject import (
 from luthier.models.adapters.magnitude import DoraLinear
 from luthier.models.adapters.principal import PissaLinear
 from luthier.models.adapters.tokens import grow, put_rows, token_layers
+from luthier.models.quantised.linear import Form
+from luthier.models.quantised.network import in_body
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -87,19 +89,20 @@ def attach_adapter(
     tokenizer: Any,
     events: Events,
     saved: dict[str, Any] | None = None,
+    form: Form | None = None,
 ) -> dict[str, Any]:
     """Put the adapter in `directory` on `network`, and return it as settings of the Part that it is.
 
-    `saved` are those settings where it was made here. What belongs to an output layer that the network lacks, since it
-    was loaded to classify, is left out with a warning. Raises ModelError when a layer is not there or has another shape:
-    the adapter is for another base.
+    `saved` are those settings where it was made here; `form` is how PiSSA holds what it leaves of the base. What belongs
+    to an output layer that the network lacks, since it was loaded to classify, is left out with a warning. Raises
+    ModelError when a layer is not there or has another shape: the adapter is for another base.
     """
     found = _sort(directory, network, base, events)
     _make_room(network, found, settings, directory, base)
     pissa = saved if saved is not None and saved.get("kind") == "pissa" else None
     for name, parts in found.items():
         if "A" in parts or "B" in parts:
-            layer = _beside(network, name, parts, settings, directory, base, pissa)
+            layer = _beside(network, name, parts, settings, directory, base, pissa, form)
             replace_layer(network, name, layer)
     # Files of peft bring no tokenizer with the tokens they add.
     tokens = [tokenizer.convert_ids_to_tokens(one) for one in _put_tokens(network, found, settings, directory)]
@@ -188,6 +191,7 @@ def _beside(
     directory: Path,
     base: str,
     pissa: dict[str, Any] | None,
+    form: Form | None,
 ) -> LoraLayer:
     """The layer `name` with its matrices beside it."""
     under = network.get_submodule(name)
@@ -218,7 +222,8 @@ def _beside(
         half, device = rank // 2, under.weight.device
         start = (a_RI[half:].to(device), -b_OR[:, half:].to(device))
         a_RI, b_OR = a_RI[:half], b_OR[:, :half]
-        layer = PissaLinear(under, half, float(pissa["alpha"]), start=start, **options)
+        held = form if form is not None and in_body(network, name) else None
+        layer = PissaLinear(under, half, float(pissa["alpha"]), start=start, form=held, **options)
     elif settings.get("use_dora"):
         layer = DoraLinear(under, rank, alpha, **options)
         with torch.no_grad():

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.models.adapters.inject import LoraLinear, widened
+from luthier.models.quantised.linear import Form, QuantisedLinear
 
 # Directions drawn beyond those wanted, and passes over the weight, of the fast decomposition; up to EXACT x EXACT the
 # exact one is as fast.
@@ -16,7 +17,8 @@ SPARE, PASSES, EXACT = 16, 8, 256
 class PissaLinear(LoraLinear):
     """LoRA of which A and B start as the principal singular vectors of W; the base keeps W - scale B0 A0.
 
-    PiSSA: Meng et al. 2024, arXiv:2404.02948. `start` (A0, B0) continues from known ones; without, they are computed.
+    PiSSA: Meng et al. 2024, arXiv:2404.02948. `start` (A0, B0) continues from known ones; without, they are computed. In a
+    `form`, what the base keeps is quantised after the principal part was taken out (QPiSSA, section 4 there).
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class PissaLinear(LoraLinear):
         dropout: float = 0.0,
         rslora: bool = False,
         start: tuple[Tensor, Tensor] | None = None,
+        form: Form | None = None,
     ):
         super().__init__(base, rank, alpha, dropout=dropout, rslora=rslora)
         a_RI, b_OR = start or principal(widened(self.matrix.detach()), rank)
@@ -40,13 +43,20 @@ class PissaLinear(LoraLinear):
         with torch.no_grad():
             self.lora_a.copy_(self.lora_start_a)
             self.lora_b.copy_(self.lora_start_b)
-        self.subtract()
+        if form is None:
+            self.subtract()
+        else:
+            self.base = QuantisedLinear(base, form, self._rest()).train(base.training)
 
     @torch.no_grad()
     def subtract(self) -> None:
         """Take the principal part out of a base that holds it whole."""
-        rest = widened(self.matrix) - (self.lora_start_b @ self.lora_start_a) * self.scale
+        rest = self._rest()
         self.weight.copy_(rest.T if isinstance(self.base, Conv1D) else rest)
+
+    @torch.no_grad()
+    def _rest(self) -> Tensor:
+        return widened(self.matrix) - (self.lora_start_b @ self.lora_start_a) * self.scale
 
     def difference(self) -> tuple[Tensor, Tensor]:
         """(A [2 rank, in], B [out, 2 rank]) whose product is what was learned on top of the whole W: B A - B0 A0."""

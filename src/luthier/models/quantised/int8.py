@@ -18,6 +18,15 @@ class Int8(NamedTuple):
     scales: Tensor
     """[out, 1], fp32: a row's largest magnitude / 127."""
 
+    def rows(self, place: slice, width: int) -> Int8:
+        """Some outputs of it."""
+        return Int8(self.codes[place], self.scales[place])
+
+    @staticmethod
+    def together(width: int) -> int:
+        """Outputs that can only be taken together."""
+        return 1
+
     def unpack(self, out: Tensor) -> None:
         """Write the weight to `out` [out * in], some rows at a time: the products in fp32, rounded once."""
         rows = rows_at_once(self.codes.shape[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.models.quantised import int8, nf4
+from luthier.models.quantised.int8 import rows_at_once
 
 Form: TypeAlias = Literal["int8", "nf4"]
 PACKED = {"int8": (int8.pack, int8.Int8), "nf4": (nf4.pack, nf4.NF4)}
@@ -27,10 +29,12 @@ class QuantisedLinear(nn.Linear):
     nothing. `nn.Linear` and GPT-2's `Conv1D` can be taken.
     """
 
-    def __init__(self, linear: nn.Module, form: Form):
+    def __init__(self, linear: nn.Module, form: Form, weight_OI: Tensor | None = None):
+        """`weight_OI` is held in place of the layer's own weight, which is still what a fingerprint sees."""
         nn.Module.__init__(self)
         held: Tensor = linear.weight.detach()  # type: ignore[assignment,operator]
-        weight_OI = held.T if isinstance(linear, Conv1D) else held
+        if weight_OI is None:
+            weight_OI = held.T if isinstance(linear, Conv1D) else held
         self.out_features, self.in_features = weight_OI.shape
         self.form, self.dtype = form, held.dtype
         self.bias = linear.bias
@@ -54,20 +58,47 @@ class QuantisedLinear(nn.Linear):
 
     def rebuilt(self, dtype: torch.dtype, *, lasting: bool = True) -> Tensor:
         """[out, in] in `dtype`; one that does not last is overwritten by the next of its thread."""
-        packed = PACKED[self.form][1](*(getattr(self, name) for name in self._names))
+        packed = self._packed
         size = self.out_features * self.in_features
         device = getattr(self, self._names[0]).device
         flat = torch.empty(size, dtype=dtype, device=device) if lasting else _scratch(size, dtype, device)
         packed.unpack(flat)
         return flat.view(self.out_features, self.in_features)
 
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(outputs, their rows of the weight in fp32), some at a time: for what need not see the whole weight at once."""
+        together = self._packed.together(self.in_features)
+        rows = together * max(1, rows_at_once(self.in_features) // together)
+        for start in range(0, self.out_features, rows):
+            place = slice(start, min(start + rows, self.out_features))
+            count = place.stop - place.start
+            flat = torch.empty(count * self.in_features, device=getattr(self, self._names[0]).device)
+            self._packed.rows(place, self.in_features).unpack(flat)
+            yield place, flat.view(count, self.in_features)
+
+    @property
+    def version(self) -> tuple[tuple[int, int], ...]:
+        """What changes whenever the weight does."""
+        return tuple((one.data_ptr(), one._version) for one in self._packed)
+
+    @property
+    def _packed(self) -> Any:
+        return PACKED[self.form][1](*(getattr(self, name) for name in self._names))
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] to [..., out], in the precision of the input."""
-        return self.beside(input, None, None, 0.0)
+        return self.beside(input, self.bias)
 
-    def beside(self, x: Tensor, a_RI: Tensor | None, b_OR: Tensor | None, scale: float) -> Tensor:
-        """The output with scale x (x A.T) B.T added; without, where there is no A."""
-        flat = RebuiltProduct.apply(x.flatten(0, -2), self, self.bias, a_RI, b_OR, scale)
+    def beside(
+        self,
+        x: Tensor,
+        bias_O: Tensor | None,
+        a_RI: Tensor | None = None,
+        b_OR: Tensor | None = None,
+        scale: float = 0.0,
+    ) -> Tensor:
+        """x W.T + bias with scale x (x A.T) B.T added; without, where there is no A."""
+        flat = RebuiltProduct.apply(x.flatten(0, -2), self, bias_O, a_RI, b_OR, scale)
         return flat.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantisedLinear:

@@ -26,27 +26,43 @@ def quantise(network: Any, form: Form, events: Events | None = None) -> int:
     loads them in the precision of the file, the peak is the quantised size and one layer. Embeddings, norms and the
     output layer stay as they are. Raises ModelError for a body without linear layers.
     """
-    body = {id(module) for module in network.base_model.modules()}
-    names = [name for name, layer in linear_layers(network).items() if id(layer) in body]
-    if not names:
+    # What lies under an adapter by now was left, or quantised, by that.
+    held = {name for name, _ in quantised_layers(network)}
+    names = [name for name in linear_layers(network) if in_body(network, name) and not under_adapter(name)]
+    names = [name for name in names if name not in held]
+    if not names and not held:
         raise ModelError(
             f"quantize: a {network.config.model_type} model has no linear layers to hold in {form}; leave quantize out"
         )
-    before = after = 0
     for name in names:
         linear = network.get_submodule(name)
-        held = QuantisedLinear(linear, form)
-        held.train(linear.training)
-        before, after = before + linear.weight.numel() * 2, after + held.nbytes
-        replace_layer(network, name, held)
+        replace_layer(network, name, QuantisedLinear(linear, form).train(linear.training))
         del linear
     # The last of what lies in the mapped file would keep all of it there.
     for parameter in network.parameters():
         parameter.data = parameter.data.clone()
     if events is not None:
-        shown = f"{form}, {after / 2**20:.1f} MB"
-        events.choose("base", shown, f"{len(names)} linear layers, which take {before / 2**20:.1f} MB in bfloat16")
+        tell_size(network, events)
     return len(names)
+
+
+def tell_size(network: nn.Module, events: Events) -> None:
+    """Say how many layers are quantised, and what that saves."""
+    layers = [layer for _, layer in quantised_layers(network)]
+    before = sum(layer.in_features * layer.out_features * 2 for layer in layers)
+    shown = f"{layers[0].form}, {sum(layer.nbytes for layer in layers) / 2**20:.1f} MB"
+    events.choose("base", shown, f"{len(layers)} linear layers, which take {before / 2**20:.1f} MB in bfloat16")
+
+
+def in_body(network: Any, name: str) -> bool:
+    """Whether a layer lies in the body, as all do but the output layer over the vocabulary."""
+    layer, body = network.get_submodule(name), network.base_model
+    return any(layer is module for module in body.modules()) and layer is not network.get_output_embeddings()
+
+
+def under_adapter(name: str) -> bool:
+    """Whether a layer is the base of one with an adapter."""
+    return name.rpartition(".")[2] in ("base", "base_layer")
 
 
 def quantise_loaded(loaded: LoadedModel, form: Form, events: Events | None = None) -> None:
@@ -69,16 +85,16 @@ def quantised_layers(network: nn.Module) -> Iterator[tuple[str, QuantisedLinear]
 
 
 @torch.no_grad()
-def restore(loaded: LoadedModel, base: Callable[[], Any]) -> None:
+def restore(loaded: LoadedModel, base: Callable[[], Any]) -> list[str]:
     """Put the full weights back where they were quantised, from the base as `base` reads it, in place.
 
-    An adapter is merged into these: into rounded weights, much of what it learned would be rounded away. Raises
-    ModelError when the base is gone, or is no longer the model that it was.
+    An adapter is merged into these: into rounded weights, much of what it learned would be rounded away. Returns the names
+    of the layers. Raises ModelError when the base is gone, or is no longer the model that it was.
     """
     network = loaded.network
     held = dict(quantised_layers(network))
     if not held:
-        return
+        return []
     whole = base().requires_grad_(False)
     for name, layer in held.items():
         own = whole.get_submodule(plain_name(name))
@@ -86,6 +102,7 @@ def restore(loaded: LoadedModel, base: Callable[[], Any]) -> None:
         replace_layer(network, name, own)
     loaded.spec = loaded.spec.model_copy(update={"quantize": "none"})
     loaded.head = None
+    return list(held)
 
 
 def plain_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -36,6 +37,18 @@ class NF4(NamedTuple):
     """[blocks / 256], fp32."""
     mean: Tensor
     """Of the magnitudes, fp32."""
+
+    def rows(self, place: slice, width: int) -> NF4:
+        """Some outputs of it; the first must be a multiple of `together(width)`."""
+        start, stop = place.start * width, place.stop * width
+        blocks = slice(start // BLOCK, -(-stop // BLOCK))
+        scales = self.scale_scales[start // (BLOCK * SCALE_BLOCK) : -(-stop // (BLOCK * SCALE_BLOCK))]
+        return NF4(self.codes[start // 2 : blocks.stop * BLOCK // 2], self.scale_codes[blocks], scales, self.mean)
+
+    @staticmethod
+    def together(width: int) -> int:
+        """Outputs that can only be taken together: so many that they end where a scale of scales does."""
+        return BLOCK * SCALE_BLOCK // math.gcd(width, BLOCK * SCALE_BLOCK)
 
     def unpack(self, out: Tensor) -> None:
         """Write the weight to `out` [out * in], a piece at a time: the products in fp32, rounded once."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import mul
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -21,17 +21,15 @@ from luthier.core.types import Chat, Encoded, Example, Message, Pair
 from luthier.data.batches import Batch, collate
 from luthier.engine.rollouts import numbers_for, roll_out
 from luthier.metrics.scorers import SCORERS
-from luthier.models.cross_entropy import token_loss
+from luthier.models.cross_entropy import token_loss, token_nll
 from luthier.models.output import at_temperature
 from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.causal import supervised
+from luthier.training.objectives.gains import advantages, clipped, pull
 from luthier.training.objectives.part import Loss, Objective, Tally, Total, alone, encode_rows
 from luthier.training.reference import Reference, log_probs
 from luthier.training.rewards import REWARDS
 from luthier.training.rewards.part import Answer, Reward
-
-# Beside the standard deviation of a group, so that nearly equal rewards do not become large advantages.
-SMALL = 1e-4
 
 
 def parse_reward(value: Any) -> Reward:
@@ -67,6 +65,9 @@ class Group(Encoded):
     """Its part of the loss."""
     tally: dict[str, float] = field(default_factory=dict)
     """Means over its answers, for the numbers of the step."""
+    told: tuple[tuple[float, float, float], ...] = ()
+    """Where several steps learn from it, of each token: the advantage of its answer, log p when it was written, and log p
+    at the start of training; the weights are then what tokens count."""
 
 
 class GRPO(Objective):
@@ -76,10 +77,11 @@ class GRPO(Objective):
     reward minus the mean of its group, over the group's standard deviation. With u = 1 / (length of the answer) and
     N answers in the step the loss is 1/N sum_answers sum_tokens u (-A ratio + beta KL), where ratio is the likelihood of
     the token over what it was when it was written, and KL = r - log r - 1 with r = likelihood at the start of training
-    over likelihood now. Every answer is learned from once, at the weights that wrote it: the ratio is 1 (only its
-    gradient counts), so the clipping of the ratio, which is for several updates from one answer, never acts and is
-    left out. `standardise: false` with `average: constant` is Dr. GRPO (Liu et al. 2025, arXiv:2503.20783), `average:
-    tokens` the average of DAPO (Yu et al. 2025, arXiv:2503.14476).
+    over likelihood now. An answer that is learned from once, at the weights that wrote it, has the ratio 1, of which
+    only the gradient counts. With `updates` above 1 so many steps learn from the same answers, at weights that move on,
+    and -A ratio becomes -min(A ratio, A clip(ratio, 1 - clip_low, 1 + clip_high)); the likelihoods of the time of writing
+    are computed again by what learns, not taken from what wrote. `standardise: false` with `average: constant` is Dr. GRPO
+    (Liu et al. 2025, arXiv:2503.20783), `average: tokens` the average of DAPO (Yu et al. 2025, arXiv:2503.14476).
 
     Rows are pairs, or conversations whose last answer is the gold. A group whose answers are all worth the same
     teaches nothing (but for the KL) and is counted in `no_signal`; a step of such groups alone moves nothing by itself.
@@ -109,6 +111,12 @@ class GRPO(Objective):
     """What counts alike in the mean: answers, tokens, or (constant) sums over an answer, divided by max_tokens."""
     beta: float = Field(0.0, ge=0)
     """Strength of the pull towards the model as it was at the start; above 0 a copy of what learns is kept."""
+    updates: int = Field(1, ge=1)
+    """Steps that learn from the same answers before others are written."""
+    clip_low: float = Field(0.2, ge=0, lt=1)
+    """How far below 1 the ratio of a token in a bad answer may fall before it is left alone; acts with `updates` above 1."""
+    clip_high: float = Field(0.2, ge=0)
+    """How far above 1 the ratio of a token in a good answer may rise before it is left alone (DAPO: 0.28)."""
     _reference: Reference | None = PrivateAttr(None)
 
     def check_model(self, spec: ModelSpec) -> None:
@@ -151,6 +159,8 @@ class GRPO(Objective):
             mine = slice(at * self.samples, (at + 1) * self.samples)
             each = {name: values[mine] for name, values in judged.items()}
             groups.append(self._group(row, answers[mine], each))
+        if self.updates > 1:
+            return self._remember(groups, model)
         return self._hold(groups, model) if self.beta else groups
 
     def stand_in(self, rows: Sequence[Encoded], model: LoadedModel) -> Sequence[Encoded]:
@@ -162,20 +172,48 @@ class GRPO(Objective):
             groups.append(self._group(row, answers, {"reward": [float(at) for at in range(self.samples)]}))
         return groups
 
+    def repeats(self) -> int:
+        return self.updates
+
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         groups = [row for row in rows if isinstance(row, Group)]
         assert len(groups) == len(rows)  # draw() comes first
         batch = collate(groups)
         batch.weight = sum(row.count for row in groups)
-        batch.gold = torch.tensor([row.value for row in groups])
+        if self.updates > 1:
+            batch.gold = torch.tensor([told for row in groups for told in row.told])
+        else:
+            batch.gold = torch.tensor([row.value for row in groups])
         return batch
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
         states_ME, target_M, weight_M = supervised(model, batch)
-        surrogate = token_loss(at_temperature(model, self.temperature), states_ME, target_M, weight_M)
+        head = at_temperature(model, self.temperature)
         assert batch.gold is not None
+        if self.updates > 1:
+            return self._measure_again(head, states_ME, target_M, weight_M, batch)
+        surrogate = token_loss(head, states_ME, target_M, weight_M)
         # The sum of -weight x log p has the gradient of the loss where the ratio is 1, and another value.
         return Loss(surrogate - surrogate.detach() + batch.gold.sum(), batch.weight), None
+
+    def _measure_again(
+        self, head: Any, states_ME: Tensor, target_M: Tensor, share_M: Tensor, batch: Batch
+    ) -> tuple[Loss, Tensor]:
+        """The loss at weights that are no longer those that wrote, and which tokens are clipped [M]."""
+        assert batch.gold is not None
+        advantage_M, written_M, start_M = batch.gold[batch.weights_N.nonzero().squeeze(1)].unbind(1)
+        with torch.no_grad():
+            now_M = -token_nll(head, states_ME.detach(), target_M)
+            found = clipped(now_M, written_M, advantage_M, self.clip_low, self.clip_high)
+            loss_M, gain_M = found.loss_M, found.gain_M
+            if self.beta:
+                change_M, kl_M = pull(now_M, start_M)
+                loss_M, gain_M = loss_M + self.beta * kl_M, gain_M + self.beta * change_M
+        surrogate = token_loss(head, states_ME, target_M, share_M * gain_M)
+        return Loss(surrogate - surrogate.detach() + (share_M * loss_M).sum(), batch.weight), found.clipped_M
+
+    def observe(self, scores: Tensor) -> Tally:
+        return {"clipped": (float(scores.sum()), scores.numel())} if scores.numel() else {}
 
     def tally(self, rows: Sequence[Encoded]) -> Tally:
         tallies = [row.tally for row in rows if isinstance(row, Group)]
@@ -227,6 +265,10 @@ class GRPO(Objective):
         )
         if not signal and not self.beta:
             return group  # the prompt alone stands for answers that teach nothing: they count in the mean all the same
+        if self.updates > 1:
+            group = replace(
+                group, told=tuple((gain, 0.0, 0.0) for gain, length in zip(gains, lengths) for _ in range(length))
+            )
         gained = [share * gain for share, gain, length in zip(shares, gains, lengths) for _ in range(length)]
         return replace(
             group,
@@ -267,24 +309,31 @@ class GRPO(Objective):
             )
         return held
 
-
-def advantages(rewards: Sequence[float], standardise: bool = True) -> list[float]:
-    """Each reward minus the mean of its group, over its standard deviation (n - 1); exactly 0 where all are equal."""
-    if max(rewards) - min(rewards) < 1e-9:
-        return [0.0] * len(rewards)
-    middle = fmean(rewards)
-    scale = stdev(rewards) + SMALL if standardise else 1.0
-    return [(reward - middle) / scale for reward in rewards]
-
-
-def pull(now_T: np.ndarray, start_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(what the log-likelihood of each token should gain to come nearer the start, its KL) from log-likelihoods.
-
-    The estimate r - log r - 1 with r = p_start / p_now (k3 in Schulman 2020, "Approximating KL divergence") has the
-    derivative 1 - r after log p_now; the gain is minus that.
-    """
-    ratio_T = np.exp(start_T - now_T)
-    return ratio_T - 1, ratio_T - (start_T - now_T) - 1
+    def _remember(self, groups: Sequence[Group], model: LoadedModel) -> list[Group]:
+        """The groups with what the model as it is, and as it was at the start, says of their tokens."""
+        head = partial(at_temperature, temperature=self.temperature)
+        written = log_probs(model, groups, head)
+        start = written
+        if self.beta:
+            assert self._reference is not None  # ready() comes first
+            with self._reference.active():
+                start = log_probs(model, groups, head)
+        held = []
+        for group, written_N, start_N in zip(groups, written, start):
+            first, lengths = group.segments[0], group.segments[1:]
+            shares = np.repeat(self._shares(lengths), lengths)
+            gains = [gain for gain, _, _ in group.told]
+            told = zip(gains, written_N[first:].tolist(), start_N[first:].tolist(), strict=True)
+            kl = {"kl": float(pull(written_N[first:], start_N[first:])[1].mean())} if self.beta else {}
+            held.append(
+                replace(
+                    group,
+                    weights=(0.0,) * first + tuple(shares.tolist()),
+                    told=((0.0, 0.0, 0.0),) * first + tuple(told),
+                    tally=group.tally | kl,
+                )
+            )
+        return held
 
 
 def _prompt(example: Chat | Pair, model: LoadedModel) -> Prompt:

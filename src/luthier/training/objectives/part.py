@@ -90,6 +90,10 @@ class Objective(Part):
         """Examples as the model sees them. Raises DataError that counts and names the rows that cannot be."""
         raise NotImplementedError(f"{type(self).__name__} must define encode()")
 
+    def beside(self) -> str:
+        """What encoding depends on beside the examples, the settings and the model that learns: a name for it."""
+        return ""
+
     def refer(self, rows: Sequence[Encoded], model: LoadedModel, events: Events, keep: Path) -> list[Encoded]:
         """The rows with what the model says of them before the first step, for objectives that hold on to it; kept in the
         directory `keep`, so that a run that goes on reads the same."""
@@ -109,12 +113,20 @@ class Objective(Part):
         """Rows such as `draw` makes of these at their longest, without asking the model: for a forecast of memory."""
         return rows
 
-    def beside(self) -> Sequence[LoadedModel]:
+    def companions(self) -> Sequence[LoadedModel]:
         """The models that run beside the one that learns in `measure`."""
         return ()
 
+    def repeats(self) -> int:
+        """Steps that learn from the same drawn rows before others are drawn."""
+        return 1
+
     def tally(self, rows: Sequence[Encoded]) -> Tally:
         """What of a step's rows, as drawn, is worth keeping beside its loss."""
+        return {}
+
+    def observe(self, scores: Tensor) -> Tally:
+        """What of the scores that `measure` gave of a step's batch is worth keeping beside its loss."""
         return {}
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:

@@ -20,12 +20,14 @@ class GaLore(AdamW):
 
     The gradient is projected on its `rank` largest singular directions of the shorter side, found anew every `refresh`
     steps; Adam runs there, and its step is projected back. Deviation: the directions come from the eigenvectors of
-    gradient x gradient.T, which are the singular vectors and cheaper to find.
+    gradient x gradient.T, which are the singular vectors and cheaper to find. A rate left to "auto" is AdamW's over
+    `strength`.
     """
 
     kind: ClassVar[str] = "galore"
     elementwise: ClassVar[bool] = False
     slots: ClassVar[float] = 0.75
+    rate_why: ClassVar[str] = "its steps are Adam's times its strength"
 
     rank: int = Field(128, gt=0)
     """Directions kept."""
@@ -33,6 +35,9 @@ class GaLore(AdamW):
     """Factor on a matrix's step (the paper's alpha)."""
     refresh: int = Field(200, gt=0)
     """Steps after which the directions are found anew."""
+
+    def times(self, values: int) -> float:
+        return 1 / self.strength
 
     def build(
         self, parameters: Sequence[tuple[str, Parameter]], learning_rate: float, scales: Mapping[str, float] = NO_SCALES

@@ -18,12 +18,13 @@ class Lion(Optimizer):
     """Chen et al. 2023 (arXiv:2302.06675): the sign of a blend of gradient and momentum; one value kept beside each weight.
 
     It wants a learning rate 3 to 10 times smaller than AdamW's, and a weight decay as many times larger; a rate left to
-    "auto" is a fifth of AdamW's.
+    "auto" is a third of AdamW's.
     """
 
     kind: ClassVar[str] = "lion"
     elementwise: ClassVar[bool] = True
-    rate: ClassVar[float] = 0.2
+    rate: ClassVar[float] = 1 / 3
+    rate_why: ClassVar[str] = "every value moves by the whole rate at each step"
     slots: ClassVar[float] = 1.0
 
     beta1: float = Field(0.9, ge=0, lt=1)

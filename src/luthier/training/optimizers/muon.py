@@ -21,13 +21,16 @@ class Muon(AdamW):
     """Jordan et al. 2024 (kellerjordan.github.io/posts/muon) for the matrices inside the layers; AdamW for all else.
 
     The step of a matrix is scaled to the size that AdamW's would have, 0.2 sqrt(max(rows, columns)) (Liu et al. 2025,
-    arXiv:2502.16982), so that one learning rate serves both. The Newton-Schulz iteration runs in bfloat16, as in the
+    arXiv:2502.16982) late in a run, so that one learning rate serves both; early ones of AdamW are up to five times as
+    long, and a rate left to "auto" is twice AdamW's. The Newton-Schulz iteration runs in bfloat16, as in the
     paper, where the machine multiplies that fast; elsewhere, in deviation, in float32. On a processor it may take longer
     than the forward and backward pass of a small batch.
     """
 
     kind: ClassVar[str] = "muon"
     slots: ClassVar[float] = 1.0
+    rate: ClassVar[float] = 2.0
+    rate_why: ClassVar[str] = "its steps are as long as AdamW's late ones from the beginning"
     elementwise: ClassVar[bool] = False
 
     beta2: float = Field(0.95, ge=0, lt=1)

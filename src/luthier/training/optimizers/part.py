@@ -25,6 +25,8 @@ class Optimizer(Part):
     """The schedule that it is made for; None: any."""
     rate: ClassVar[float] = 1.0
     """The learning rate that suits it, as a multiple of the one that suits AdamW."""
+    rate_why: ClassVar[str] = ""
+    """Why the rate is another, where it is."""
     averages: ClassVar[bool] = False
     """Whether its engine keeps an average of the weights: it has `eval()`, which puts the average into them, and `train()`."""
     slots: ClassVar[float] = 2.0
@@ -34,6 +36,10 @@ class Optimizer(Part):
 
     weight_decay: float = Field(0.0, ge=0)
     """Pull of matrices towards zero; biases, norms and other vectors never decay."""
+
+    def times(self, values: int) -> float:
+        """The learning rate that suits it where so many `values` learn, as a multiple of the one that suits AdamW."""
+        return self.rate
 
     def build(
         self, parameters: Sequence[tuple[str, Parameter]], learning_rate: float, scales: Mapping[str, float] = NO_SCALES

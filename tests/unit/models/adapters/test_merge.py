@@ -82,13 +82,11 @@ def test_verb_keeps_the_precision_of_the_bases_files(tmp_path):
     assert made["rounding"] < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "pissa"])
 @pytest.mark.parametrize("form", ["int8", "nf4"])
-def test_an_adapter_over_a_quantised_base_is_merged_into_the_full_one(form, tmp_path):
-    from luthier.models.quantised.network import quantise_loaded
-
-    loaded = load_model(str(tiny_model("llama")))
-    quantise_loaded(loaded, form)
-    part = ADAPTERS.parse({"kind": "lora", "rank": 4})
+def test_an_adapter_over_a_quantised_base_is_merged_into_the_full_one(form, kind, tmp_path):
+    part = ADAPTERS.parse({"kind": kind, "rank": 4})
+    loaded = load_model(str(tiny_model("llama")), quantize=form, unquantised=part.reads_base)
     part.apply(loaded)
     with torch.no_grad():
         for name, parameter in part.trainable(loaded):

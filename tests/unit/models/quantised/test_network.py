@@ -232,7 +232,9 @@ def test_a_model_given_is_quantised_too():
 
 @pytest.mark.parametrize("adapter", ["full", "freeze"])
 def test_weights_that_learn_cannot_be_quantised(adapter):
-    with pytest.raises(ConfigError, match="needs the base's own weights, which nf4 cannot hold; choose adapter lora"):
+    with pytest.raises(
+        ConfigError, match="needs the base's own weights, which nf4 cannot hold; choose adapter lora, dora or pissa"
+    ):
         tune_model(ask(quantize="nf4", adapter=adapter))
 
 
