@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -211,6 +211,18 @@ class Distil(Objective):
             finished = ids[-1] in model.spec.stop_ids
             drawn[at] = Written(rows[at].id, (*prompt, *ids), weights, answer_tokens=len(ids), finished=finished)
         return drawn
+
+    def stand_in(self, rows: Sequence[Encoded], model: LoadedModel) -> Sequence[Encoded]:
+        """The rows with the longest answers that the student may write, where these are longer."""
+        if not self.on_policy:
+            return rows
+        found = []
+        for row in rows:
+            start = _last_answer(row)
+            room = min(self.max_tokens, model.spec.max_length - start) - (len(row.ids) - start)
+            more = max(0, room)
+            found.append(replace(row, ids=row.ids + row.ids[-1:] * more, weights=row.weights + (1.0,) * more))
+        return found
 
     def tally(self, rows: Sequence[Encoded]) -> Tally:
         written = [row for row in rows if isinstance(row, Written)]

@@ -169,7 +169,8 @@ class GRPO(Objective):
         for row in rows:
             length = max(1, min(self.max_tokens, model.spec.max_length - len(row.ids)))
             answers = [(0,) * length] * self.samples
-            groups.append(self._group(row, answers, {"reward": [float(at) for at in range(self.samples)]}))
+            group = self._group(row, answers, {"reward": [float(at) for at in range(self.samples)]})
+            groups.append(replace(group, told=((0.0, 0.0, 0.0),) * len(group.ids)))
         return groups
 
     def repeats(self) -> int:
@@ -201,7 +202,7 @@ class GRPO(Objective):
     ) -> tuple[Loss, Tensor]:
         """The loss at weights that are no longer those that wrote, and which tokens are clipped [M]."""
         assert batch.gold is not None
-        advantage_M, written_M, start_M = batch.gold[batch.weights_N.nonzero().squeeze(1)].unbind(1)
+        advantage_M, written_M, start_M = batch.gold[batch.places_M].unbind(1)
         with torch.no_grad():
             now_M = -token_nll(head, states_ME.detach(), target_M)
             found = clipped(now_M, written_M, advantage_M, self.clip_low, self.clip_high)
