@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
     """
     settings, progress, model = learner.settings, learner.progress, learner.model
     seed = (settings.seed, progress.step)
-    world, idle = learner.world, rows[:1]
+    world, given = learner.world, rows
     rows = [rows[at] for at in deal([len(row.ids) + len(row.target) for row in rows], world.size)[world.rank]]
-    rows = learner.objective.draw(rows, model, seed, world.sum)
+    with learner.whole() if learner.objective.draws else nullcontext():
+        rows = learner.objective.draw(rows, model, seed, world.sum)
     learner.tally = _tally(learner, rows)
     lengths = [len(row.ids) + len(row.target) for row in rows]
     micro = [
@@ -43,6 +45,7 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
     counted = len(micro)
     if learner.sharded is not None:
         # Gathering a layer takes all processes, so each makes as many passes as the one with the most.
+        idle = _any_row(learner, rows) if learner.objective.draws else given[:1]
         micro += [learner.objective.batch(idle, model, seed) for _ in range(world.most(counted) - counted)]
     factor = learner.schedule.factor(progress.step, settings.steps)
     for group in learner.engine.param_groups:
@@ -75,6 +78,11 @@ def take_step(learner: Learner, rows: Sequence[Encoded]) -> tuple[float, float]:
     learner.engine.zero_grad(set_to_none=True)
     progress.tokens += int(tokens)
     return mean, norm
+
+
+def _any_row(learner: Learner, rows: Sequence[Encoded]) -> Sequence[Encoded]:
+    """One row as it was drawn, of any process."""
+    return [next(row for row in learner.world.gather(rows[0] if rows else None) if row is not None)]
 
 
 def _tally(learner: Learner, rows: Sequence[Encoded]) -> dict[str, float]:

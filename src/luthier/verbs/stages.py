@@ -117,11 +117,12 @@ class Work:
         config.adapter.apply(self.model)
         self.parameters = list(config.adapter.trainable(self.model))
         self._choose_precision()
-        self.objective.ready(self.model, events)
-        if self.shards:
-            from luthier.training.sharding import check_sharding
+        if not self.shards:
+            self.objective.ready(self.model, events)
+            return
+        from luthier.training.sharding import check_sharding
 
-            check_sharding(config.optimizer, self.objective, config.ema)
+        check_sharding(config.optimizer)
 
     @property
     def shards(self) -> bool:
@@ -243,6 +244,8 @@ class Work:
 
             self.sharded = Sharded(self.model, world)
             self.parameters = list(self.config.adapter.trainable(self.model))
+            # What stands beside the model comes once it takes less room, and is shared out like it.
+            self.objective.ready(self.model, self.events)
 
     def gather(self) -> None:
         """Leave the group: what is left is done by the first process, with the whole model."""
@@ -256,7 +259,7 @@ class Work:
 
         if self.config.sharding == "none":
             return Checkpoints(path / "checkpoints", world=self.world)
-        from luthier.training.sharding import ShardedCheckpoints
+        from luthier.training.sharded_checkpoints import ShardedCheckpoints
 
         return ShardedCheckpoints(path / "checkpoints", world=self.world, parameters=self.parameters)
 

@@ -121,6 +121,10 @@ class Distil(Objective):
         self.check_examples(examples)
         return self._form.encode(examples, model, events)
 
+    @property
+    def draws(self) -> bool:
+        return self.on_policy > 0
+
     def draw(
         self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...], total: Total = alone
     ) -> Sequence[Encoded]:

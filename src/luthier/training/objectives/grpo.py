@@ -138,6 +138,9 @@ class GRPO(Objective):
         self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...], total: Total = alone
     ) -> Sequence[Encoded]:
         if not rows:
+            if self._reference is not None:
+                with self._reference.active():
+                    pass  # what is shared out is gathered by all processes, also by one without rows
             return rows
         prompts = [row for row in rows for _ in range(self.samples)]
         numbers_SM = np.stack(
