@@ -82,7 +82,6 @@ def train(
         _restore(learner, checkpoints, events)
         masters.publish()
     progress = learner.progress
-    _part_draws(world, settings.seed, progress.step)
     started, first = time.monotonic(), progress.step
     watch: Watch | None = Watch(parameters)
     tokens_before, stopped_early = progress.tokens, False
@@ -97,6 +96,7 @@ def train(
 
     with watch_signals() as asked_to_stop:
         for rows in feed.steps(progress.step, progress.place, events):
+            _part_draws(world, settings.seed, progress.step)
             loss, norm = take_step(learner, rows)
             masters.publish()
             if watch is not None and (norm > 0 or not objective.idle):
@@ -156,7 +156,7 @@ def train(
 
 
 def _part_draws(world: World, seed: int, step: int) -> None:
-    """Let each process draw numbers of its own (dropout); those of the first are what they were."""
+    """Let each process draw numbers of its own (dropout) in a step; those of the first go on, and lie in checkpoints."""
     if not world.leads:
         numbers = np.random.SeedSequence([seed, world.rank, step]).generate_state(3)
         random.seed(int(numbers[0]))

@@ -6,13 +6,14 @@ import sys
 import textwrap
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from luthier.core.errors import ConfigError, DataError
+from luthier.core.errors import ConfigError, DataError, TrainingError
 from luthier.data.batches import deal
 from luthier.training.optimizers import OPTIMIZERS
 from luthier.training.sharding import check_sharding
-from luthier.training.world import ALONE, World
+from luthier.training.world import ALONE, DEVICE_PATIENCE, PATIENCE, World
 
 # Two exchanges of a world of two; then what the test asks for. The first process is the test itself.
 FOLLOWER = """
@@ -47,8 +48,6 @@ def test_rows_are_dealt_by_tokens_and_each_once():
 
 
 def exchange(then: str) -> tuple[World, subprocess.Popen]:
-    import torch
-
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     script = textwrap.dedent(FOLLOWER).replace("{then}", then)
     process = subprocess.Popen([sys.executable, "-c", script, str(store.port)], stderr=subprocess.PIPE, text=True)
@@ -79,6 +78,34 @@ def test_the_error_of_one_is_the_error_of_all():
         world.sum(1.0)
     assert "row 7 is bad" in process.communicate(timeout=30)[1] and process.returncode == 1
     world.end()
+
+
+def test_one_that_is_killed_is_named(monkeypatch):
+    monkeypatch.setattr("luthier.training.world.GRACE", 1.0)
+    world, process = exchange("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(TrainingError, match=r"^process 1 of 2 does not answer any more"), world.guard():
+        world.sum(1.0)
+    process.communicate(timeout=30)
+    world.end()
+
+
+def test_an_error_of_its_own_is_not_taken_for_a_lost_process():
+    world = World(0, 2, store=dist.HashStore())
+    with pytest.raises(RuntimeError, match=r"^shapes$"), world.guard():
+        raise RuntimeError("shapes")
+
+
+def test_devices_wait_less_than_hosts(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *rest, **more: asked.append(more["timeout"]))
+    monkeypatch.setattr(dist, "new_group", lambda **more: asked.append(more["timeout"]))
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    store = dist.HashStore()
+    store.set("ready/1", "")
+    world = World(0, 2, store=store)
+    world.begin(torch.device("cuda", 0))
+    assert asked == [DEVICE_PATIENCE, PATIENCE] and DEVICE_PATIENCE < PATIENCE
+    world._ours = False
 
 
 def test_alone_nothing_is_asked():

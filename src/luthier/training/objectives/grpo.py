@@ -139,6 +139,7 @@ class GRPO(Objective):
     ) -> Sequence[Encoded]:
         if not rows:
             if self._reference is not None:
+                total(0.0)
                 with self._reference.active():
                     pass  # what is shared out is gathered by all processes, also by one without rows
             return rows
@@ -154,7 +155,10 @@ class GRPO(Objective):
             mine = slice(at * self.samples, (at + 1) * self.samples)
             each = {name: values[mine] for name, values in judged.items()}
             groups.append(self._group(row, answers[mine], each))
-        return self._hold(groups, model) if self.beta else groups
+        if not self.beta:
+            return groups
+        total(0.0)  # rewards may take longer in one process than others wait for it on a device
+        return self._hold(groups, model)
 
     def batch(self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...]) -> Batch:
         groups = [row for row in rows if isinstance(row, Group)]
