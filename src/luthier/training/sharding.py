@@ -25,6 +25,7 @@ from luthier.models.heads import Pooled
 from luthier.models.output import Head, OwnHead, head_of
 from luthier.models.packed import shares
 from luthier.models.spec import LoadedModel
+from luthier.training.hollow import fill, fill_buffers
 from luthier.training.objectives.part import Loss, Objective
 from luthier.training.optimizers.part import Optimizer
 from luthier.training.world import World
@@ -47,7 +48,8 @@ class Sharded:
     of a pass to its end, so that an objective may read the head as in any other model.
     """
 
-    def __init__(self, model: LoadedModel, world: World):
+    def __init__(self, model: LoadedModel, world: World, device: torch.device, *, hollow: bool = False):
+        """`hollow`: only the leader's `model` has weights, and gives them out layer by layer."""
         layers = list(_layers(model.network))
         if not layers:
             raise ModelError(f"{model.spec.family}: no list of layers was found to share out; use sharding: none")
@@ -57,11 +59,18 @@ class Sharded:
         shares(model)
         if not isinstance(model.module, Pooled):
             head_of(model)
+        given = world.leads or not hollow
+        if hollow:
+            fill_buffers(model.module, world, device, given=given)
         self._plain = _without_weights(model.module)
         self._empty = dict(self._plain.named_parameters())
-        mesh = init_device_mesh(model.device.type, (world.size,))
+        mesh = init_device_mesh(device.type, (world.size,))
         for layer in layers:
+            if hollow:
+                fill(layer, world, device, given=given)
             fully_shard(layer, mesh=mesh, mp_policy=_widen(layer))
+        if hollow:
+            fill(model.module, world, device, given=given)
         if isinstance(model.module, Pooled):
             fully_shard(model.module.head, mesh=mesh)  # computes in fp32
         self._root = _Root(model.module)
