@@ -23,6 +23,7 @@ from torch.nn import Parameter
 
 from luthier.core import errors
 from luthier.core.errors import ConfigError, LuthierError, TrainingError
+from luthier.training.signals import watch_signals
 
 # How long a process waits for the others inside one exchange on the host, and between looks into the store (seconds).
 PATIENCE, PAUSE = timedelta(minutes=30), 0.05
@@ -202,7 +203,10 @@ class World:
         except BaseException as err:
             if self.size == 1:
                 raise
-            cause = None if isinstance(err, LuthierError | KeyboardInterrupt) else self._await_failure(err)
+            cause: BaseException | None = None
+            if _is_broken_exchange(err):
+                with watch_signals():  # torchrun tells the others to end as soon as one is dead; first the run says why
+                    cause = self._await_failure(err)
             if cause is not None:
                 raise cause from None
             self._report(err)
@@ -234,10 +238,8 @@ class World:
             return KeyboardInterrupt(text)
         return getattr(errors, kind, TrainingError)(text) if kind != "MissingExtra" else TrainingError(text)
 
-    def _await_failure(self, err: BaseException) -> BaseException | None:
+    def _await_failure(self, err: BaseException) -> BaseException:
         """What broke an exchange: the error of another process, if one arrives soon enough, else which do not answer."""
-        if not _is_broken_exchange(err):
-            return None
         end, left = time.monotonic() + GRACE, f"left/{self.rank}"
         while time.monotonic() < end:
             try:

@@ -126,6 +126,24 @@ def test_a_process_that_dies_ends_the_run(places):
     assert not [child for child in children() if b"luthier.verbs.launch" in command(child)]
 
 
+def test_a_sharded_model_is_read_once_and_made_whole_to_write(places):
+    objective = {"kind": "grpo", "rewards": {"kind": "length", "tokens": 3}, "samples": 2, "max_tokens": 5, "beta": 0.1}
+    # One row a step: the other process has none, and takes part all the same.
+    settings = {
+        "objective": objective,
+        "optimizer": {"kind": "adamw", "eps": 1e-4},
+        "steps": 3,
+        "batch_size": 1,
+        "ema": 0.5,
+    }
+    one = learn("one", **settings)
+    two = learn("two", processes=2, sharding="full", **settings)
+    assert seen(places / "two") == pytest.approx(seen(places / "one"), rel=1e-6, abs=1e-6)
+    assert seen(places / "two", "validate") == pytest.approx(seen(places / "one", "validate"), rel=1e-6)
+    torch.testing.assert_close(weights(two), weights(one), rtol=1e-5, atol=1e-5)
+    assert read_record(places / "two").choices["weights read by"].startswith("the first process")
+
+
 @pytest.mark.e2e
 def test_a_first_process_that_is_killed_leaves_no_other_and_a_run_that_goes_on(places, tmp_path):
     settings = {"processes": 2, "sharding": "full", "checkpoint_every": 1, "optimizer": {"kind": "adamw", "eps": 1e-5}}
