@@ -3,6 +3,7 @@ steps, validation numbers and learned weights. One start serves all cases."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -146,13 +147,30 @@ CASES = {
 # of two near distributions is the difference of large numbers, and what divides by small ones enlarges rounding.
 LOOSE = {"stops early": 2e-5, "muon": 2e-5, "galore": 5e-5, "distil, on policy": 1e-5, "distil, texts": 3e-5}
 WHOLE_MATRICES = ("adafactor", "adamw8bit", "apollo", "muon", "galore")
+# What is stopped after its second step and goes on; with dropout the same only in as many processes.
+STOPPED = {
+    "dropout": ("llama", "CHATS", {"adapter": {**LORA, "dropout": 0.3}}),
+    "ema of a mixture": ("llama", MIXTURE, {"ema": 0.9}),
+    "stream": CASES["stream of a mixture"],
+    "grpo": CASES["grpo, held, lora"],
+    "kto": CASES["kto"],
+    "schedule_free": CASES["schedule_free"],
+    "prompt": CASES["prompt"],
+}
 SCRIPT = """
-import json, os, sys
+import json, os, signal, sys
 from luthier.core.errors import ConfigError
 from luthier.verbs.tune import tune
+
+def stop(event):
+    if sys.argv[2] == "stop" and event["event"] == "step" and event["step"] == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+
 for name, settings in json.load(open(sys.argv[1])).items():
     try:
-        tune(**settings)
+        tune(sinks=[stop], **({"resume": "run:" + settings["name"]} if sys.argv[2] == "resume" else settings))
+    except KeyboardInterrupt:
+        pass
     except ConfigError as err:
         if os.environ.get("RANK", "0") == "0":
             print(name, "refused:", err, flush=True)
@@ -161,38 +179,51 @@ for name, settings in json.load(open(sys.argv[1])).items():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Where the rows lie, and the runs of one process."""
+    """Where the rows lie."""
     place = tmp_path_factory.mktemp("several")
     for name, rows in ROWS.items():
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    said = start(place, 1, "none")
-    assert said == "", said
     return place
 
 
-def start(place: Path, processes: int, sharding: str) -> str:
-    """Make the runs of all cases; returns which were refused."""
-    out = place / f"{processes}-{sharding}"
-    out.mkdir()
-    asked = {case: settings_of(case, place, sharding) for case in CASES}
+@pytest.fixture(scope="module")
+def alone(place):
+    """The runs of one process."""
+    out, said = start(place, "alone", 1, CASES)
+    assert said == "", said
+    return out
+
+
+def start(
+    place: Path, name: str, processes: int, cases: dict, sharding: str = "none", how: str = ""
+) -> tuple[Path, str]:
+    """Make the runs of `cases`: returns where they are, and which were refused."""
+    out = place / name
+    out.mkdir(exist_ok=True)
+    asked = {case: settings_of(cases, case, place, sharding) for case in cases}
     (out / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
     (out / "script.py").write_text(SCRIPT, encoding="utf-8")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(out / "script.py"), str(out / "asked.json")]
+    what = [str(out / "script.py"), str(out / "asked.json"), how]
     places = {"LUTHIER_RUNS": str(out), "LUTHIER_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
-        command, env={**os.environ, **places, **paths}, capture_output=True, text=True, timeout=1200, check=False
+        [sys.executable, *(torchrun if processes > 1 else []), *what],
+        env={**os.environ, **places, **paths},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return out, done.stdout
 
 
-def settings_of(case: str, place: Path, sharding: str) -> dict:
+def settings_of(cases: dict, case: str, place: Path, sharding: str) -> dict:
     def path(name: str) -> str:
         return str(place / f"{name}.jsonl")
 
-    model, rows, own = CASES[case]
+    model, rows, own = cases[case]
     known = {"TEACHER": str(tiny_model("llama", seed=1)), "TEXT_TEACHER": str(tiny_model("gpt2", seed=1))}
     own = json.loads(json.dumps(own))
     if isinstance(own.get("objective"), dict) and "teacher" in own["objective"]:
@@ -202,7 +233,7 @@ def settings_of(case: str, place: Path, sharding: str) -> dict:
     # With its usual eps Adam makes a whole step of a gradient that is all rounding.
     usual = {"steps": 5, "batch_size": 3, "learning_rate": 3e-3, "schedule": "constant", "validate_every": 2,
              "optimizer": {"kind": "adamw", "eps": 1e-4}, "baselines": False}  # fmt: skip
-    name = f"case-{list(CASES).index(case)}"
+    name = f"case-{list(cases).index(case)}"
     return {"model": str(tiny_model(model)), **usual, "name": name, "sharding": sharding, **own, "data": data}
 
 
@@ -224,22 +255,41 @@ def weights(run: Path) -> dict:
 
 
 @pytest.mark.parametrize(("processes", "sharding"), [(2, "none"), (3, "none"), (2, "full"), (3, "full")])
-def test_several_processes_learn_what_one_learns(processes, sharding, place):
-    said = start(place, processes, sharding)
+def test_several_processes_learn_what_one_learns(processes, sharding, place, alone):
+    out, said = start(place, f"{processes}-{sharding}", processes, CASES, sharding)
     refused = [line.partition(" refused: ")[0] for line in said.splitlines()]
     assert refused == ([case for case in CASES if case in WHOLE_MATRICES] if sharding == "full" else [])
     for at, case in enumerate(CASES):
         if case in refused:
             continue
-        one, several = place / "1-none" / f"case-{at}", place / f"{processes}-{sharding}" / f"case-{at}"
-        half = "bf16" in case
+        one, several, half = alone / f"case-{at}", out / f"case-{at}", "bf16" in case
         limit = LOOSE.get(case, 2e-2 if half else 1e-6)
-        assert len(numbers(several)) == len(numbers(one)), case
-        for theirs, ours in zip(numbers(several), numbers(one)):
-            assert theirs == pytest.approx(ours, rel=limit, abs=limit if half else 1e-6), case
-        assert weights(several).keys() == weights(one).keys()
-        for name, value in weights(one).items():
-            apart = float((weights(several)[name].float() - value.float()).abs().max())
-            assert apart <= (2e-2 if half else 2e-3 if case in LOOSE else 1e-5), (case, name)
+        compare(one, several, case, limit, most=2e-2 if half else 2e-3 if case in LOOSE else 1e-5, abs=max(limit, 1e-6))
         records = [read_record(run) for run in (one, several)]
-        assert records[0].numbers["best_step"] == records[1].numbers["best_step"], case
+        assert half or records[0].numbers["best_step"] == records[1].numbers["best_step"], case
+
+
+def compare(one: Path, other: Path, case: str, limit: float, *, most: float, abs: float) -> None:
+    """Every number of every step and validation, to `limit` of it or `abs`, and every weight, to `most`."""
+    assert len(numbers(other)) == len(numbers(one)), case
+    for theirs, ours in zip(numbers(other), numbers(one)):
+        assert theirs == pytest.approx(ours, rel=limit, abs=abs), case
+    assert weights(other).keys() == weights(one).keys(), case
+    for name, value in weights(one).items():
+        assert float((weights(other)[name].float() - value.float()).abs().max()) <= most, (case, name)
+
+
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_what_was_stopped_goes_on_in_as_many_processes_and_in_others(sharding, place):
+    through, _ = start(place, f"through-{sharding}", 2, STOPPED, sharding)
+    stopped, _ = start(place, f"stopped-{sharding}", 2, STOPPED, sharding, "stop")
+    others = {count: place / f"on-{count}-{sharding}" for count in (1, 3)}
+    for path in others.values():
+        shutil.copytree(stopped, path)
+    start(place, stopped.name, 2, STOPPED, sharding, "resume")
+    for count, path in others.items():
+        start(place, path.name, count, STOPPED, sharding, "resume")
+    for at, case in enumerate(STOPPED):
+        compare(through / f"case-{at}", stopped / f"case-{at}", case, 0, most=0, abs=0)
+        for path in others.values() if case != "dropout" else ():
+            compare(through / f"case-{at}", path / f"case-{at}", case, 1e-6, most=1e-5, abs=1e-6)
