@@ -92,8 +92,10 @@ def fingerprint(network: nn.Module) -> str:
     """A short name of the weights below the head: SHA-256 over names, shapes and sampled values, 16 hex digits.
 
     The same for a model loaded for another task, in another precision or quantised (values are compared in bf16, as they
-    were); different for another architecture or training.
+    were); different for another architecture or training. "" for a model that has its shape only.
     """
+    if any(parameter.is_meta for parameter in network.parameters()):
+        return ""
     digest = hashlib.sha256()
     below: Any = getattr(network, "base_model", network)
     found = {name: (tuple(tensor.shape), sample(tensor)) for name, tensor in below.state_dict().items()}

@@ -7,7 +7,7 @@ attention with rotary positions. All else runs as the family wrote it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any, Literal
 
@@ -57,8 +57,29 @@ def unfuse(model: LoadedModel) -> None:
     """Give every part its own forward back."""
     for module in model.network.modules():
         forward = vars(module).get("forward")
-        if getattr(forward, "__func__", None) in (norm_forward, mlp_forward, attention_forward):
+        if getattr(forward, "__func__", None) in FORMS.values():
             del module.forward
+
+
+def fused_parts(model: LoadedModel) -> dict[str, dict[str, Any]]:
+    """Which parts of `model` have a faster form, by name, each as `fuse_as` takes it."""
+    found = {}
+    for name, module in model.network.named_modules():
+        form = getattr(getattr(vars(module).get("forward"), "__func__", None), "__name__", None)
+        if form in FORMS:
+            found[name] = {
+                "form": form,
+                **{key: one for key, one in vars(module).items() if key.startswith("luthier_")},
+            }
+    return found
+
+
+def fuse_as(model: LoadedModel, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put in the faster forms that another model of this shape was found to allow."""
+    for name, settings in parts.items():
+        module = model.network.get_submodule(name)
+        module.forward = MethodType(FORMS[settings["form"]], module)
+        vars(module).update({key: one for key, one in settings.items() if key.startswith("luthier_")})
 
 
 def norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -87,6 +108,9 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
     rules = Rules(True, self.scaling, getattr(self, "sliding_window", None))
     out_NHD = attend_flat(q_NHD, k_NKD, v_NKD, segments, rules)
     return self.o_proj(out_NHD.reshape(len(flat_NE), -1))[None], None
+
+
+FORMS = {form.__name__: form for form in (norm_forward, mlp_forward, attention_forward)}
 
 
 def _list(counts: Counter[str]) -> str:

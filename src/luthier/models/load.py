@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +73,7 @@ def load_model(
     `unquantised` leaves a base without an adapter as its files have it, for an adapter that reads it and quantises the rest.
     `conversations` asks for a chat template where the task alone would not: for reward models.
 
+    On the device "meta" a model has its shape and no weights, and none are read; one with an adapter cannot be had so.
     A directory with a PEFT adapter loads its base first. Raises ModelError (not found, unreachable, damaged, an adapter
     for another base, text read otherwise than in its tuning), ConfigError (a task that the kind cannot do, a length
     beyond the context) and MissingExtra.
@@ -103,7 +105,9 @@ def load_model(
     form: Form | None = None if quantize in ("auto", "none") else quantize  # type: ignore[assignment]
     # In the precision of the files, weights are read from the disk only when their layer is quantised.
     first = "float32" if late else dtype if quantize == "none" or from_scratch else "file"
-    network = load_network(base, config, task, hub, dtype=first, from_scratch=from_scratch, events=events)
+    hollow = device == "meta"
+    with torch.device("meta") if hollow else nullcontext():
+        network = load_network(base, config, task, hub, dtype=first, from_scratch=from_scratch or hollow, events=events)
     if form is not None and not pissa and (adapter is not None or not unquantised):
         quantise(network, form, events)
         cast_network(network, DTYPES[dtype])
@@ -120,7 +124,7 @@ def load_model(
         precision="bfloat16" if dtype == "bfloat16" else "float32",
         quantize=quantize,
     )
-    network.to(_device(device))
+    network.to(find_device(device))
     found = fingerprint(network) if adapter is not None else None
     if saved is not None and adapter is not None and saved.base_fingerprint not in (None, found):
         raise ModelError(
@@ -148,8 +152,8 @@ def load_model(
             f"{network.get_input_embeddings().weight.shape[0]}; the two do not belong together"
         )
     module, spec = add_head(network, tokenizer, spec, saved, tuple(labels), multi_label)
-    if isinstance(module, Pooled) and isinstance(place, Path) and keeps_head(spec, saved):
-        module.head.load_state_dict(load_file(place / HEAD_FILE, device=str(_device(device))))
+    if isinstance(module, Pooled) and isinstance(place, Path) and keeps_head(spec, saved) and not hollow:
+        module.head.load_state_dict(load_file(place / HEAD_FILE, device=str(find_device(device))))
     module.eval()
     if saved is not None and isinstance(place, Path):
         check_rendering(place, source, tokenizer, saved)
@@ -167,6 +171,12 @@ def load_model(
     if late:
         cast_weights(loaded, "bfloat16")
     return loaded
+
+
+def is_whole(source: str) -> bool:
+    """Whether `source` is a model by itself, and no adapter for another. Raises ModelError where it is not found."""
+    place = resolve_source(source)
+    return not isinstance(place, Path) or read_adapter_config(place) is None
 
 
 def read_kind(source: str) -> Kind:
@@ -275,7 +285,8 @@ def _is_computed(network: Any, name: str) -> bool:
     return "Sinusoidal" in type(owner).__name__
 
 
-def _device(asked: str) -> torch.device:
+def find_device(asked: str) -> torch.device:
+    """The device of that name; auto: a CUDA device where there is one. Raises ConfigError."""
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -116,7 +116,7 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ledger: Ledger, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out, sums = q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, sums)
+        ctx.save_for_backward(q, k, v, out, sums, mask)
         ctx.ledger = ledger
         ledger.add_product(q.dtype, 4.0 * q.numel() * k.shape[-2])
         return out

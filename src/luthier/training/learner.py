@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -112,6 +112,10 @@ class Learner:
         if self.sharded is None:
             return self.objective.measure(self.model, batch)
         return self.sharded.measure(self.objective, self.model, batch)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, the model can be run outside `measure`; all processes must enter together."""
+        return nullcontext() if self.sharded is None else self.sharded.whole()
 
     def weights(self) -> dict[str, Tensor]:
         """What learns, by name."""

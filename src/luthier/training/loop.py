@@ -91,7 +91,6 @@ def train(
         _restore(learner, checkpoints, events)
         masters.publish()
     progress = learner.progress
-    _part_draws(world, settings.seed, progress.step)
     watched = start_peak(model.device)
     if plan is not None and worth_probing(plan, sharded is not None):
         probe(learner, plan, events)
@@ -114,6 +113,7 @@ def train(
 
     with watch_signals() as asked_to_stop:
         for rows in feeding if repeats == 1 else repeated(feeding, repeats, progress.step, settings.steps):
+            _part_draws(world, settings.seed, progress.step)
             loss, norm = take_step(learner, rows, events)
             masters.publish()
             ceiling.keep()
@@ -175,7 +175,7 @@ def train(
 
 
 def _part_draws(world: World, seed: int, step: int) -> None:
-    """Let each process draw numbers of its own (dropout); those of the first are what they were."""
+    """Let each process draw numbers of its own (dropout) in a step; those of the first go on, and lie in checkpoints."""
     if not world.leads:
         numbers = np.random.SeedSequence([seed, world.rank, step]).generate_state(3)
         random.seed(int(numbers[0]))

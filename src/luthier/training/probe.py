@@ -21,8 +21,8 @@ STEPS = 10
 
 def worth_probing(plan: Plan, sharded: bool) -> bool:
     """Whether the largest batch is to be tried: in a long run, or one that may not fit; always where nothing could be
-    predicted. Not with sharded weights, where the first step is as good."""
-    if sharded:
+    predicted. Not with sharded weights, where the first step is as good, nor in processes that only follow."""
+    if sharded or not plan.rows:
         return False
     if plan.forecast is None:
         return True

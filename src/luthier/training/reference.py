@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from luthier.core.types import Encoded
 from luthier.data.batches import collate, fill_batches
@@ -27,25 +29,32 @@ class Reference:
     """
 
     def __init__(self, model: LoadedModel):
-        learning = [one for one in model.module.parameters() if one.requires_grad]
-        self._held = [(one, one.detach().clone()) for one in learning]
+        self._model = model
+        learning = [(name, one) for name, one in model.module.named_parameters() if one.requires_grad]
+        # Of weights that are shared out, each process keeps its part.
+        self._held = {name: one.detach().clone() for name, one in learning}
 
     @property
     def size(self) -> int:
-        """Bytes of the copy."""
-        return sum(copy.numel() * copy.element_size() for _, copy in self._held)
+        """Bytes of the copy, of all processes together where it is shared out."""
+        return sum(copy.numel() * copy.element_size() for copy in self._held.values())
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside, the model computes with the weights of the start; not while gradients are being made."""
-        now = [one.data for one, _ in self._held]
-        for one, copy in self._held:
-            one.data = copy
+        learning = {name: one for name, one in self._model.module.named_parameters() if name in self._held}
+        now = {name: one.data for name, one in learning.items()}
+        for name, one in learning.items():
+            one.data = _whole(self._held[name]).to(one.dtype)
         try:
             yield
         finally:
-            for (one, _), data in zip(self._held, now):
-                one.data = data
+            for name, one in learning.items():
+                one.data = now[name]
+
+
+def _whole(copy: Tensor) -> Tensor:
+    return copy.full_tensor() if isinstance(copy, DTensor) else copy
 
 
 @torch.no_grad()

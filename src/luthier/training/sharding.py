@@ -7,48 +7,38 @@ Zhao et al. 2023 (arXiv:2304.11277), after ZeRO stage 3 (Rajbhandari et al. 2020
 from __future__ import annotations
 
 import copy
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from luthier.core.errors import ConfigError, ModelError, RunError
+from luthier.core.errors import ConfigError, ModelError
 from luthier.data.batches import Batch
 from luthier.models.heads import Pooled
 from luthier.models.layers import layers_of
-from luthier.models.output import Head, head_of
+from luthier.models.output import Head, OwnHead, head_of
+from luthier.models.packed import shares
 from luthier.models.spec import LoadedModel
-from luthier.training.checkpoint import Checkpoints, digest_of
+from luthier.training.hollow import fill, fill_buffers
 from luthier.training.objectives.part import Loss, Objective
 from luthier.training.optimizers.part import Optimizer
 from luthier.training.world import World
 
 
-def check_sharding(optimizer: Optimizer, objective: Objective, ema: float = 0.0) -> None:
-    """Raises ConfigError for what cannot work on parts of weights."""
+def check_sharding(optimizer: Optimizer) -> None:
+    """Raises ConfigError for an optimiser that cannot work on parts of weights."""
     if not optimizer.elementwise:
         raise ConfigError(
             f"sharding: the optimiser {optimizer.kind!r} needs whole matrices, and each process would hold only its rows of "
-            "them; use adamw, adam, sgd or lion, or sharding: none"
+            "them; use adamw, adam, sgd, lion or schedule_free, or sharding: none"
         )
-    if type(objective).draw is not Objective.draw:
-        raise ConfigError(
-            f"sharding: the objective {objective.kind!r} runs the model by itself before each step, which a sharded one "
-            "cannot; use sharding: none"
-        )
-    if ema:
-        raise ConfigError("ema: no average is kept of weights that are shared out; set ema: 0 or sharding: none")
 
 
 class Sharded:
@@ -59,30 +49,43 @@ class Sharded:
     of a pass to its end, so that an objective may read the head as in any other model.
     """
 
-    def __init__(self, model: LoadedModel, world: World):
+    def __init__(self, model: LoadedModel, world: World, device: torch.device, *, hollow: bool = False):
+        """`hollow`: only the leader's `model` has weights, and gives them out layer by layer."""
         layers = list(layers_of(model.network))
         if not layers:
             raise ModelError(f"{model.spec.family}: no list of layers was found to share out; use sharding: none")
         self._model, self._world = model, world
         self._dtypes = {name: one.dtype for name, one in model.module.named_parameters()}
+        # Found out while the model still runs by itself: later, a process whose rows do not ask would not take part.
+        shares(model)
         if not isinstance(model.module, Pooled):
-            head_of(model)  # found out while the model still runs by itself
+            head_of(model)
+        given = world.leads or not hollow
+        if hollow:
+            fill_buffers(model.module, world, device, given=given)
         self._plain = _without_weights(model.module)
-        for parameter in model.module.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        mesh = init_device_mesh(model.device.type, (world.size,))
-        half = model.spec.precision == "bfloat16"
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+        self._empty = dict(self._plain.named_parameters())
+        mesh = init_device_mesh(device.type, (world.size,))
         for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
+            if hollow:
+                fill(layer, world, device, given=given)
+            fully_shard(layer, mesh=mesh, mp_policy=_widen(layer))
+        if hollow:
+            fill(model.module, world, device, given=given)
         if isinstance(model.module, Pooled):
             fully_shard(model.module.head, mesh=mesh)  # computes in fp32
         self._root = _Root(model.module)
-        fully_shard(self._root, mesh=mesh, mp_policy=policy)
-        if model.head is not None and isinstance(model.head[1], Head):
+        fully_shard(self._root, mesh=mesh, mp_policy=_widen(model.module))
+        self._plain_head = model.head
+        if model.head is not None:
             layer, head = model.head
-            model.head = (layer, replace(head, weight_VE=layer.weight, bias_V=layer.bias))  # not the whole ones
+            inner = self._plain.get_output_embeddings()  # type: ignore[operator]
+            if isinstance(head, Head):
+                # Not the whole ones, which would stay in memory.
+                model.head = (layer, replace(head, weight_VE=layer.weight, bias_V=layer.bias))
+                self._plain_head = (inner, replace(head, weight_VE=inner.weight, bias_V=inner.bias))
+            else:
+                self._plain_head = (inner, OwnHead(self._plain))
 
     def measure(self, objective: Objective, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
         """The objective's measure of a batch. All processes must make as many of these, with gradient or without."""
@@ -102,22 +105,47 @@ class Sharded:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    @torch.no_grad()
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, every process holds the whole model, in the precision that it computes in: for what writes or reads with
+        it between two passes. Gradients, what learns in fp32 and the optimiser's state stay shared out. All processes
+        must enter together."""
+        held = self._model.module, self._model.head
+        self._plain.train(held[0].training)
+        self._put(self._collect())
+        self._model.module, self._model.head = self._plain, self._plain_head
+        try:
+            yield
+        finally:
+            self._model.module, self._model.head = held
+            self._put(self._empty)
+
     def gather(self) -> None:
         """Make the model whole again in the leader, one weight at a time; in the others it stays without weights."""
+        whole = self._collect(everywhere=False)
+        if self._world.leads:
+            self._put(whole)
+        self._model.module, self._model.head = self._plain, None
+
+    @torch.no_grad()
+    def _collect(self, everywhere: bool = True) -> dict[str, Parameter]:
+        """The whole weights by name; of those that are not the leader's nothing stays, unless `everywhere`."""
         self._close()
-        whole: dict[int, Parameter] = {}
-        plain = dict(self._plain.named_parameters())
+        whole: dict[str, Parameter] = {}
         for name, parameter in self._model.module.named_parameters():
-            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            if self._world.leads:
-                kept = full.detach().to(self._dtypes[name])
-                whole[id(plain[name])] = Parameter(kept, requires_grad=parameter.requires_grad)
-        for module in self._plain.modules() if self._world.leads else ():
+            kept = parameter.detach().to(self._dtypes[name])
+            full = kept.full_tensor() if isinstance(kept, DTensor) else kept
+            if everywhere or self._world.leads:
+                whole[name] = Parameter(full, requires_grad=parameter.requires_grad)
+        return whole
+
+    def _put(self, parameters: Mapping[str, Parameter]) -> None:
+        """Put `parameters` into the plain copy, by name; tied ones stay tied."""
+        new = {id(one): parameters[name] for name, one in self._plain.named_parameters()}
+        for module in self._plain.modules():
             for name, one in module._parameters.items():
                 if one is not None:
-                    module._parameters[name] = whole[id(one)]
-        self._model.module, self._model.head = self._plain, None
+                    module._parameters[name] = new[id(one)]
 
 
 class _Root(nn.Module):
@@ -131,6 +159,26 @@ class _Root(nn.Module):
         return act()
 
 
+def _widen(module: nn.Module) -> MixedPrecisionPolicy:
+    """Bring what learns in `module`, and is not shared out yet, to fp32; returns how it is to compute.
+
+    Weights that learn in bfloat16 compute in it. What learns in fp32 beside a frozen base in bfloat16 (an adapter) computes
+    in fp32, as it would in one process. Raises ConfigError for DoRA beside weights that learn in bfloat16.
+    """
+    learning = [
+        (name, one) for name, one in module.named_parameters() if one.requires_grad and not isinstance(one, DTensor)
+    ]
+    half = any(one.dtype == torch.bfloat16 for _, one in learning)
+    if half and any(name.endswith("lora_magnitude") for name, _ in learning):
+        raise ConfigError(
+            "sharding: in bfloat16, DoRA's magnitudes cannot be shared out together with the whole weights of adapter.also; "
+            "set precision: float32, leave adapter.also out, or use sharding: none"
+        )
+    for _, one in learning:
+        one.data = one.data.float()
+    return MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+
+
 def _without_weights(module: nn.Module) -> nn.Module:
     """A copy of `module` whose parameters hold no memory; tied ones stay tied."""
     empty = {
@@ -138,143 +186,3 @@ def _without_weights(module: nn.Module) -> nn.Module:
         for one in module.parameters()
     }
     return copy.deepcopy(module, empty)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """The place of a tensor that lies in the processes' files."""
-
-    key: str
-    shape: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class ShardedCheckpoints(Checkpoints):
-    """Checkpoints to which every process writes its own rows, into a directory that all of them see.
-
-    `rank-0000-of-0002.safetensors` holds the rows of one process, with where each piece begins; `state.pt` all else. Any
-    number of processes can go on from it: each reads the rows that are its own then. `parameters` are what learns.
-    """
-
-    parameters: Sequence[tuple[str, Parameter]] = ()
-
-    def save(self, name: str, weights: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        world, final, side = self.world, self.directory / name, self.directory / f".{name}.part"
-        failed: Exception | None = None
-        digest: tuple[str, str] | None = None
-        pieces: dict[str, tuple[Tensor, int]] = {}
-        shapes = {tuple(parameter.shape) for _, parameter in self.parameters}
-        skeleton = _cut({"weights": weights, "state": state}, "", pieces, shapes, world)
-        try:
-            if world.leads:
-                self._open(side)
-        except OSError as err:
-            failed = err
-        if not world.any(failed is not None):
-            try:
-                file = side / f"rank-{world.rank:04}-of-{world.size:04}.safetensors"
-                starts = {key: start for key, (_, start) in pieces.items()}
-                save_file({key: rows for key, (rows, _) in pieces.items()}, file, {"starts": json.dumps(starts)})
-                digest = (file.name, digest_of(file))
-            except (OSError, SafetensorError) as err:
-                failed = err
-        digests = dict(found for found in world.gather(digest) if found is not None)
-        whole = not world.any(failed is not None)
-        if world.leads and whole:
-            try:
-                torch.save(skeleton, side / "state.pt")
-                digests["state.pt"] = digest_of(side / "state.pt")
-                lost = [name for name in digests if not (side / name).is_file()]
-                if lost:
-                    raise OSError(f"{lost[0]} was written, and is not there; every machine must see the same directory")
-                self._finish(side, final, digests)
-            except (OSError, RuntimeError) as err:
-                failed = err
-        reasons = [reason for reason in world.gather(str(failed) if failed else None) if reason]
-        if reasons:
-            raise self._refusal(side, final, failed or RunError(reasons[0]))
-        return final
-
-    def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        path, world = self.directory / name, self.world
-        skeleton: Any = None
-        rows: _Rows | None = None
-        try:
-            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            checked = sorted(manifest)[world.rank :: world.size]
-            if all(digest_of(path / name) == manifest[name] for name in checked):
-                # Our own file, checked against its digest.
-                skeleton = torch.load(path / "state.pt", map_location="cpu", weights_only=False)
-                rows = _Rows([path / name for name in manifest if name.endswith(".safetensors")])
-        except (OSError, ValueError, SafetensorError):
-            pass
-        if world.any(rows is None):
-            return None
-        assert rows is not None
-        tree = _mend(skeleton, rows, self.parameters[0][1], world)
-        return tree["weights"], tree["state"]
-
-
-class _Rows:
-    """The rows of every tensor, over the files that hold them."""
-
-    def __init__(self, files: Sequence[Path]):
-        self._pieces: dict[str, list[tuple[int, Any]]] = {}
-        for path in files:
-            file = safe_open(path, "pt")
-            for key, start in json.loads(file.metadata()["starts"]).items():
-                self._pieces.setdefault(key, []).append((start, file))
-
-    def read(self, key: str, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of the tensor `key`."""
-        found = []
-        for begin, file in sorted(self._pieces[key], key=lambda piece: piece[0]):
-            piece = file.get_slice(key)
-            end = begin + piece.get_shape()[0]
-            low, high = max(start, begin), min(stop, end)
-            if low < high or begin == end == start == stop:
-                found.append(piece[low - begin : high - begin])
-        return torch.cat(found) if found else self._pieces[key][0][1].get_slice(key)[0:0]
-
-
-def _cut(
-    tree: Any, path: str, pieces: dict[str, tuple[Tensor, int]], shapes: set[tuple[int, ...]], world: World
-) -> Any:
-    """`tree` with every tensor shaped like a learning weight replaced by its place; what this process holds of it goes
-    into `pieces`, with its first row. A tensor that is not sharded belongs to the leader."""
-    if isinstance(tree, DTensor):
-        local = tree.to_local()
-        pieces[path] = (local.detach().cpu().contiguous(), _own_rows(tree.shape[0], world)[0])
-        return _Piece(path, tuple(tree.shape))
-    if isinstance(tree, Tensor) and tree.is_floating_point() and tree.ndim and tuple(tree.shape) in shapes:
-        if world.leads:
-            pieces[path] = (tree.detach().cpu().contiguous(), 0)
-        return _Piece(path, tuple(tree.shape))
-    if isinstance(tree, dict):
-        return {key: _cut(value, f"{path}/{key}", pieces, shapes, world) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)([_cut(value, f"{path}/{at}", pieces, shapes, world) for at, value in enumerate(tree)])
-    return tree
-
-
-def _mend(tree: Any, rows: _Rows, like: Tensor, world: World) -> Any:
-    """`tree` with its pieces: the rows of this process as sharded tensors where `like` is one, else whole ones."""
-    if isinstance(tree, _Piece):
-        if not isinstance(like, DTensor):
-            return rows.read(tree.key, 0, tree.shape[0])
-        local = rows.read(tree.key, *_own_rows(tree.shape[0], world)).to(like.device)
-        whole = torch.empty(tree.shape, device="meta")
-        return DTensor.from_local(
-            local, like.device_mesh, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
-        )
-    if isinstance(tree, dict):
-        return {key: _mend(value, rows, like, world) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)([_mend(value, rows, like, world) for value in tree])
-    return tree
-
-
-def _own_rows(count: int, world: World) -> tuple[int, int]:
-    """First and last row (exclusive) that `fully_shard` gives this process: equal runs, the last ones short or empty."""
-    run = math.ceil(count / world.size)
-    return min(world.rank * run, count), min((world.rank + 1) * run, count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,18 +35,19 @@ def take_step(learner: Learner, rows: Sequence[Encoded] | None, events: Events) 
     """
     progress, model, world = learner.progress, learner.model, learner.world
     seed = (learner.settings.seed, progress.step)
-    idle = (rows or ())[:1]
+    given = rows
     if rows is None:
         rows = learner.drawn
     else:
         rows = [rows[at] for at in deal([len(row.ids) + len(row.target) for row in rows], world.size)[world.rank]]
-        rows = learner.objective.draw(rows, model, seed, world.sum)
+        with learner.whole() if learner.objective.draws else nullcontext():
+            rows = learner.objective.draw(rows, model, seed, world.sum)
         learner.drawn = rows if learner.objective.repeats() > 1 else ()
     factor = learner.schedule.factor(progress.step, learner.settings.steps)
     for group in learner.engine.param_groups:
         group["lr"] = group["base_lr"] * factor
     draws = draw_state()
-    while (added := _add_up(learner, rows, idle, seed)) is None:
+    while (added := _add_up(learner, rows, given, seed)) is None:
         _halve(learner, rows, events)
         restore_draws(draws)
     learner.tally = _tally(learner, [learner.objective.tally(rows), *added.tallies])
@@ -81,8 +83,11 @@ class _Added:
     """What the objective counted in what it measured."""
 
 
-def _add_up(learner: Learner, rows: Sequence[Encoded], idle: Sequence[Encoded], seed: tuple[int, ...]) -> _Added | None:
-    """Forward and back through each micro-batch; None, and no gradients, where memory ran out in any process."""
+def _add_up(
+    learner: Learner, rows: Sequence[Encoded], given: Sequence[Encoded] | None, seed: tuple[int, ...]
+) -> _Added | None:
+    """Forward and back through each micro-batch of `rows`, the share of this process of all that were `given`; None where
+    memory ran out in any process, with gradients to forget."""
     settings, progress, model, world = learner.settings, learner.progress, learner.model, learner.world
     lengths = [len(row.ids) + len(row.target) for row in rows]
     parts = math.ceil(settings.accumulate / world.size)
@@ -94,6 +99,7 @@ def _add_up(learner: Learner, rows: Sequence[Encoded], idle: Sequence[Encoded], 
     counted = len(micro)
     if learner.sharded is not None:
         # Gathering a layer takes all processes, so each makes as many passes as the one with the most.
+        idle = _any_row(learner, rows) if learner.objective.draws else (given or ())[:1]
         micro += [learner.objective.batch(idle, model, seed) for _ in range(world.most(counted) - counted)]
     total, short = 0.0, False
     tallies = []
@@ -138,6 +144,11 @@ def _halve(learner: Learner, rows: Sequence[Encoded], events: Events) -> None:
     half = max(longest, before // 2)
     learner.settings = replace(learner.settings, micro_tokens=half)
     events.warn(f"memory ran out, so {half} tokens go through the model at once from now on; the result is the same", 1)
+
+
+def _any_row(learner: Learner, rows: Sequence[Encoded]) -> Sequence[Encoded]:
+    """One row as it was drawn, of any process."""
+    return [next(row for row in learner.world.gather(rows[0] if rows else None) if row is not None)]
 
 
 def _tally(learner: Learner, tallies: Sequence[Tally]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ def _look(learner: Learner, validation: Sequence[Encoded], checkpoints: Checkpoi
         world=learner.world,
         measure=learner.measure,
         even=learner.sharded is not None,
+        whole=learner.whole,
     )
     name, sign = objective.metric if objective.metric[0] in found else ("loss", -1)
     # A metric of few rows is often equal: then the lower loss is the better model.
@@ -58,12 +60,14 @@ def validate(
     world: World = ALONE,
     measure: Callable[[Batch], tuple[Loss, Tensor | None]] | None = None,
     even: bool = False,
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, float]:
     """Mean loss by weight, of all rows and of each of several sources, and the objective's own metrics. Independent of
     `tokens`, of which so many go through the model at once, and of the number of processes, each of which takes its
     share, but for rounding.
 
     `measure` stands in for the objective's own; `even`: each process makes as many passes as the one with the most.
+    Inside `whole` the model can be run by itself.
     """
     measure = measure or (lambda batch: objective.measure(model, batch))
     mine = deal(lengths_of(rows), world.size)[world.rank]
@@ -74,9 +78,11 @@ def validate(
     scores: list[Tensor] = []
     gold: list[Tensor] = []
     try:
-        examined = objective.examine(model, rows, tokens=tokens)
-        if examined is not None:
-            return world.spread(examined)  # type: ignore[no-any-return]
+        if type(objective).examine is not Objective.examine:
+            with whole():
+                examined = objective.examine(model, rows, tokens=tokens)
+            if examined is not None:
+                return world.spread(examined)  # type: ignore[no-any-return]
         parts = list(_batches([rows[at] for at in mine], sources, tokens))
         counted = len(parts)
         parts += [(sources[0], rows[:1])] * (world.most(counted) - counted if even else 0)

@@ -23,11 +23,15 @@ from torch.nn import Parameter
 
 from luthier.core import errors
 from luthier.core.errors import ConfigError, LuthierError, TrainingError
+from luthier.training.signals import watch_signals
 
-# How long a process waits for the others inside one exchange, and between looks into the store (seconds).
+# How long a process waits for the others inside one exchange on the host, and between looks into the store (seconds).
 PATIENCE, PAUSE = timedelta(minutes=30), 0.05
+# The same on the devices. What may take long (writing a checkpoint, rewards, a stream) is followed by an exchange on the
+# host, where a process that died is noticed at once; NCCL notices nothing, and only time ends the waiting.
+DEVICE_PATIENCE = timedelta(minutes=5)
 # How long after a broken exchange the reason for it may take to arrive (seconds).
-GRACE = 10.0
+GRACE = 5.0
 # Values of gradients that are added up at once.
 BUCKET = 2**24
 
@@ -99,7 +103,7 @@ class World:
     def begin(self, device: torch.device) -> None:
         """Form the group, once every process is ready for it."""
         if self._formed and dist.get_backend() == "nccl":
-            self._host = dist.new_group(backend="gloo")  # what lies on the host does not go through NCCL
+            self._host = dist.new_group(backend="gloo", timeout=PATIENCE)  # what lies on the host avoids NCCL
         if self.size == 1 or self._formed:
             return
         self.tell(f"ready/{self.rank}", "")
@@ -116,8 +120,10 @@ class World:
             store=dist.PrefixStore("group", self._store),
             rank=self.rank,
             world_size=self.size,
-            timeout=PATIENCE,
+            timeout=PATIENCE if device.type == "cpu" else DEVICE_PATIENCE,
         )
+        if device.type != "cpu":
+            self._host = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._formed = self._ours = True
 
     def end(self) -> None:
@@ -197,7 +203,10 @@ class World:
         except BaseException as err:
             if self.size == 1:
                 raise
-            cause = None if isinstance(err, LuthierError | KeyboardInterrupt) else self._await_failure(err)
+            cause: BaseException | None = None
+            if _is_broken_exchange(err):
+                with watch_signals():  # torchrun tells the others to end as soon as one is dead; first the run says why
+                    cause = self._await_failure(err)
             if cause is not None:
                 raise cause from None
             self._report(err)
@@ -210,8 +219,7 @@ class World:
         elif isinstance(err, KeyboardInterrupt):
             told = ("KeyboardInterrupt", str(err))
         else:
-            what = f"{type(err).__name__}: {err}".strip().split("\n")[0]
-            told = ("TrainingError", f"process {self.rank} of {self.size} failed: {what}")
+            told = ("TrainingError", f"process {self.rank} of {self.size} failed: {_first_line(err)}")
         try:
             if not self._known("failed"):
                 self.tell("failed", json.dumps([self.rank, *told]))
@@ -230,11 +238,12 @@ class World:
             return KeyboardInterrupt(text)
         return getattr(errors, kind, TrainingError)(text) if kind != "MissingExtra" else TrainingError(text)
 
-    def _await_failure(self, err: BaseException) -> BaseException | None:
-        """What broke an exchange: the error of another process, if one arrives soon enough."""
-        end = time.monotonic() + GRACE
-        while isinstance(err, RuntimeError) and time.monotonic() < end:
+    def _await_failure(self, err: BaseException) -> BaseException:
+        """What broke an exchange: the error of another process, if one arrives soon enough, else which do not answer."""
+        end, left = time.monotonic() + GRACE, f"left/{self.rank}"
+        while time.monotonic() < end:
             try:
+                self.tell(left, "")
                 failure = self._failure()
                 self._check()
             except LuthierError as found:
@@ -244,7 +253,13 @@ class World:
             if failure is not None:
                 return failure
             time.sleep(PAUSE)
-        return None
+        gone = [str(rank) for rank in range(self.size) if not self._known(f"left/{rank}")]
+        if not gone:
+            return TrainingError(f"the {self.size} processes lost each other: {_first_line(err)}; go on with --resume")
+        return TrainingError(
+            f"process {', '.join(gone)} of {self.size} does not answer any more: it was killed, or its machine is gone; go on "
+            "from the last checkpoint with --resume"
+        )
 
     def _known(self, key: str) -> bool:
         return self._store is not None and self._store.check([key])
@@ -294,6 +309,15 @@ def _meet(rank: int, size: int) -> Any:
     if _Tunings.store is None:
         _Tunings.store = next(iter(dist.rendezvous("env://", rank, size, timeout=PATIENCE)))[0]
     return _Tunings.store
+
+
+def _is_broken_exchange(err: BaseException) -> bool:
+    """Whether the others are the reason: torch has no type of its own for what gloo says."""
+    return isinstance(err, RuntimeError) and (isinstance(err, dist.DistError) or "gloo" in str(err).lower())
+
+
+def _first_line(err: BaseException) -> str:
+    return f"{type(err).__name__}: {err}".strip().split("\n")[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -32,8 +33,23 @@ LOOKED, LAID_OUT = 50_000, 4
 def plan_memory(work: Work) -> Plan:
     """The most tokens at once that fit, with nothing computed twice if that fits; said, with what it is predicted to take.
 
-    Raises ConfigError where `memory` was given and the leanest way does not fit in it.
+    Of several processes the first decides, and the others hear it. Raises ConfigError where `memory` was given and the
+    leanest way does not fit in it.
     """
+    world = work.world
+    if world.leads:
+        plan = _decide(work)
+        world.tell("plan", json.dumps([plan.settings.micro_tokens, plan.checkpointing]))
+        return plan
+    from luthier.models.checkpointing import checkpoint_layers
+    from luthier.training.forecast import Plan
+
+    tokens, how = json.loads(world.hear("plan"))
+    checkpoint_layers(work.model, how)
+    return Plan(replace(work.settings, micro_tokens=tokens), how, (), (), None, None)
+
+
+def _decide(work: Work) -> Plan:
     from luthier.models.checkpointing import checkpoint_layers
     from luthier.models.memory import held_memory, return_freed_memory, shown
 
@@ -124,7 +140,7 @@ def _lay_out(work: Work, tokens: int, how: Checkpointing, limit: int | None) -> 
             noise=work.config.noise,
             shards=work.world.size if work.shards else 1,
         )
-    except (NotImplementedError, RuntimeError, TypeError, ValueError) as why:
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as why:
         reason = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
         work.events.choose("memory", "not predicted", f"this model does not run without values ({reason[:120]})")
         return Plan(settings, how, rows, held_out, None, limit)

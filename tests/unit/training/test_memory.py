@@ -38,18 +38,19 @@ def runs(tmp_path, monkeypatch):
 def data(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return {"train": str(path), "validation": 0.0}
+    return {"train": str(path), "split": {"validation": 0.25, "test": 0}}
 
 
 def ask(data, **values):
-    settings = {"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "baselines": False, "template": "chatml"}
+    settings = {"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "baselines": False}
     return resolve(Tune, values={"model": str(tiny_model("llama")), "data": data, **settings, **values})
 
 
 class Full:
     """An objective's measure that has room for `tokens` at once."""
 
-    def __init__(self, monkeypatch, tokens, error=torch.OutOfMemoryError("CUDA out of memory")):
+    def __init__(self, monkeypatch, tokens, error=None):
+        error = error or torch.OutOfMemoryError("CUDA out of memory")
         self.tokens, self.seen, self.failed = tokens, [], 0
         whole = SFT.measure
 
@@ -77,7 +78,7 @@ class Full:
 )
 def test_running_out_halves_the_micro_batch_and_keeps_the_step(data, monkeypatch, error):
     heard = []
-    whole, plain = tune_model(ask(data))
+    _, plain = tune_model(ask(data))
     full = Full(monkeypatch, 100, error)
     record, model = tune_model(ask(data), sinks=[heard.append])
     assert full.failed >= 1 and max(full.seen) > 100
@@ -93,7 +94,7 @@ def test_running_out_halves_the_micro_batch_and_keeps_the_step(data, monkeypatch
 def test_one_row_that_does_not_fit_ends_the_run(data, monkeypatch):
     Full(monkeypatch, 5)
     with pytest.raises(
-        TrainingError, match="memory ran out with one row of .* tokens at once; set checkpointing: layers"
+        TrainingError, match=r"memory ran out with one row of .* tokens at once; set checkpointing: layers"
     ):
         tune(ask(data))
 
@@ -196,7 +197,7 @@ def test_the_probe_leaves_everything_as_it_was(data, monkeypatch):
 
 
 def test_the_largest_batches_are_what_is_tried(data, monkeypatch):
-    asked = ask({**data, "validation": 0.3}, micro_tokens=150)
+    asked = ask(data, micro_tokens=150)
     work = Work(asked, Events())
     work.read()
     work.encode()

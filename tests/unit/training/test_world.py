@@ -6,14 +6,14 @@ import sys
 import textwrap
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from luthier.core.errors import ConfigError, DataError
+from luthier.core.errors import ConfigError, DataError, TrainingError
 from luthier.data.batches import deal
-from luthier.training.objectives.sft import SFT
 from luthier.training.optimizers import OPTIMIZERS
 from luthier.training.sharding import check_sharding
-from luthier.training.world import ALONE, World
+from luthier.training.world import ALONE, DEVICE_PATIENCE, PATIENCE, World
 
 # Two exchanges of a world of two; then what the test asks for. The first process is the test itself.
 FOLLOWER = """
@@ -48,8 +48,6 @@ def test_rows_are_dealt_by_tokens_and_each_once():
 
 
 def exchange(then: str) -> tuple[World, subprocess.Popen]:
-    import torch
-
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     script = textwrap.dedent(FOLLOWER).replace("{then}", then)
     process = subprocess.Popen([sys.executable, "-c", script, str(store.port)], stderr=subprocess.PIPE, text=True)
@@ -82,6 +80,34 @@ def test_the_error_of_one_is_the_error_of_all():
     world.end()
 
 
+def test_one_that_is_killed_is_named(monkeypatch):
+    monkeypatch.setattr("luthier.training.world.GRACE", 1.0)
+    world, process = exchange("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(TrainingError, match=r"^process 1 of 2 does not answer any more"), world.guard():
+        world.sum(1.0)
+    process.communicate(timeout=30)
+    world.end()
+
+
+def test_an_error_of_its_own_is_not_taken_for_a_lost_process():
+    world = World(0, 2, store=dist.HashStore())
+    with pytest.raises(RuntimeError, match=r"^shapes$"), world.guard():
+        raise RuntimeError("shapes")
+
+
+def test_devices_wait_less_than_hosts(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *rest, **more: asked.append(more["timeout"]))
+    monkeypatch.setattr(dist, "new_group", lambda **more: asked.append(more["timeout"]))
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    store = dist.HashStore()
+    store.set("ready/1", "")
+    world = World(0, 2, store=store)
+    world.begin(torch.device("cuda", 0))
+    assert asked == [DEVICE_PATIENCE, PATIENCE] and DEVICE_PATIENCE < PATIENCE
+    world._ours = False
+
+
 def test_alone_nothing_is_asked():
     assert ALONE.sum(1.5, 2.0) == [1.5, 2.0] and ALONE.most(2) == 2 and ALONE.gather(1) == [1] and ALONE.spread(3) == 3
     assert ALONE.device("auto") == "auto" and ALONE.threads(None) is None and ALONE.leads
@@ -100,17 +126,8 @@ def test_threads_are_the_cores_shared_out(monkeypatch):
 @pytest.mark.parametrize("name", OPTIMIZERS.names())
 def test_only_what_moves_value_by_value_can_be_sharded(name):
     optimizer = OPTIMIZERS.parse(name)
-    if name in ("sgd", "adam", "adamw", "lion"):
-        check_sharding(optimizer, SFT())
+    if name in ("sgd", "adam", "adamw", "lion", "schedule_free"):
+        check_sharding(optimizer)
     else:
         with pytest.raises(ConfigError, match=f"'{name}' needs whole matrices"):
-            check_sharding(optimizer, SFT())
-
-
-def test_an_objective_that_writes_cannot_be_sharded():
-    class Writing(SFT):
-        def draw(self, rows, model, seed, total=None):
-            return rows
-
-    with pytest.raises(ConfigError, match="runs the model by itself before each step"):
-        check_sharding(OPTIMIZERS.parse("adamw"), Writing())
+            check_sharding(optimizer)

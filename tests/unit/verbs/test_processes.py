@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,6 +116,57 @@ def test_a_process_that_dies_ends_the_run(places):
     record = read_record(places / "dies")
     assert record.state == "failed" and "SIGKILL" in (record.error or "")
     assert not [child for child in children() if b"luthier.verbs.launch" in command(child)]
+
+
+def test_a_sharded_model_is_read_once_and_made_whole_to_write(places):
+    objective = {"kind": "grpo", "rewards": {"kind": "length", "tokens": 3}, "samples": 2, "max_tokens": 5, "beta": 0.1}
+    # One row a step: the other process has none, and takes part all the same.
+    settings = {
+        "objective": objective,
+        "optimizer": {"kind": "adamw", "eps": 1e-4},
+        "steps": 3,
+        "batch_size": 1,
+        "ema": 0.5,
+    }
+    one = learn("one", **settings)
+    two = learn("two", processes=2, sharding="full", **settings)
+    assert seen(places / "two") == pytest.approx(seen(places / "one"), rel=1e-6, abs=1e-6)
+    assert seen(places / "two", "validate") == pytest.approx(seen(places / "one", "validate"), rel=1e-6)
+    torch.testing.assert_close(weights(two), weights(one), rtol=1e-5, atol=1e-5)
+    assert read_record(places / "two").choices["weights read by"].startswith("the first process")
+
+
+@pytest.mark.e2e
+def test_a_first_process_that_is_killed_leaves_no_other_and_a_run_that_goes_on(places, tmp_path):
+    settings = {"processes": 2, "sharding": "full", "checkpoint_every": 1, "optimizer": {"kind": "adamw", "eps": 1e-5}}
+    one = learn("one", optimizer=settings["optimizer"])
+    data = {"train": str(tmp_path / "rows.jsonl"), "validation": str(tmp_path / "held.jsonl")}
+    asked = {"model": str(tiny_model("llama")), "data": data, **BASE, "name": "killed", **settings}
+    script = "import json, os, signal, sys\nfrom luthier.verbs.tune import tune\n"
+    script += "def kill(event):\n    if event['event'] == 'step' and event['step'] == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
+    script += "tune(**json.loads(sys.argv[1]), sinks=[kill])"
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.Popen([sys.executable, "-c", script, json.dumps(asked)], env={**os.environ, **paths})
+    assert done.wait(timeout=100) == -signal.SIGKILL
+    until = time.monotonic() + 20
+    while others := [one for one in Path("/proc").glob("[0-9]*") if follows(one, tmp_path)]:
+        assert time.monotonic() < until, others
+        time.sleep(0.1)
+    assert read_record(places / "killed").state == "running"
+    assert tune(resume="run:killed").state == "finished"
+    assert seen(places / "killed")[-2:] == pytest.approx(seen(places / "one")[-2:], rel=1e-5)
+    torch.testing.assert_close(weights(load_model("run:killed")), weights(one), rtol=1e-5, atol=2e-6)
+
+
+def follows(process: Path, place: Path) -> bool:
+    """Whether it is a process that another one started for a tuning in `place`."""
+    try:
+        return (
+            b"luthier.verbs.launch" in (process / "cmdline").read_bytes()
+            and str(place).encode() in (process / "environ").read_bytes()
+        )
+    except OSError:
+        return False  # it has ended meanwhile
 
 
 def children() -> list[int]:

@@ -129,12 +129,21 @@ def put_in(network: Any, spec: ModelSpec, config: Any) -> None:
     for parameter in learned.parameters():
         vars(parameter).update(learns=True, added=True)
     if method in VIRTUAL:
-        embedding = VirtualEmbedding(
-            reader(network).get_input_embeddings(), learned, lambda: around.get_prompt(1)[0, :count], count
-        )
+        embedding = VirtualEmbedding(reader(network).get_input_embeddings(), learned, Prompt(around, count), count)
         add_virtual_tokens(network, embedding, kept=spec.task == "seq2seq")
     else:
         add_prefix(network, learned, around.get_prompt, count)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prompt:
+    """The first `count` learned vectors that PEFT's model makes: an object, so that a copy of a network asks its own."""
+
+    around: Any
+    count: int
+
+    def __call__(self) -> Any:
+        return self.around.get_prompt(1)[0, : self.count]
 
 
 def let_learn(loaded: LoadedModel) -> None:

@@ -192,6 +192,10 @@ class Distil(Objective):
             examples = write_answers(self._teacher, examples, self.max_tokens, self.beams, events)
         return self._form.encode(examples, model, events)
 
+    @property
+    def draws(self) -> bool:
+        return self.on_policy > 0
+
     def draw(
         self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...], total: Total = alone
     ) -> Sequence[Encoded]:

@@ -146,6 +146,10 @@ class GRPO(Objective):
         self, rows: Sequence[Encoded], model: LoadedModel, seed: tuple[int, ...], total: Total = alone
     ) -> Sequence[Encoded]:
         if not rows:
+            if self._reference is not None:
+                total(0.0)
+                with self._reference.active():
+                    pass  # what is shared out is gathered by all processes, also by one without rows
             return rows
         prompts = [row for row in rows for _ in range(self.samples)]
         numbers_SM = np.stack(
@@ -159,6 +163,8 @@ class GRPO(Objective):
             mine = slice(at * self.samples, (at + 1) * self.samples)
             each = {name: values[mine] for name, values in judged.items()}
             groups.append(self._group(row, answers[mine], each))
+        if self.beta:
+            total(0.0)  # rewards may take longer in one process than others wait for it on a device
         if self.updates > 1:
             return self._remember(groups, model)
         return self._hold(groups, model) if self.beta else groups

@@ -121,6 +121,11 @@ class Objective(Part):
         """Steps that learn from the same drawn rows before others are drawn."""
         return 1
 
+    @property
+    def draws(self) -> bool:
+        """Whether `draw` runs the model: one that is shared out is made whole for it."""
+        return type(self).draw is not Objective.draw
+
     def tally(self, rows: Sequence[Encoded]) -> Tally:
         """What of a step's rows, as drawn, is worth keeping beside its loss."""
         return {}

@@ -24,7 +24,7 @@ class ScheduleFree(AdamW):
     """
 
     kind: ClassVar[str] = "schedule_free"
-    elementwise: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
     schedule: ClassVar[str | None] = "constant"
     averages: ClassVar[bool] = True
 
