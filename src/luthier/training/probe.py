@@ -45,7 +45,7 @@ def probe(learner: Learner, plan: Plan, events: Events) -> None:
         with noisy_inputs(model, batch, learner.settings.noise, (0, 0)):
             loss, _ = objective.measure(model, batch)
             (loss.sum * 0).backward()
-        float(loss.sum)
+        float(loss.sum.detach())
         seconds = time.perf_counter() - started
         if plan.held_out:
             model.module.eval()

@@ -274,7 +274,7 @@ def _compared(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     if plan.forecast is not None:
         found["predicted_peak_bytes"] = plan.forecast.total
     if plan.seconds is not None:
-        found["predicted_seconds"] = round(plan.seconds, 1)
+        found["predicted_seconds"] = float(f"{plan.seconds:.3g}")
     return {name: value for name, value in found.items() if value is not None}
 
 
