@@ -26,9 +26,10 @@ from luthier.training.objectives.part import Objective
 from luthier.training.optimizers.part import Optimizer
 
 # What an allocator holds beyond what is in use: pieces between blocks, and room for alignment.
-SLACK = 1.05
-# What libraries on the CPU come to keep beside it: code for the shapes of products, buffers of threads.
-LIBRARIES = 64 * 10**6
+SLACK = 1.08
+# What libraries on the CPU come to keep beside it: buffers of threads, and for bfloat16 code for the shapes of products,
+# which tears the heap apart (both as benchmarks/memory.py shows them).
+LIBRARIES, CODE = 64 * 10**6, 120 * 10**6
 # Seconds that an operation costs whatever its size, on the CPU and on a GPU that is kept waiting.
 CALL = 6e-6
 # Sizes of the products and copies by which a machine's speed is measured: typical of a layer, and beyond its caches.
@@ -149,7 +150,7 @@ def foresee(
             validation = _look(model, objective, held_out, ledger) if held_out else 0
     seconds = _Machine.of(model.device).seconds(*work)
     return Forecast(
-        process=process + (LIBRARIES if model.device.type == "cpu" else 0),
+        process=process + _libraries(model),
         weights=weights,
         masters=math.ceil(4 * wide / shards),
         optimizer=math.ceil(4 * (optimizer.slots + averages) * trainable / shards),
@@ -168,6 +169,12 @@ def _look(model: LoadedModel, objective: Objective, rows: Sequence[Encoded], led
     model.module.eval()
     objective.measure(model, objective.batch(rows, model, (0, 0)).to(META))
     return ledger.peak - before
+
+
+def _libraries(model: LoadedModel) -> int:
+    if model.device.type != "cpu":
+        return 0
+    return LIBRARIES + (CODE if model.network.dtype == torch.bfloat16 else 0)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -103,7 +103,12 @@ def train(
     feeding = feed.steps(-(-progress.step // repeats), progress.place, events)
 
     def save() -> None:
-        state = {"optimizer": engine.state_dict(), "progress": asdict(progress), "draws": draw_state()}
+        state = {
+            "optimizer": engine.state_dict(),
+            "progress": asdict(progress),
+            "draws": draw_state(),
+            "micro_tokens": learner.settings.micro_tokens,
+        }
         if ema is not None:
             state["averages"] = ema.state_dict()
         if progress.step % repeats:
@@ -195,6 +200,9 @@ def _restore(learner: Learner, checkpoints: Checkpoints, events: Events) -> None
             learner.ema.load_state_dict(state["averages"])
         restore_draws(state["draws"])
         learner.progress = Progress(**state["progress"])
+        # Another split of a step would add up in another order.
+        tokens = state.get("micro_tokens", learner.settings.micro_tokens)
+        learner.settings = replace(learner.settings, micro_tokens=tokens)
         learner.drawn = take_share(state["rows"], learner.world) if "rows" in state else ()
         events.choose("resume", path.name, "the newest whole checkpoint")
         return

@@ -206,9 +206,15 @@ def _say(work: Work, plan: Plan) -> Plan:
         why = "everything that is computed fits" if plan.checkpointing == "none" else what
         work.advise("checkpointing", plan.checkpointing, why, quiet=plan.checkpointing == "none")
     if forecast is not None:
-        parts = ", ".join(f"{name} {shown(size)}" for name, size in forecast.parts.items() if name != "total" and size)
+        part = {name: shown(size) for name, size in forecast.parts.items()}
         beside = "" if plan.limit is None else f"; {shown(plan.limit)} may be used"
-        work.events.choose("memory", f"{shown(forecast.total)} at most", f"predicted: {parts}{beside}")
+        work.events.choose(
+            "memory",
+            part["total"],
+            f"predicted at most: weights {part['weights']}, all else before the first step {part['process']}, fp32 masters "
+            f"{part['masters']}, optimiser {part['optimizer']}, gradients {part['gradients']}, activations "
+            f"{part['activations']}, or validation {part['validation']}{beside}",
+        )
     if plan.seconds is not None:
         work.events.choose("time", spoken(plan.seconds), "predicted for all steps, without validation")
     return plan

@@ -38,6 +38,8 @@ EXEMPT = {
     "{} is no kind of row": "for those who write a Part",
     "{}, form={}": "how a layer is printed in Python",
     "{}, {} MB": "a unit",
+    "{} MB": "a unit",
+    "can't allocate memory": "what torch says",
     "{} of {} rows": "a table in memory, from Python only",
     "Label .* is present in all training examples": "a pattern for scikit-learn's warning",
     r"{} ?[[\p{L}\p{M}]&&[^\p{Han}]]+": "a pattern",

@@ -120,10 +120,10 @@ def test_a_stopped_run_goes_on_with_the_reference_it_has(objective, tmp_path, mo
 
     take = loop.take_step
 
-    def stop(learner, step_rows):
+    def stop(learner, step_rows, events):
         if learner.progress.step == 6:
             raise KeyboardInterrupt
-        return take(learner, step_rows)
+        return take(learner, step_rows, events)
 
     with monkeypatch.context() as held:
         held.setattr(loop, "take_step", stop)
