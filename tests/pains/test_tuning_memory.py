@@ -1,4 +1,4 @@
-"""Pains of tuning that are about memory: predicted, tried before the first step, filled and no more, and halved where it runs out."""
+"""Pains of tuning that are about memory: predicted, tried first, filled and no more, and halved where it runs out."""
 
 import json
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -118,9 +119,10 @@ def _status(name: str) -> int:
     found = _field(STATUS, name)
     if found is not None:
         return found
-    import resource
-    import sys
-
+    try:
+        import resource
+    except ImportError:  # Windows does not tell
+        return 0
     # Not Linux: the most that was ever resident, in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
