@@ -32,6 +32,8 @@ SLACK = 1.08
 LIBRARIES, CODE = 64 * 10**6, 120 * 10**6
 # Seconds that an operation costs whatever its size, on the CPU and on a GPU that is kept waiting.
 CALL = 6e-6
+# The share of the speed of large products that those of a step reach (share_of_peak in benchmarks/tuning.py).
+REACHED = {torch.bfloat16: 0.5}
 # Sizes of the products and copies by which a machine's speed is measured: typical of a layer, and beyond its caches.
 ROWS, INNER, OUTER, COPIED = 1024, 768, 2048, 2**25
 
@@ -211,7 +213,7 @@ class _Machine:
         for dtype in flops:
             if dtype not in self.products:
                 self.products[dtype] = self._multiply(dtype)
-        multiplied = sum(count / self.products[dtype] for dtype, count in flops.items())
+        multiplied = sum(count / (self.products[dtype] * REACHED.get(dtype, 1.0)) for dtype, count in flops.items())
         return multiplied + moved / self.copied + operations * CALL
 
     def _multiply(self, dtype: torch.dtype) -> float:
