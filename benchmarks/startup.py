@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,6 +38,22 @@ def write_rows(path: Path) -> None:
             file.write(json.dumps({"messages": turns}) + "\n")
 
 
+def until_our_first_step(command: list[str], environment: dict[str, str]) -> float:
+    """Seconds from starting `luthier tune` until its first step stands in the run's events."""
+    runs = Path(environment["LUTHIER_RUNS"])
+    shutil.rmtree(runs, ignore_errors=True)
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    while not any('"event": "step"' in path.read_text() for path in runs.glob("*/events.jsonl")):
+        if process.poll() is not None:
+            raise SystemExit(f"{command}: ended ({process.returncode}) before its first step")
+        time.sleep(0.005)
+    taken = time.perf_counter() - started
+    process.kill()
+    process.wait()
+    return taken
+
+
 def until_first_step(command: list[str], environment: dict[str, str]) -> float:
     """Seconds from starting `command` until it prints a line that begins with FIRST-STEP."""
     started = time.perf_counter()
@@ -57,11 +74,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     repeats = 1 if options.quick else options.repeats
-    luthier = [str(Path(sys.executable).with_name("luthier")), "--help"]
+    luthier = str(Path(sys.executable).with_name("luthier"))
     help_seconds = []
     for _ in range(max(3, repeats)):
         started = time.perf_counter()
-        subprocess.run(luthier, stdout=subprocess.DEVNULL, check=True)
+        subprocess.run([luthier, "--help"], stdout=subprocess.DEVNULL, check=True)
         help_seconds.append(time.perf_counter() - started)
     systems = ["luthier", "trainer", "trl"]
     found: dict[str, list[float]] = {name: [] for name in systems}
@@ -71,10 +88,16 @@ def main() -> None:
         environment = os.environ | {"LUTHIER_RUNS": f"{folder}/runs", "HF_HUB_OFFLINE": "1", "WANDB_DISABLED": "true"}
         model = str(files("luthier") / "assets" / "mini")
         for _ in range(repeats):
-            for name in systems:
+            found["luthier"].append(
+                until_our_first_step(
+                    [luthier, "tune", "--model", model, "--data", str(data), "--objective", "sft", "--batch-size", "8",
+                     "--steps", "4"],
+                    environment,
+                )
+            )  # fmt: skip
+            for name in systems[1:]:
                 script = HERE / "peers" / f"first_step_{name}.py"
-                python = sys.executable if name == "luthier" else peer_python("trl")
-                found[name].append(until_first_step([python, str(script), model, str(data)], environment))
+                found[name].append(until_first_step([peer_python("trl"), str(script), model, str(data)], environment))
     medians = {name: round(statistics.median(values), 2) for name, values in found.items()}
     result = {
         "benchmark": "startup",

@@ -7,12 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from luthier.core.errors import DataError
-from luthier.core.types import Feedback, Message, Preference, Role
+from luthier.core.types import Example, Feedback, Message, Preference, Role
 from luthier.data.turns import read_messages, read_number, read_text, read_tools
 
 # How Anthropic's HH-RLHF writes a conversation as one text.
 SPEAKERS = re.compile(r"\n\n(Human|Assistant):[ \n]?")
 VERDICTS = {True: True, False: False, "true": True, "false": False}
+
+
+def holds_answers(examples: Sequence[Example]) -> bool:
+    """Whether rows hold answers that were liked or not."""
+    return bool(examples) and isinstance(examples[0], Preference | Feedback)
 
 
 def as_preference(name: str, get: Callable[[str], Any], columns: Mapping[str, str], meta: dict[str, Any]) -> Preference:

@@ -79,11 +79,6 @@ def judge_answers(
     return predictions, _known(found), details, {who: _known(values) for who, values in rivals.items()}
 
 
-def reads_answers(examples: Sequence[Example]) -> bool:
-    """Whether rows hold answers that were liked or not."""
-    return bool(examples) and isinstance(examples[0], Preference | Feedback)
-
-
 def _predict(example: Example, scores_A: NDArray[np.float64], refers: bool) -> Prediction:
     if isinstance(example, Preference):
         chosen, rejected = map(float, scores_A)

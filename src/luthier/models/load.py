@@ -26,6 +26,7 @@ from luthier.models.adapters.peft_methods import read as read_peft
 from luthier.models.adapters.peft_methods import room_left
 from luthier.models.facts import fingerprint, kind_of
 from luthier.models.heads import Pooled
+from luthier.models.lean import Undrawn
 from luthier.models.precision import cast_network, cast_weights
 from luthier.models.purpose import add_head, check_task, choose_length, choose_pooling, keeps_head, make_renderer
 from luthier.models.quantised.linear import Form
@@ -221,11 +222,12 @@ def load_network(
             "(--from-scratch), or give the directory of a trained model"
         )
     held: Any = DTYPES.get(dtype, "auto")
-    network, info = _ask(
-        place,
-        "weights",
-        lambda: factory.from_pretrained(str(place), dtype=held, output_loading_info=True, **hub),
-    )
+    with Undrawn():
+        network, info = _ask(
+            place,
+            "weights",
+            lambda: factory.from_pretrained(str(place), dtype=held, output_loading_info=True, **hub),
+        )
     below = network.base_model_prefix + "."
     missing = [name for name in sorted(info["missing_keys"]) if not _is_computed(network, name)]
     body = [

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,12 +29,14 @@ from luthier.training.optimizers.part import NO_SCALES, Optimizer
 from luthier.training.probe import Ceiling, probe, worth_probing
 from luthier.training.repeats import repeated, take_share
 from luthier.training.schedules.part import Schedule
-from luthier.training.sharding import Sharded
 from luthier.training.signals import watch_signals
 from luthier.training.step import take_step
 from luthier.training.tripwires import Watch, check_learning
 from luthier.training.validation import look
 from luthier.training.world import ALONE, World
+
+if TYPE_CHECKING:
+    from luthier.training.sharding import Sharded
 
 
 @dataclass(slots=True)

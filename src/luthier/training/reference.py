@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from luthier.core.types import Encoded
 from luthier.data.batches import collate, fill_batches
@@ -54,7 +53,7 @@ class Reference:
 
 
 def _whole(copy: Tensor) -> Tensor:
-    return copy.full_tensor() if isinstance(copy, DTensor) else copy
+    return copy.full_tensor() if hasattr(copy, "full_tensor") else copy
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.core.errors import LuthierError, RenderingError, RunError, TrainingError
 from luthier.core.run import Run, write_rows
 from luthier.core.types import Example, Text
+from luthier.data.preferences import holds_answers
 from luthier.text.answers import split_answers
 from luthier.verbs.rendering import find_rendered_otherwise, keep_rendering, note_rendering
 
@@ -99,7 +100,7 @@ def judge(work: Work, run: Run) -> None:
     from luthier.evals.baselines import baselines_for
     from luthier.evals.judge import judge
     from luthier.evals.predict import predict_examples
-    from luthier.evals.preferences import judge_answers, read_answers, reads_answers
+    from luthier.evals.preferences import judge_answers, read_answers
 
     examples: Sequence[Example]
     part, examples = ("test", work.dataset.test) if work.dataset.test else ("validation", work.dataset.validation)
@@ -120,7 +121,7 @@ def judge(work: Work, run: Run) -> None:
         return
     run.events.stage(f"judging on {len(examples)} held-out rows")
     found: dict[str, Any] = {}
-    if reads_answers(examples):
+    if holds_answers(examples):
         logs, fitting = read_answers(work.model, examples, run.events), ()
         predictions, metrics, details, found = judge_answers(examples, logs, work.before, refers=work.objective.refers)
         found = found if work.config.baselines else {}

@@ -15,6 +15,7 @@ from luthier.core.record import Record
 from luthier.core.run import Run, discard, write_rows
 from luthier.core.types import Example, Labelled
 from luthier.data.load import Data, fingerprint_examples, load_examples
+from luthier.data.preferences import holds_answers
 from luthier.data.profile import profile_examples
 from luthier.engine.sampling import Sampling
 
@@ -76,7 +77,7 @@ def _judge(run: Run, config: Evaluate) -> None:
     from luthier.evals.baselines import baselines_for
     from luthier.evals.judge import judge
     from luthier.evals.predict import predict_examples
-    from luthier.evals.preferences import judge_answers, read_answers, reads_answers
+    from luthier.evals.preferences import judge_answers, read_answers
     from luthier.models.load import load_model
 
     run.events.stage("reading the data")
@@ -90,7 +91,7 @@ def _judge(run: Run, config: Evaluate) -> None:
     _check_labels(examples, spec.labels, config.model)
     run.events.stage(f"judging on {len(examples)} rows")
     found: dict[str, Any] = {}
-    if reads_answers(examples):
+    if holds_answers(examples):
         logs, before = read_answers(model, examples, run.events), _read_reference(config, spec, examples, run.events)
         predictions, metrics, details, found = judge_answers(examples, logs, before, refers=before is not None)
     else:
@@ -110,7 +111,7 @@ def _judge(run: Run, config: Evaluate) -> None:
     (run.artefacts / "profile.json").write_text(json.dumps(profile, ensure_ascii=False), encoding="utf-8")
     if config.train is not None:
         train = load_examples(config.train, config.data, run.events)
-        baselines = () if reads_answers(examples) else baselines_for(spec.task)
+        baselines = () if holds_answers(examples) else baselines_for(spec.task)
         if not baselines:
             raise ConfigError(f"train: there is no plain baseline for a model made to {spec.task}; leave `train` out")
         for baseline in baselines:

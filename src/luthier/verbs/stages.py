@@ -17,6 +17,7 @@ from luthier.data.cache import lengths_of
 from luthier.data.feed import Feed, HeldRows, StreamedRows
 from luthier.data.load import Dataset, load_data
 from luthier.data.plans import Plan as Steps
+from luthier.data.preferences import holds_answers
 from luthier.training.objectives import OBJECTIVES
 from luthier.verbs.planning import plan_memory
 from luthier.verbs.rendering import Rendered, note_rendering
@@ -343,8 +344,6 @@ class Work:
 
         The first process keeps what it said in the run at `path`, where the others find it.
         """
-        from luthier.evals.preferences import read_answers, reads_answers
-
         keep = path / "reference"
         if not self.world.leads:
             self.world.hear("referred")
@@ -357,7 +356,9 @@ class Work:
         if not self.world.leads:
             return
         held = self.dataset.test or self.dataset.validation
-        if reads_answers(held) and self.objective.task is None and (self.objective.refers or self.config.baselines):
+        if holds_answers(held) and self.objective.task is None and (self.objective.refers or self.config.baselines):
+            from luthier.evals.preferences import read_answers
+
             self.events.stage(f"reading {len(held)} held-out rows with the model as it starts")
             self.before = read_answers(self.model, held, self.events, "reference")
 
