@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import transformers
+import transformers.modeling_utils
 from transformers.utils import import_utils
 
 from luthier.models.lean import import_lean, models_structure
