@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.core.errors import DataError
+from luthier.core.events import Events
 from luthier.core.types import Encoded, Feedback, Message, Preference
-from luthier.data.batches import Batch, collate, fill_batches
-from luthier.engine.likelihood import TOKENS
+from luthier.data.batches import Batch
+from luthier.engine.passes import run_rows
 from luthier.models.cross_entropy import token_nll
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
@@ -46,37 +47,33 @@ def answer_rewards(model: LoadedModel, batch: Batch) -> Tensor:
     return _of_answers(model.module.score(hidden_NE, batch.lengths).squeeze(-1), batch)  # type: ignore[operator]
 
 
-@torch.no_grad()
 def score_answers(
     model: LoadedModel,
     rows: Sequence[Encoded],
     *,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    events: Events | None = None,
 ) -> NDArray[np.float64]:
     """[N, A, 2]: (sum of log p, tokens) of the answers of each row, in order, in eval mode; of a reward model (reward, 1).
 
     `tokens` go through the model at once.
     """
-    training = model.module.training
-    model.module.eval()
     found = np.empty((len(rows), sum(up >= 0 for up in rows[0].parents), 2))
-    done = 0
-    try:
-        for part in fill_batches([len(row.ids) for row in rows], tokens):
-            batch = collate([rows[at] for at in part]).to(model.device)
-            if gives_rewards(model):
-                rewards_RA = answer_rewards(model, batch)
-                pair = (rewards_RA, torch.ones_like(rewards_RA))
-            else:
-                pair = answer_logs(model, batch)
-            found[part] = torch.stack(pair, -1).double().cpu().numpy()
-            done += len(part)
-            if on_progress is not None:
-                on_progress(done, len(rows))
-    finally:
-        model.module.train(training)
+
+    def keep(part: list[int], pair_RA2: Tensor) -> None:
+        found[part] = pair_RA2.double().cpu().numpy()
+
+    run_rows(model, rows, answer_scores, keep, tokens=tokens, on_progress=on_progress, events=events)
     return found
+
+
+def answer_scores(model: LoadedModel, batch: Batch) -> Tensor:
+    """[R, A, 2]: (sum of log p, tokens) of each answer; of a reward model (reward, 1)."""
+    if gives_rewards(model):
+        rewards_RA = answer_rewards(model, batch)
+        return torch.stack((rewards_RA, torch.ones_like(rewards_RA)), -1)
+    return torch.stack(answer_logs(model, batch), -1)
 
 
 def gives_rewards(model: LoadedModel) -> bool:

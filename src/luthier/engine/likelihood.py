@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from luthier.core.errors import ConfigError, ModelError
+from luthier.core.events import Events
 from luthier.core.types import Encoded
-from luthier.data.batches import Batch, collate, fill_batches
+from luthier.data.batches import Batch
+from luthier.engine.passes import run_rows
 from luthier.models.cross_entropy import token_nll
 from luthier.models.output import decoder_states, head_of
 from luthier.models.packed import hidden_states, inside, mask_of, pad
 from luthier.models.spec import LoadedModel
 
-# Tokens that go through the model at once.
-TOKENS = 4096
+Scored: TypeAlias = tuple[Tensor, Tensor, list[int]]
 
 
-@torch.no_grad()
 def score(
     model: LoadedModel,
     rows: Sequence[Encoded],
     *,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    events: Events | None = None,
 ) -> list[tuple[float, float]]:
     """(sum of weight x -log p in nats, sum of weights) of each row, in order; fp32, whatever the batch.
 
@@ -35,35 +37,28 @@ def score(
         raise ModelError(
             f"{model.spec.source}: this model is made to {model.spec.task}, and gives no likelihood of a text"
         )
-    training = model.module.training
-    model.module.eval()
     found: list[tuple[float, float]] = [(0.0, 0.0)] * len(rows)
-    done = 0
-    try:
-        for part in fill_batches([len(row.ids) + len(row.target) for row in rows], tokens):
-            batch = collate([rows[at] for at in part]).to(model.device)
-            nll_N, weights_N, sizes = _score_batch(model, batch)
-            for at, nll_T, weights_T in zip(part, nll_N.split(sizes), weights_N.split(sizes)):
-                found[at] = (float((nll_T.double() * weights_T).sum()), float(weights_T.sum()))
-            done += len(part)
-            if on_progress is not None:
-                on_progress(done, len(rows))
-    finally:
-        model.module.train(training)
+
+    def keep(part: list[int], scored: Scored) -> None:
+        nll_N, weights_N, sizes = scored
+        for at, nll_T, weights_T in zip(part, nll_N.cpu().split(sizes), weights_N.double().cpu().split(sizes)):
+            found[at] = (float((nll_T.double() * weights_T).sum()), float(weights_T.sum()))
+
+    run_rows(model, rows, score_batch, keep, tokens=tokens, on_progress=on_progress, events=events)
     return found
 
 
-def _score_batch(model: LoadedModel, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
+def score_batch(model: LoadedModel, batch: Batch) -> Scored:
     """(-log p of each token, 0 where it weighs nothing; its weight; the tokens of each row)."""
     if batch.target_M is not None:
         assert batch.target_weights_M is not None
         nll_M = token_nll(head_of(model), target_states(model, batch), batch.target_M)
-        return nll_M.cpu(), batch.target_weights_M.double().cpu(), list(batch.target_lengths)
+        return nll_M, batch.target_weights_M, list(batch.target_lengths)
     hidden_NE = hidden_states(model, batch.ids_N, batch.lengths)
     places_M = batch.places_M
     nll_N = torch.zeros(len(batch.ids_N), device=hidden_NE.device)
     nll_N[places_M] = token_nll(head_of(model), hidden_NE[places_M - 1], batch.ids_N[places_M])
-    return nll_N.cpu(), batch.weights_N.double().cpu(), list(batch.lengths)
+    return nll_N, batch.weights_N, list(batch.lengths)
 
 
 def target_states(model: LoadedModel, batch: Batch) -> Tensor:

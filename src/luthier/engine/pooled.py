@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from luthier.core.errors import ModelError
+from luthier.core.events import Events
 from luthier.core.types import Encoded, Message, Prediction
-from luthier.data.batches import Batch, collate, fill_batches
+from luthier.data.batches import Batch
 from luthier.engine.answers import encode_scored, gives_rewards
-from luthier.engine.likelihood import TOKENS
+from luthier.engine.passes import run_rows
 from luthier.models.packed import hidden_states
 from luthier.models.spec import LoadedModel
 
@@ -24,8 +25,9 @@ def predict(
     model: LoadedModel,
     items: Sequence[Item],
     *,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    events: Events | None = None,
 ) -> list[Prediction]:
     """A prediction for each item, in order; its id is the item's place.
 
@@ -37,7 +39,7 @@ def predict(
     if spec.task not in ("classify", "regress"):
         raise ModelError(f"{spec.source}: this model is made to {spec.task}, not to classify or to give numbers")
     rows = [_encode(model, item, str(at)) for at, item in enumerate(items)]
-    scores_NC = score_rows(model, rows, tokens=tokens, on_progress=on_progress)
+    scores_NC = score_rows(model, rows, tokens=tokens, on_progress=on_progress, events=events)
     found = []
     for row, scores_C, item in zip(rows, scores_NC, items):
         shown = "\n".join(part.content if isinstance(part, Message) else part for part in item if part is not None)
@@ -65,29 +67,22 @@ def _encode(model: LoadedModel, item: Item, id: str) -> Encoded:
     return model.renderer.labelled(str(texts[0]), texts[1], id=id)
 
 
-@torch.no_grad()
 def score_rows(
     model: LoadedModel,
     rows: Sequence[Encoded],
     *,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    events: Events | None = None,
 ) -> Tensor:
     """Raw scores [S, C] in fp32 on the CPU, in the order of `rows`; `tokens` go through the model at once."""
-    training = model.module.training
-    model.module.eval()
     scores: list[Tensor] = [torch.empty(0)] * len(rows)
-    done = 0
-    try:
-        for part in fill_batches([len(row.ids) for row in rows], tokens):
-            batch = collate([rows[at] for at in part]).to(model.device)
-            for at, score_C in zip(part, score_batch(model, batch).float().cpu()):
-                scores[at] = score_C
-            done += len(part)
-            if on_progress is not None:
-                on_progress(done, len(rows))
-    finally:
-        model.module.train(training)
+
+    def keep(part: list[int], scores_SC: Tensor) -> None:
+        for at, score_C in zip(part, scores_SC.float().cpu()):
+            scores[at] = score_C
+
+    run_rows(model, rows, score_batch, keep, tokens=tokens, on_progress=on_progress, events=events)
     return torch.stack(scores)
 
 

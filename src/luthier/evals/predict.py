@@ -12,6 +12,9 @@ from luthier.core.types import Chat, Encoded, Example, Labelled, Message, Pair, 
 from luthier.engine.sampling import Sampling
 
 if TYPE_CHECKING:
+    import torch
+
+    from luthier.data.batches import Batch
     from luthier.models.spec import LoadedModel
 
 
@@ -22,6 +25,7 @@ def predict_examples(
     sampling: Sampling | None = None,
     batch_size: int = 32,
     likelihood: bool = False,
+    tokens: int | None = None,
     events: Events | None = None,
 ) -> list[Prediction]:
     """One prediction for each example, in order, with its gold.
@@ -30,7 +34,6 @@ def predict_examples(
     and pairs they write the last answer, or, with `likelihood`, score it. Raises DataError for rows that do not fit.
     """
     from luthier.engine.generate import generate
-    from luthier.engine.likelihood import score
     from luthier.engine.pooled import predict
 
     def tell(done: int, total: int) -> None:
@@ -47,18 +50,18 @@ def predict_examples(
             )
     if task in ("classify", "regress"):
         rows = [example for example in examples if isinstance(example, Labelled)]
-        found = predict(model, [(row.text, row.pair) for row in rows], on_progress=tell)
+        found = predict(model, [(row.text, row.pair) for row in rows], on_progress=tell, tokens=tokens, events=events)
         return [replace(one, id=row.id, gold=row.label) for one, row in zip(found, rows)]
     if task == "masked":
-        return _score_masked(model, examples, tell)
+        return _score_masked(model, examples, tell, tokens, events)
     if likelihood or isinstance(examples[0], Text):
         encoded = [_encode(model, example) for example in examples]
         scored = []
-        for example, (nll, tokens) in zip(examples, _score_parts(score, model, encoded, tell)):
+        for example, (nll, count) in zip(examples, _score_parts(model, encoded, tell, tokens, events)):
             text = _gold_of(example)
             size = len(text.encode())
             scored.append(
-                Prediction(example.id, None, None, nll=nll, tokens=round(tokens), bytes=size, input=text[:2000])
+                Prediction(example.id, None, None, nll=nll, tokens=round(count), bytes=size, input=text[:2000])
             )
         return scored
     prompts = [_prompt_of(example) for example in examples]
@@ -93,13 +96,16 @@ def _encode(model: LoadedModel, example: Example) -> list[Encoded]:
 
 
 def _score_parts(
-    score: Callable[..., list[tuple[float, float]]],
     model: LoadedModel,
     encoded: Sequence[Sequence[Encoded]],
     tell: Callable[[int, int], None],
+    tokens: int | None,
+    events: Events | None,
 ) -> list[tuple[float, float]]:
+    from luthier.engine.likelihood import score
+
     flat = [piece for pieces in encoded for piece in pieces]
-    found = iter(score(model, flat, on_progress=tell))
+    found = iter(score(model, flat, tokens=tokens, on_progress=tell, events=events))
     totals = []
     for pieces in encoded:
         scored = [next(found) for _ in pieces]
@@ -108,36 +114,45 @@ def _score_parts(
 
 
 def _score_masked(
-    model: LoadedModel, examples: Sequence[Example], tell: Callable[[int, int], None]
+    model: LoadedModel,
+    examples: Sequence[Example],
+    tell: Callable[[int, int], None],
+    tokens: int | None,
+    events: Events | None,
 ) -> list[Prediction]:
     """Pseudo-likelihood (Salazar et al. 2020, arXiv:1910.14659): each token masked in turn, the rest in sight."""
-    import torch
-
-    from luthier.engine.likelihood import TOKENS
+    from luthier.engine.passes import TOKENS, run_rows
     from luthier.models.cross_entropy import token_nll
     from luthier.models.output import head_of
     from luthier.models.packed import hidden_states
 
-    found = []
-    special = set(model.tokenizer.all_special_ids)
-    model.module.eval()
+    special, mask, length = set(model.tokenizer.all_special_ids), model.tokenizer.mask_token_id, model.spec.max_length
+
+    def compute(model: LoadedModel, batch: Batch) -> torch.Tensor:
+        places_M = batch.places_M
+        hidden_ME = hidden_states(model, batch.ids_N.index_fill(0, places_M, mask), batch.lengths)[places_M]
+        return token_nll(head_of(model), hidden_ME, batch.ids_N[places_M])
+
+    found: list[Prediction] = []
     for number, example in enumerate(examples, 1):
         assert isinstance(example, Text)
-        ids_T = torch.tensor(
-            model.tokenizer(example.text, truncation=True, max_length=model.spec.max_length)["input_ids"],
-            device=model.device,
+        ids = model.tokenizer(example.text, verbose=False)["input_ids"]
+        # A text beyond the context is read piece by piece, as it is learned. In each row one token is masked, and weighs.
+        rows = [
+            Encoded(example.id, tuple(piece), tuple(float(at == place) for at in range(len(piece))))
+            for piece in (ids[at : at + length] for at in range(0, len(ids), length))
+            for place, token in enumerate(piece)
+            if token not in special
+        ]
+        lost: list[float] = []
+
+        def keep(part: list[int], nll_M: torch.Tensor, lost: list[float] = lost) -> None:
+            lost += nll_M.double().tolist()
+
+        run_rows(model, rows, compute, keep, tokens=tokens or TOKENS, events=events)
+        found.append(
+            Prediction(example.id, None, None, nll=sum(lost), tokens=len(rows), input=_gold_of(example)[:2000])
         )
-        places = [at for at, token in enumerate(ids_T.tolist()) if token not in special]
-        nll, copies = 0.0, max(1, TOKENS // len(ids_T))
-        for start in range(0, len(places), copies):
-            part_P = torch.tensor(places[start : start + copies], device=model.device)
-            rows_PT = ids_T.repeat(len(part_P), 1)
-            rows_PT[torch.arange(len(part_P)), part_P] = model.tokenizer.mask_token_id
-            with torch.no_grad():
-                hidden_NE = hidden_states(model, rows_PT.flatten(), [len(ids_T)] * len(part_P))
-                at_P = torch.arange(len(part_P), device=model.device) * len(ids_T) + part_P
-                nll += float(token_nll(head_of(model), hidden_NE[at_P], ids_T[part_P]).double().sum())
-        found.append(Prediction(example.id, None, None, nll=nll, tokens=len(places), input=example.text[:2000]))
         tell(number, len(examples))
     return found
 

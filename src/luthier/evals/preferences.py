@@ -32,7 +32,7 @@ def read_answers(model: LoadedModel, examples: Sequence[Example], events: Events
         if not isinstance(example, Preference | Feedback) or type(example) is not kind:
             raise DataError(f"{example.id}: this row is {type(example).__name__}, where the first is {kind.__name__}")
         rows.append(encode_answers(model, example))
-    return score_answers(model, rows, on_progress=tell)
+    return score_answers(model, rows, on_progress=tell, events=events)
 
 
 def judge_answers(

@@ -15,6 +15,9 @@ import torch
 
 # glibc's mallopt parameters (malloc.h).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+# What libraries on the CPU come to keep beside what is in use: buffers of threads, and for bfloat16 code for the shapes of
+# products, which tears the heap apart (both as benchmarks/memory.py shows them).
+LIBRARIES, CODE = 64 * 10**6, 120 * 10**6
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # Where a container's limit and use stand: version 2 of control groups, and version 1.
 GROUPS = (
@@ -96,6 +99,13 @@ def free_memory(device: torch.device) -> int | None:
             found.append(max(0, most - now + (_plain(Path(stat), cached) or 0)))
     known = [one for one in found if one is not None]
     return min(known) if known else None
+
+
+def library_memory(device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that libraries come to hold on `device` once a model computes in `dtype`."""
+    if device.type != "cpu":
+        return 0
+    return LIBRARIES + (CODE if dtype == torch.bfloat16 else 0)
 
 
 def out_of_memory(error: BaseException) -> bool:

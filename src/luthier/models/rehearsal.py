@@ -18,9 +18,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from luthier.models.heads import Pooled
+from luthier.models.output import head_of
+from luthier.models.packed import packs, shares
+from luthier.models.spec import LoadedModel
 from luthier.native.layers import meta_as_cpu
 
 META = torch.device("meta")
+# What an allocator holds beyond what is in use: pieces between blocks, and room for alignment.
+SLACK = 1.08
 aten = torch.ops.aten
 NAMES = (("query", "q"), ("key", "k"), ("value", "v"))
 # The matrix products: the places of the two matrices among the arguments.
@@ -159,6 +165,29 @@ def rehearse(modules: Iterable[nn.Module], device: torch.device) -> Iterator[Led
     finally:
         for held, name, tensor in swapped:
             held[name] = tensor
+
+
+@contextmanager
+def as_it_is(model: LoadedModel) -> Iterator[None]:
+    """Find out first what is found out by looking at values, and leave the model as it was."""
+    if not isinstance(model.module, Pooled):
+        head_of(model)
+    packs(model)
+    shares(model)
+    before, training = (model.packs, model.shares, model.head), model.module.training
+    try:
+        yield
+    finally:
+        model.packs, model.shares, model.head = before
+        model.module.train(training)
+
+
+def why_not(error: Exception) -> str:
+    """Why nothing was predicted. Raises `error` again where it is not of the kind that tensors without values cause."""
+    if not isinstance(error, AssertionError | NotImplementedError | RuntimeError | TypeError | ValueError):
+        raise error
+    lines = str(error).strip().splitlines()
+    return f"this model does not run without values ({(lines[0] if lines else type(error).__name__)[:120]})"
 
 
 def _stand_in(tensor: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -13,11 +13,8 @@ from torch.nn import Parameter
 
 from luthier.core.types import Encoded
 from luthier.models.checkpointing import Checkpointing
-from luthier.models.heads import Pooled
-from luthier.models.memory import held_memory
-from luthier.models.output import head_of
-from luthier.models.packed import packs, shares
-from luthier.models.rehearsal import META, Ledger, rehearse
+from luthier.models.memory import held_memory, library_memory
+from luthier.models.rehearsal import META, SLACK, Ledger, as_it_is, rehearse
 from luthier.models.spec import LoadedModel
 from luthier.training.learner import Settings
 from luthier.training.masters import Masters
@@ -25,11 +22,6 @@ from luthier.training.noise import noisy_inputs
 from luthier.training.objectives.part import Objective
 from luthier.training.optimizers.part import Optimizer
 
-# What an allocator holds beyond what is in use: pieces between blocks, and room for alignment.
-SLACK = 1.08
-# What libraries on the CPU come to keep beside it: buffers of threads, and for bfloat16 code for the shapes of products,
-# which tears the heap apart (both as benchmarks/memory.py shows them).
-LIBRARIES, CODE = 64 * 10**6, 120 * 10**6
 # Seconds that an operation costs whatever its size, on the CPU and on a GPU that is kept waiting.
 CALL = 6e-6
 # The share of the speed of large products that those of a step reach (share_of_peak in benchmarks/tuning.py).
@@ -129,7 +121,7 @@ def foresee(
     models = [model, *objective.companions()]
     with ExitStack() as entered:
         for one in models:
-            entered.enter_context(_as_it_is(one))
+            entered.enter_context(as_it_is(one))
         with rehearse([one.module for one in models], model.device) as ledger:
             stand_ins = [ledger.stand_ins[id(one)] for one in parameters]
             masters = Masters([(str(at), one) for at, one in enumerate(stand_ins)])  # type: ignore[misc]
@@ -152,7 +144,7 @@ def foresee(
             validation = _look(model, objective, held_out, ledger) if held_out else 0
     seconds = _Machine.of(model.device).seconds(*work)
     return Forecast(
-        process=process + _libraries(model),
+        process=process + library_memory(model.device, model.network.dtype),
         weights=weights,
         masters=math.ceil(4 * wide / shards),
         optimizer=math.ceil(4 * (optimizer.slots + averages) * trainable / shards),
@@ -171,27 +163,6 @@ def _look(model: LoadedModel, objective: Objective, rows: Sequence[Encoded], led
     model.module.eval()
     objective.measure(model, objective.batch(rows, model, (0, 0)).to(META))
     return ledger.peak - before
-
-
-def _libraries(model: LoadedModel) -> int:
-    if model.device.type != "cpu":
-        return 0
-    return LIBRARIES + (CODE if model.network.dtype == torch.bfloat16 else 0)
-
-
-@contextmanager
-def _as_it_is(model: LoadedModel) -> Iterator[None]:
-    """Find out first what is found out by looking at values, and leave the model as it was."""
-    if not isinstance(model.module, Pooled):
-        head_of(model)
-    packs(model)
-    shares(model)
-    before, training = (model.packs, model.shares, model.head), model.module.training
-    try:
-        yield
-    finally:
-        model.packs, model.shares, model.head = before
-        model.module.train(training)
 
 
 @dataclass(slots=True)

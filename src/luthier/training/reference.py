@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from luthier.core.types import Encoded
-from luthier.data.batches import collate, fill_batches
+from luthier.data.batches import Batch
+from luthier.engine.passes import run_rows
 from luthier.models.cross_entropy import token_nll
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
 from luthier.models.spec import LoadedModel
-
-# Tokens that go through the model at once.
-TOKENS = 4096
 
 
 class Reference:
@@ -56,23 +54,21 @@ def _whole(copy: Tensor) -> Tensor:
     return copy.full_tensor() if hasattr(copy, "full_tensor") else copy
 
 
-@torch.no_grad()
 def log_probs(
     model: LoadedModel, rows: Sequence[Encoded], head: Callable[[LoadedModel], Any] = head_of
 ) -> list[np.ndarray]:
     """[N] for each row: log p of every token given those before it in its text, fp32, in eval mode; 0 for a first token."""
-    training = model.module.training
-    model.module.eval()
     found: list[np.ndarray] = [np.empty(0)] * len(rows)
-    try:
-        for part in fill_batches([len(row.ids) for row in rows], TOKENS):
-            batch = collate([rows[at] for at in part]).to(model.device)
-            states_NE = hidden_states(model, batch.ids_N, batch.lengths, batch.parents)[batch.previous_N]
-            log_N = -token_nll(head(model), states_NE, batch.ids_N)
-            log_N[batch.previous_N == torch.arange(len(log_N), device=log_N.device)] = 0
-            sizes = [len(rows[at].ids) for at in part]
-            for at, one in zip(part, log_N.cpu().split(sizes)):
-                found[at] = one.double().numpy()
-    finally:
-        model.module.train(training)
+
+    def compute(model: LoadedModel, batch: Batch) -> Tensor:
+        states_NE = hidden_states(model, batch.ids_N, batch.lengths, batch.parents)[batch.previous_N]
+        log_N = -token_nll(head(model), states_NE, batch.ids_N)
+        log_N[batch.previous_N == torch.arange(len(log_N), device=log_N.device)] = 0
+        return log_N
+
+    def keep(part: list[int], log_N: Tensor) -> None:
+        for at, one in zip(part, log_N.cpu().split([len(rows[at].ids) for at in part])):
+            found[at] = one.double().numpy()
+
+    run_rows(model, rows, compute, keep)
     return found

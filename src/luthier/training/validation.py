@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -12,6 +12,7 @@ from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.batches import Batch, deal, fill_batches
 from luthier.data.cache import lengths_of
+from luthier.engine.passes import each_part
 from luthier.models.spec import LoadedModel
 from luthier.training.checkpoint import Checkpoints
 from luthier.training.learner import Learner
@@ -36,6 +37,7 @@ def _look(learner: Learner, validation: Sequence[Encoded], checkpoints: Checkpoi
         measure=learner.measure,
         even=learner.sharded is not None,
         whole=learner.whole,
+        events=events,
     )
     name, sign = objective.metric if objective.metric[0] in found else ("loss", -1)
     # A metric of few rows is often equal: then the lower loss is the better model.
@@ -61,10 +63,11 @@ def validate(
     measure: Callable[[Batch], tuple[Loss, Tensor | None]] | None = None,
     even: bool = False,
     whole: Callable[[], AbstractContextManager[None]] = nullcontext,
+    events: Events | None = None,
 ) -> dict[str, float]:
     """Mean loss by weight, of all rows and of each of several sources, and the objective's own metrics. Independent of
-    `tokens`, of which so many go through the model at once, and of the number of processes, each of which takes its
-    share, but for rounding.
+    `tokens`, of which so many go through the model at once (fewer once memory ran out), and of the number of processes,
+    each of which takes its share, but for rounding.
 
     `measure` stands in for the objective's own; `even`: each process makes as many passes as the one with the most.
     Inside `whole` the model can be run by itself.
@@ -83,19 +86,32 @@ def validate(
                 examined = objective.examine(model, rows, tokens=tokens)
             if examined is not None:
                 return world.spread(examined)  # type: ignore[no-any-return]
-        parts = list(_batches([rows[at] for at in mine], sources, tokens))
-        counted = len(parts)
-        parts += [(sources[0], rows[:1])] * (world.most(counted) - counted if even else 0)
-        for number, (source, part) in enumerate(parts):
+        held = {source: [rows[at] for at in mine if rows[at].source == source] for source in sources}
+
+        def take(source: str, part: Sequence[Encoded], counts: bool = True) -> None:
             batch = objective.batch(part, model, (0, 0)).to(model.device)
             loss, seen = measure(batch)
-            if number >= counted:
-                continue
+            if not counts:
+                return
             total, weight = totals[source]
             totals[source] = total + float(loss.sum), weight + loss.weight
             if seen is not None and batch.gold is not None:
                 scores.append(seen.float().cpu())
                 gold.append(batch.gold.cpu())
+
+        if even:
+            parts = [(source, part) for source in sources for part in fill_batches(_sizes(held[source]), tokens)]
+            for source, part in parts:
+                take(source, [held[source][at] for at in part])
+            for _ in range(world.most(len(parts)) - len(parts)):
+                take(sources[0], rows[:1], counts=False)
+        else:
+            for source in sources:
+
+                def run(part: list[int], source: str = source) -> None:
+                    take(source, [held[source][at] for at in part])
+
+                each_part(_sizes(held[source]), tokens, run, model.device, events)
     finally:
         model.module.train(training)
     summed = world.sum(*(number for pair in totals.values() for number in pair))
@@ -108,9 +124,5 @@ def validate(
     return world.spread({"loss": total / weight, **extra, **named})  # type: ignore[no-any-return]
 
 
-def _batches(rows: Sequence[Encoded], sources: Sequence[str], tokens: int) -> Iterator[tuple[str, Sequence[Encoded]]]:
-    """Rows of one source at a time, with its name."""
-    for source in sources:
-        held = [row for row in rows if row.source == source]
-        for part in fill_batches([len(row.ids) + len(row.target) for row in held], tokens):
-            yield source, [held[at] for at in part]
+def _sizes(rows: Sequence[Encoded]) -> list[int]:
+    return [len(row.ids) + len(row.target) for row in rows]

@@ -97,6 +97,7 @@ def _check_saved(work: Work, run: Run, path: Path) -> None:
 
 def judge(work: Work, run: Run) -> None:
     """Evaluate on the test part (else the validation part), beside the baselines; keep every prediction."""
+    from luthier.engine.passes import TOKENS
     from luthier.evals.baselines import baselines_for
     from luthier.evals.judge import judge
     from luthier.evals.predict import predict_examples
@@ -126,7 +127,9 @@ def judge(work: Work, run: Run) -> None:
         predictions, metrics, details, found = judge_answers(examples, logs, work.before, refers=work.objective.refers)
         found = found if work.config.baselines else {}
     else:
-        predictions = predict_examples(work.model, examples, events=run.events)
+        predictions = predict_examples(
+            work.model, examples, tokens=min(TOKENS, work.settings.micro_tokens), events=run.events
+        )
         metrics, details = judge(predictions, spec.task, spec.labels)
     details["evaluated_on"] = part
     write_rows(run.artefacts / "predictions.jsonl", predictions)

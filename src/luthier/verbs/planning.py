@@ -122,6 +122,7 @@ def _ladder(work: Work, limit: int | None) -> Iterator[int]:
 
 
 def _lay_out(work: Work, tokens: int, how: Checkpointing, limit: int | None) -> Plan:
+    from luthier.models.rehearsal import why_not
     from luthier.training.forecast import Plan, foresee
 
     settings = replace(work.settings, micro_tokens=tokens)
@@ -140,9 +141,8 @@ def _lay_out(work: Work, tokens: int, how: Checkpointing, limit: int | None) -> 
             noise=work.config.noise,
             shards=work.world.size if work.shards else 1,
         )
-    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as why:
-        reason = str(why).strip().splitlines()[0] if str(why).strip() else type(why).__name__
-        work.events.choose("memory", "not predicted", f"this model does not run without values ({reason[:120]})")
+    except Exception as err:
+        work.events.choose("memory", "not predicted", why_not(err))
         return Plan(settings, how, rows, held_out, None, limit)
     seconds = None
     if work.dataset.stream is None:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from luthier.core.events import Events
 from luthier.core.types import Encoded, Example, Feedback
-from luthier.data.batches import Batch, fill_batches
+from luthier.data.batches import Batch
 from luthier.data.split import content_key
 from luthier.engine.answers import answer_logs, score_answers
+from luthier.engine.passes import each_part
 from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.answers import batch_answers, check_writes, encode_row, refer_to_start
 from luthier.training.objectives.part import Loss, Objective, Total, alone, encode_rows
@@ -118,13 +119,17 @@ class KTO(Objective):
         total = weight = 0.0
         leads: list[Tensor] = []
         good: list[Tensor] = []
-        for part in fill_batches([len(row.ids) for row in drawn], tokens):
+
+        def run(part: list[int]) -> None:
+            nonlocal total, weight
             batch = self.batch([drawn[at] for at in part], model, (0, 0)).to(model.device)
             loss, lead_R1 = self.measure(model, batch)
             assert lead_R1 is not None and batch.gold is not None
             total, weight = total + float(loss.sum), weight + loss.weight
             leads.append(lead_R1[:, 0].double().cpu())
             good.append(batch.gold[:, 0].cpu() > 0)
+
+        each_part([len(row.ids) for row in drawn], tokens, run, model.device)
         return {"loss": total / weight, **self._compare(torch.cat(leads), torch.cat(good))}
 
     def _compare(self, lead_N: Tensor, good_N: Tensor) -> dict[str, float]:
