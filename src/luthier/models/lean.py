@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,7 +41,11 @@ def import_lean() -> bool:
     if any(name in sys.modules for name in (*WANTED, COMPILER)):
         return False
     for name, stand_in in STAND_INS.items():
-        sys.modules.setdefault(name, stand_in(name))
+        if name not in sys.modules:
+            # Of a part of the compiler it could not be asked without importing that.
+            spec = None if stand_in is _Indexing else find_spec(name)
+            sys.modules[name] = stand_in(name)
+            sys.modules[name].__spec__ = spec
     with _told_absent(), _looked_once():
         for name in WANTED:
             import_module(name)

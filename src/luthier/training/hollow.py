@@ -1,7 +1,7 @@
 """A model whose weights only the first process reads: the others build its shape, and get their parts from it.
 
-Peak memory of the others is their part of the weights and one layer, where each would otherwise read the whole model to
-keep a part of it.
+The others hold at most their part of the weights, what lies outside the layers (embeddings, the head) and one layer,
+where each would otherwise read the whole model to keep a part of it.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ def fill_buffers(module: nn.Module, world: World, device: torch.device, *, given
     for key, held, name in _buffers(module) if not given else ():
         if key in told:  # what the leader has more of was made while it was tried
             held[name] = told[key].to(device)
+        elif held[name].is_meta:
+            raise ModelError(f"{key}: the first process holds no such tensor to share; use sharding: none")
 
 
 def _whole(module: nn.Module) -> list[Parameter]:

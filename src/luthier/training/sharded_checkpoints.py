@@ -78,20 +78,17 @@ class ShardedCheckpoints(Checkpoints):
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         path, world = self.directory / name, self.world
-        skeleton: Any = None
-        rows: _Rows | None = None
+        manifest: dict[str, str] = {}
         try:
             manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            checked = sorted(manifest)[world.rank :: world.size]
-            if all(digest_of(path / name) == manifest[name] for name in checked):
-                # Our own file, checked against its digest.
-                skeleton = torch.load(path / "state.pt", map_location="cpu", weights_only=False)
-                rows = _Rows([path / name for name in manifest if name.endswith(".safetensors")])
-        except (OSError, ValueError, SafetensorError):
-            pass
-        if world.any(rows is None):
+            # Each process checks its share of the files, and nobody reads one before all are checked.
+            whole = all(digest_of(path / name) == manifest[name] for name in sorted(manifest)[world.rank :: world.size])
+        except (OSError, ValueError):
+            whole = False
+        if world.any(not whole):
             return None
-        assert rows is not None
+        skeleton = torch.load(path / "state.pt", map_location="cpu", weights_only=False)
+        rows = _Rows([path / name for name in manifest if name.endswith(".safetensors")])
         tree = _mend(skeleton, rows, self.parameters[0][1], world)
         return tree["weights"], tree["state"]
 

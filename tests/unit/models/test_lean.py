@@ -36,6 +36,8 @@ assert import_lean()
 import sys
 import torch
 import torch.optim
+from importlib.util import find_spec
+assert find_spec("sympy").origin and find_spec("torch._dynamo").origin
 assert "sympy" in sys.modules and not hasattr(sys.modules["sympy"], "__file__")
 # The compiler is there for those who ask, and its symbols are the real ones.
 double = torch.compile(lambda x: x * 2 + 1, backend="eager", dynamic=True)

@@ -1,6 +1,7 @@
 """What sharding decides before processes meet: how groups of weights compute, and what a model without weights is told."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
 from luthier.models.precision import cast_weights
 from luthier.models.save import save_model
+from luthier.training.checkpoint import digest_of
 from luthier.training.hollow import believe, can_be_hollow, describe, fill, fill_buffers
 from luthier.training.loop import _part_draws
 from luthier.training.objectives import OBJECTIVES
+from luthier.training.sharded_checkpoints import ShardedCheckpoints
 from luthier.training.sharding import _widen
 from luthier.training.world import World
 from tiny import tiny_model
@@ -140,3 +143,31 @@ def test_what_looks_at_weights_is_read_by_every_process(tmp_path):
     ADAPTERS.parse("lora").apply(model)
     save_model(model, tmp_path / "adapter")
     assert is_whole(str(tiny_model("llama"))) and not is_whole(str(tmp_path / "adapter"))
+
+
+def test_a_tensor_that_the_leader_has_not_is_refused():
+    real, shape = load_model(str(tiny_model("llama"))), load_model(str(tiny_model("llama")), device="meta")
+    shape.network.register_buffer("own", torch.empty(3, device="meta"))
+    leader = Telling()
+    fill_buffers(real.module, leader, torch.device("cpu"), given=True)
+    with pytest.raises(ModelError, match=r"own: the first process holds no such tensor"):
+        fill_buffers(shape.module, Told(leader.values), torch.device("cpu"), given=False)
+
+
+class First:
+    """The first of two processes; the other finds its file damaged."""
+
+    rank, size, leads = 0, 2, True
+
+    def any(self, mine: bool) -> bool:
+        return True
+
+
+def test_a_checkpoint_that_another_process_finds_damaged_is_passed_over(tmp_path):
+    path = tmp_path / "step-1"
+    path.mkdir()
+    (path / "rank-0000-of-0002.safetensors").write_bytes(b"rows")
+    (path / "state.pt").write_bytes(b"torn")
+    manifest = {one.name: digest_of(one) for one in path.iterdir()} | {"state.pt": "another"}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert ShardedCheckpoints(tmp_path, world=First(), parameters=[]).read("step-1") is None

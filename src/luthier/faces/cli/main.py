@@ -97,8 +97,10 @@ def _import() -> None:
     from luthier.models.lean import import_lean
 
     gc.disable()  # nothing of it goes away, and looking through it takes a fifth of the time
-    import_lean()
-    gc.enable()
+    try:
+        import_lean()
+    finally:
+        gc.enable()
 
 
 if __name__ == "__main__":
