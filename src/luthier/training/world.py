@@ -9,10 +9,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -23,7 +21,9 @@ from torch.nn import Parameter
 
 from luthier.core import errors
 from luthier.core.errors import ConfigError, LuthierError, TrainingError
+from luthier.training.gradients import add_up
 from luthier.training.signals import watch_signals
+from luthier.training.trees import fill, lift
 
 # How long a process waits for the others inside one exchange on the host, and between looks into the store (seconds).
 PATIENCE, PAUSE = timedelta(minutes=30), 0.05
@@ -32,8 +32,6 @@ PATIENCE, PAUSE = timedelta(minutes=30), 0.05
 DEVICE_PATIENCE = timedelta(minutes=5)
 # How long after a broken exchange the reason for it may take to arrive (seconds).
 GRACE = 5.0
-# Values of gradients that are added up at once.
-BUCKET = 2**24
 
 
 class World:
@@ -168,30 +166,14 @@ class World:
         if self.size == 1:
             return tree
         tensors: list[Tensor] = []
-        held = [_lift(tree, tensors) if self.leads else None]
+        held = [lift(tree, tensors) if self.leads else None]
         dist.broadcast_object_list(held, group=self._host, device=torch.device("cpu"))
-        return _fill(held[0], iter(tensors) if self.leads else None, self._host)
+        return fill(held[0], iter(tensors) if self.leads else None, self._host)
 
-    @torch.no_grad()
     def add_gradients(self, parameters: Sequence[Parameter]) -> None:
         """Add up every gradient over all processes. One that has none adds nothing; where none has any, none is made."""
-        if self.size == 1 or not parameters:
-            return
-        given = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.int32)
-        dist.all_reduce(given, dist.ReduceOp.MAX, group=self._host)
-        held = [parameter for parameter, found in zip(parameters, given.tolist()) if found]
-        for parameter in held:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        pending: deque[tuple[list[Parameter], Tensor, Any]] = deque()
-        for bucket in _buckets(held):
-            flat = torch.cat([parameter.grad.flatten() for parameter in bucket])  # type: ignore[union-attr]
-            pending.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-            # While one goes through the wires the next is laid out.
-            if len(pending) > 1:
-                _take_back(*pending.popleft())
-        while pending:
-            _take_back(*pending.popleft())
+        if self.size > 1 and parameters:
+            add_up(parameters, self._host)
 
     # -- failing ------------------------------------------------------------------------------------------------------
 
@@ -268,49 +250,6 @@ class World:
 ALONE = World()
 
 
-def host_world(size: int, check: Callable[[], None]) -> tuple[World, int]:
-    """A world of `size` processes of this machine, led by this one, and the port at which the others find its store."""
-    store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-    return World(0, size, local_size=size, store=dist.PrefixStore("luthier/1", store), check=check), store.port
-
-
-def find_world() -> World | None:
-    """The world that torchrun, or whoever set its variables or formed a group, put this process into; None: alone."""
-    if dist.is_available() and dist.is_initialized():
-        store: Any = dist.distributed_c10d._get_default_store()
-        rank, size, formed = dist.get_rank(), dist.get_world_size(), True
-    elif all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
-        rank, size, formed = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), False
-        store = _meet(rank, size) if size > 1 else None
-    else:
-        return None
-    if size == 1:
-        return None
-    _Tunings.count += 1
-    return World(
-        rank,
-        size,
-        local_rank=int(os.environ.get("LOCAL_RANK", rank)),
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
-        node=os.environ.get("GROUP_RANK") or os.environ.get("NODE_RANK") or "0",
-        store=dist.PrefixStore(f"luthier/{_Tunings.count}", store),
-        formed=formed,
-    )
-
-
-class _Tunings:
-    """How many tunings this process took part in, which keeps their words in the store apart; and that store."""
-
-    count = 0
-    store: Any = None
-
-
-def _meet(rank: int, size: int) -> Any:
-    if _Tunings.store is None:
-        _Tunings.store = next(iter(dist.rendezvous("env://", rank, size, timeout=PATIENCE)))[0]
-    return _Tunings.store
-
-
 def _is_broken_exchange(err: BaseException) -> bool:
     """Whether the others are the reason: torch has no type of its own for what gloo says."""
     return isinstance(err, RuntimeError) and (isinstance(err, dist.DistError) or "gloo" in str(err).lower())
@@ -318,53 +257,3 @@ def _is_broken_exchange(err: BaseException) -> bool:
 
 def _first_line(err: BaseException) -> str:
     return f"{type(err).__name__}: {err}".strip().split("\n")[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Absent:
-    """The place of a tensor that follows."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _lift(tree: Any, tensors: list[Tensor]) -> Any:
-    """`tree` with its tensors taken out into `tensors`."""
-    if isinstance(tree, Tensor):
-        tensors.append(tree.detach().cpu().contiguous())
-        return _Absent(tuple(tree.shape), tree.dtype)
-    if isinstance(tree, dict):
-        return {key: _lift(value, tensors) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)([_lift(value, tensors) for value in tree])
-    return tree
-
-
-def _fill(tree: Any, tensors: Iterator[Tensor] | None, group: dist.ProcessGroup | None) -> Any:
-    """`tree` with its tensors broadcast, one after another; `tensors` are the leader's."""
-    if isinstance(tree, _Absent):
-        one = torch.empty(tree.shape, dtype=tree.dtype) if tensors is None else next(tensors)
-        dist.broadcast(one, 0, group=group)
-        return one
-    if isinstance(tree, dict):
-        return {key: _fill(value, tensors, group) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)([_fill(value, tensors, group) for value in tree])
-    return tree
-
-
-def _buckets(parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:
-    bucket: list[Parameter] = []
-    for parameter in parameters:
-        if bucket and sum(one.numel() for one in bucket) + parameter.numel() > BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(parameter)
-    if bucket:
-        yield bucket
-
-
-def _take_back(bucket: list[Parameter], flat: Tensor, work: Any) -> None:
-    work.wait()
-    for parameter, piece in zip(bucket, flat.split([one.numel() for one in bucket])):
-        parameter.grad.copy_(piece.view_as(parameter))  # type: ignore[union-attr]

@@ -37,7 +37,8 @@ def join_world(asked: Resolved[Tune], *, resume: str | None, given: bool) -> Ite
 
     Processes started here get the request itself and end with this one, however it ends.
     """
-    from luthier.training.world import ALONE, find_world
+    from luthier.training.meeting import find_world
+    from luthier.training.world import ALONE
 
     found, count = find_world(), asked.config.processes
     if found is not None:
@@ -62,7 +63,7 @@ def join_world(asked: Resolved[Tune], *, resume: str | None, given: bool) -> Ite
 
 @contextmanager
 def _started(asked: Resolved[Tune], resume: str | None, count: int) -> Iterator[World]:
-    from luthier.training.world import host_world
+    from luthier.training.meeting import host_world
 
     followers: list[_Follower] = []
 
