@@ -125,7 +125,7 @@ def test_memory_that_is_given_is_filled(data, monkeypatch):
     monkeypatch.setattr(planning, "TOKENS", 512)
     # What the process holds would drown what a tiny model takes.
     monkeypatch.setattr(forecast, "held_memory", lambda device: 0)
-    monkeypatch.setattr(forecast, "_libraries", lambda model: 0)
+    monkeypatch.setattr(forecast, "library_memory", lambda device, dtype: 0)
     free = plan(ask(data, batch_size=12))
     assert free["settings"]["micro_tokens"]["value"] == 512
     needed = free["memory_bytes"]
@@ -243,3 +243,21 @@ def test_the_peak_is_that_since_the_watch_began():
     another = torch.ones(20_000_000)
     assert 70e6 < memory.peak_memory(device) - before < 120e6
     del another
+
+
+def test_a_dry_run_plans_for_as_many_processes_as_are_asked_for(data):
+    alone, both = plan(ask(data)), plan(ask(data, processes=2))
+    assert 0 < both["memory_bytes"]["activations"] < alone["memory_bytes"]["activations"]
+    assert both["seconds"] < alone["seconds"]
+
+
+def test_no_time_is_predicted_where_nobody_knows_how_long_the_rows_will_be(data):
+    rows = {"train": [{"prompt": f"one {at}", "answer": "two"} for at in range(8)], "split": {"validation": 0}}
+    asked = {"objective": {"kind": "grpo", "rewards": "exact_match", "max_tokens": 4, "samples": 2}}
+    assert plan(ask(rows, **asked))["seconds"] is None
+    assert plan(ask(data))["seconds"] > 0
+
+
+def test_a_stream_is_planned_by_the_rows_that_were_seen_and_says_so(data):
+    found = plan(ask({"train": data["train"], "stream": True}))
+    assert "from the first" in found["choices"]["memory"] and found["seconds"] is None

@@ -98,18 +98,21 @@ class World:
             self._check()
         return self._store.get(key).decode()
 
+    def await_all(self, what: str) -> None:
+        """Wait until every process has come this far."""
+        if self._store is None:
+            return
+        self.tell(f"{what}/{self.rank}", "")
+        for rank in range(self.size):
+            self.hear(f"{what}/{rank}")
+
     def begin(self, device: torch.device) -> None:
         """Form the group, once every process is ready for it."""
         if self._formed and dist.get_backend() == "nccl":
             self._host = dist.new_group(backend="gloo", timeout=PATIENCE)  # what lies on the host avoids NCCL
         if self.size == 1 or self._formed:
             return
-        self.tell(f"ready/{self.rank}", "")
-        for rank in range(self.size) if self.leads else ():
-            self.hear(f"ready/{rank}")
-        if self.leads:
-            self.tell("go", "")
-        self.hear("go")
+        self.await_all("ready")
         if device.type == "cuda":
             torch.cuda.set_device(device)
         assert self._store is not None

@@ -5,29 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from luthier.core.errors import ConfigError
 from luthier.core.types import Encoded
-from luthier.data.batches import deal, fill_batches, split_step
 from luthier.data.cache import lengths_of
-from luthier.data.feed import HeldRows
+from luthier.verbs.largest import large_steps, largest_held_out, largest_part, seen_of
 
 if TYPE_CHECKING:
     from luthier.models.checkpointing import Checkpointing
     from luthier.training.forecast import Plan
-    from luthier.training.learner import Settings
     from luthier.verbs.stages import Work
 
 # Tokens that go through the model at once where nobody says: more is no faster on a CPU; on a GPU up to MOST may be.
 TOKENS, MOST = 8192, 65536
 # The share of the memory there is that a forecast may fill.
 FILLED = 0.95
-# Steps of a plan that are looked at, and of these how many with the most tokens are laid out.
-LOOKED, LAID_OUT = 50_000, 4
 
 
 def plan_memory(work: Work) -> Plan:
@@ -38,12 +31,14 @@ def plan_memory(work: Work) -> Plan:
     """
     world = work.world
     if world.leads:
+        world.await_all("loaded")  # what is free counts when all of them hold their model
         plan = _decide(work)
         world.tell("plan", json.dumps([plan.settings.micro_tokens, plan.checkpointing]))
         return plan
     from luthier.models.checkpointing import checkpoint_layers
     from luthier.training.forecast import Plan
 
+    world.await_all("loaded")
     tokens, how = json.loads(world.hear("plan"))
     checkpoint_layers(work.model, how)
     return Plan(replace(work.settings, micro_tokens=tokens), how, (), (), None, None)
@@ -56,12 +51,13 @@ def _decide(work: Work) -> Plan:
     config, events, device = work.config, work.events, work.model.device
     return_freed_memory(device)
     limit = _limit(work)
+    steps = large_steps(work)
     leanest: Plan | None = None
     for how in _ways(work):
         if how != "none":
             checkpoint_layers(work.model, how)
         for tokens in _ladder(work, limit):
-            plan = _lay_out(work, tokens, how, limit)
+            plan = _lay_out(work, steps, tokens, how, limit)
             if plan.forecast is None or limit is None or plan.forecast.total <= limit * FILLED:
                 return _say(work, plan)
             leanest = min(plan, leanest or plan, key=_total)
@@ -121,13 +117,15 @@ def _ladder(work: Work, limit: int | None) -> Iterator[int]:
         tokens //= 2
 
 
-def _lay_out(work: Work, tokens: int, how: Checkpointing, limit: int | None) -> Plan:
+def _lay_out(
+    work: Work, steps: Sequence[Sequence[Encoded]], tokens: int, how: Checkpointing, limit: int | None
+) -> Plan:
     from luthier.models.rehearsal import why_not
     from luthier.training.forecast import Plan, foresee
 
     settings = replace(work.settings, micro_tokens=tokens)
-    rows, several = _largest(work, settings)
-    held_out = _largest_held_out(work, settings)
+    rows, several = largest_part(steps, settings, work.world.size)
+    held_out = largest_held_out(work, tokens)
     try:
         forecast = foresee(
             work.model,
@@ -145,53 +143,12 @@ def _lay_out(work: Work, tokens: int, how: Checkpointing, limit: int | None) -> 
         work.events.choose("memory", "not predicted", why_not(err))
         return Plan(settings, how, rows, held_out, None, limit)
     seconds = None
-    if work.dataset.stream is None:
-        an_epoch = sum(lengths_of(work.rows)) / max(1, len(work.rows))
+    # How long the rows of a stream are nobody knows, nor how long those that are written between steps.
+    if work.dataset.stream is None and not work.objective.draws:
+        row = sum(lengths_of(work.rows)) / max(1, len(work.rows))
         share = settings.batch_size / work.world.size
-        seconds = settings.steps * share * an_epoch / max(1, forecast.tokens) * forecast.seconds
+        seconds = settings.steps * share * row / max(1, forecast.tokens) * forecast.seconds
     return Plan(settings, how, rows, held_out, forecast, limit, seconds)
-
-
-def _largest(work: Work, settings: Settings) -> tuple[Sequence[Encoded], bool]:
-    """The rows of the largest micro-batch, and whether its step has others."""
-    lengths = np.asarray(lengths_of(work.rows))
-    if isinstance(work.feed, HeldRows):
-        steps = list(islice(work.feed.plan.steps_from(0), LOOKED))
-    else:
-        longest = np.argsort(-lengths, kind="stable")[: settings.batch_size]
-        steps = [longest.tolist()]
-    totals = [int(lengths[step].sum()) for step in steps]
-    most = sorted(range(len(steps)), key=lambda at: -totals[at])[:LAID_OUT]
-    most.append(max(range(len(steps)), key=lambda at: int(lengths[steps[at]].max())))
-    largest: Sequence[Encoded] = []
-    several, weight = False, (-1, -1)
-    for at in dict.fromkeys(most):
-        rows = work.objective.stand_in([work.rows[row] for row in steps[at]], work.model)
-        sizes = [len(row.ids) + len(row.target) for row in rows]
-        for hand in deal(sizes, work.world.size):
-            parts = split_step(
-                range(len(hand)),
-                [sizes[row] for row in hand],
-                -(-settings.accumulate // work.world.size),
-                settings.micro_tokens,
-            ) if hand else []  # fmt: skip
-            for part in parts:
-                held = [sizes[hand[row]] for row in part]
-                found = (sum(held), sum(one * one for one in held))
-                several = several or len(parts) > 1
-                if found > weight:
-                    weight, largest = found, [rows[hand[row]] for row in part]
-    return largest, several
-
-
-def _largest_held_out(work: Work, settings: Settings) -> Sequence[Encoded]:
-    from luthier.training.objectives.part import Objective
-
-    if not work.validation or type(work.objective).examine is not Objective.examine:
-        return ()
-    lengths = lengths_of(work.validation)
-    part = max(fill_batches(lengths, settings.micro_tokens), key=lambda part: sum(lengths[at] for at in part))
-    return [work.validation[at] for at in part]
 
 
 def _say(work: Work, plan: Plan) -> Plan:
@@ -199,8 +156,9 @@ def _say(work: Work, plan: Plan) -> Plan:
 
     config, forecast = work.config, plan.forecast
     if config.micro_tokens == "auto":
-        why = "the most that fits" if plan.settings.micro_tokens != TOKENS else "more at once is no faster"
-        work.advise("micro_tokens", plan.settings.micro_tokens, why, quiet=plan.settings.micro_tokens == TOKENS)
+        usual = plan.settings.micro_tokens == TOKENS and work.model.device.type == "cpu"
+        why = "more at once is no faster" if usual else "the most that fits"
+        work.advise("micro_tokens", plan.settings.micro_tokens, why, quiet=usual)
     if config.checkpointing == "auto":
         what = "layers are computed again on the way back, or it would not fit"
         why = "everything that is computed fits" if plan.checkpointing == "none" else what
@@ -211,9 +169,9 @@ def _say(work: Work, plan: Plan) -> Plan:
         work.events.choose(
             "memory",
             part["total"],
-            f"predicted at most: weights {part['weights']}, all else before the first step {part['process']}, fp32 masters "
-            f"{part['masters']}, optimiser {part['optimizer']}, gradients {part['gradients']}, activations "
-            f"{part['activations']}, or validation {part['validation']}{beside}",
+            f"predicted at most{seen_of(work)}: weights {part['weights']}, all else before the first step "
+            f"{part['process']}, fp32 masters {part['masters']}, optimiser {part['optimizer']}, gradients "
+            f"{part['gradients']}, activations {part['activations']}, or validation {part['validation']}{beside}",
         )
     if plan.seconds is not None:
         work.events.choose("time", spoken(plan.seconds), "predicted for all steps, without validation")

@@ -140,8 +140,12 @@ def tune(
 
 
 def plan(asked: Resolved[Tune], *, sinks: Sequence[Sink] = ()) -> dict[str, Any]:
-    """Everything decided and nothing done: what `--dry-run` prints. Reads the data and loads the model."""
-    work = Work(asked, Events(sinks=sinks))
+    """Everything decided and nothing done: what `--dry-run` prints. Reads the data and loads the model, in one process,
+    which plans for as many as are asked for."""
+    from luthier.training.world import World
+
+    processes = asked.config.processes
+    work = Work(asked, Events(sinks=sinks), world=World(size=processes, local_size=processes))
     check(asked.config)
     work.read()
     work.encode()

@@ -1,0 +1,74 @@
+"""The largest of a run: what of its plan takes the most memory at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from luthier.core.types import Encoded
+from luthier.data.batches import deal, fill_batches, split_step
+from luthier.data.cache import lengths_of
+from luthier.data.feed import HeldRows
+
+if TYPE_CHECKING:
+    from luthier.training.learner import Settings
+    from luthier.verbs.stages import Work
+
+# Steps of a plan that are looked at, and of these how many with the most tokens are laid out.
+LOOKED, LAID_OUT = 50_000, 4
+
+
+def large_steps(work: Work) -> list[Sequence[Encoded]]:
+    """The rows of the steps with the most tokens, and of the one with the longest row, as they are learned from."""
+    lengths = np.asarray(lengths_of(work.rows))
+    if isinstance(work.feed, HeldRows):
+        steps = list(islice(work.feed.plan.steps_from(0), LOOKED))
+    else:
+        longest = np.argsort(-lengths, kind="stable")[: work.settings.batch_size]
+        steps = [longest.tolist()]
+    totals = [int(lengths[step].sum()) for step in steps]
+    most = sorted(range(len(steps)), key=lambda at: -totals[at])[:LAID_OUT]
+    most.append(max(range(len(steps)), key=lambda at: int(lengths[steps[at]].max())))
+    return [work.objective.stand_in([work.rows[row] for row in steps[at]], work.model) for at in dict.fromkeys(most)]
+
+
+def seen_of(work: Work) -> str:
+    """Of how much of the run the largest is known, where that is not all of it."""
+    if not isinstance(work.feed, HeldRows):
+        return f" from the first {len(work.rows)} rows of the stream"
+    return f" from the first {LOOKED} steps" if work.settings.steps > LOOKED else ""
+
+
+def largest_part(
+    steps: Sequence[Sequence[Encoded]], settings: Settings, processes: int
+) -> tuple[Sequence[Encoded], bool]:
+    """The rows of the largest micro-batch of `steps`, and whether its step has others."""
+    largest: Sequence[Encoded] = []
+    several, weight = False, (-1, -1)
+    for rows in steps:
+        sizes = lengths_of(rows)
+        for hand in deal(sizes, processes):
+            if not hand:
+                continue
+            held = [sizes[row] for row in hand]
+            parts = split_step(range(len(hand)), held, -(-settings.accumulate // processes), settings.micro_tokens)
+            several = several or len(parts) > 1
+            for part in parts:
+                found = (sum(held[at] for at in part), sum(held[at] ** 2 for at in part))
+                if found > weight:
+                    weight, largest = found, [rows[hand[at]] for at in part]
+    return largest, several
+
+
+def largest_held_out(work: Work, tokens: int) -> Sequence[Encoded]:
+    """The rows of the largest batch of a validation with `tokens` at once."""
+    from luthier.training.objectives.part import Objective
+
+    if not work.validation or type(work.objective).examine is not Objective.examine:
+        return ()
+    lengths = lengths_of(work.validation)
+    part = max(fill_batches(lengths, tokens), key=lambda part: sum(lengths[at] for at in part))
+    return [work.validation[at] for at in part]
