@@ -18,6 +18,8 @@ SHAPES = {
     # Qwen/Qwen3-0.6B
     "0.6b": {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
              "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+    # openai-community/gpt2, 124 M
+    "gpt2": {"model_type": "gpt2"},
 }  # fmt: skip
 WORDS = "time year people way day man thing woman life child world school state family student group country problem"
 
@@ -34,7 +36,7 @@ def make_model(shape: str, folder: Path) -> Path:
     settings = dict(SHAPES[shape])
     config = AutoConfig.for_model(
         settings.pop("model_type"),
-        max_position_embeddings=2048,
+        max_position_embeddings=1024 if shape == "gpt2" else 2048,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,
@@ -45,7 +47,9 @@ def make_model(shape: str, folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(mini / name, path / name)
     limits = path / "tokenizer_config.json"
-    limits.write_text(json.dumps({**json.loads(limits.read_text()), "model_max_length": 2048}))
+    limits.write_text(
+        json.dumps({**json.loads(limits.read_text()), "model_max_length": config.max_position_embeddings})
+    )
     return path
 
 

@@ -47,6 +47,7 @@ static inline bf16 to_bf16(float x) {
 #define NAME(x) x##_bf16
 #include "layers.h"
 #include "softmax.h"
+#include "pages.h"
 #undef T
 #undef LOAD
 #undef STORE
@@ -58,5 +59,6 @@ static inline bf16 to_bf16(float x) {
 #define NAME(x) x##_f32
 #include "layers.h"
 #include "softmax.h"
+#include "pages.h"
 
 int threads(void) { return omp_get_max_threads(); }

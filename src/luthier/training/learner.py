@@ -43,8 +43,8 @@ class Settings:
     """Steps between validations; 0: only at the end."""
     patience: int
     """Validations without improvement before stopping early; 0: never."""
-    checkpoint_every: int
-    """Steps between checkpoints beside those at validations; 0: none."""
+    checkpoint_every: int | None
+    """Steps between checkpoints; 0: none before the last step; None: as often as takes little of the time."""
     seed: int
     ema: float = 0.0
     """Decay of a moving average of the weights; 0: none is kept."""

@@ -26,6 +26,7 @@ from luthier.training.learner import Learner, Settings
 from luthier.training.masters import Masters
 from luthier.training.objectives.part import Objective
 from luthier.training.optimizers.part import NO_SCALES, Optimizer
+from luthier.training.pace import Pace
 from luthier.training.probe import Ceiling, probe, worth_probing
 from luthier.training.repeats import repeated, take_share
 from luthier.training.schedules.part import Schedule
@@ -98,6 +99,7 @@ def train(
     if plan is not None and worth_probing(plan, sharded is not None):
         probe(learner, plan, events)
     ceiling = Ceiling(model.device, plan)
+    pace = Pace(settings.checkpoint_every)
     started, first = time.monotonic(), progress.step
     watch: Watch | None = Watch(parameters)
     tokens_before, stopped_early = progress.tokens, False
@@ -116,7 +118,8 @@ def train(
             state["averages"] = ema.state_dict()
         if progress.step % repeats:
             state["rows"] = world.gather(list(learner.drawn))
-        path = checkpoints.save(f"step-{progress.step:08d}", learner.weights(), state)
+        with pace.writing():
+            path = checkpoints.save(f"step-{progress.step:08d}", learner.weights(), state)
         events.emit("checkpoint", step=progress.step, path=str(path))
 
     with watch_signals() as asked_to_stop:
@@ -155,8 +158,7 @@ def train(
             if due or (validation and last):
                 look(learner, validation, checkpoints, events)
                 stopped_early = bool(settings.patience) and progress.stale >= settings.patience and not last
-            periodic = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
-            if due or last or periodic or stopped_early or stop:
+            if last or stopped_early or stop or world.any(pace.due(progress.step)):
                 save()
             if stop and not last:
                 raise KeyboardInterrupt

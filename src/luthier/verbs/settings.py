@@ -59,8 +59,6 @@ def decide(work: Work) -> Settings:
             else (an_epoch, "once an epoch")
         )
         work.advise("validate_every", every, why)
-    if config.checkpoint_every == "auto":
-        work.advise("checkpoint_every", max(1, math.ceil(steps / 10)), "ten times in all", quiet=True)
     config = work.config
     return Settings(
         steps=steps,
@@ -71,7 +69,7 @@ def decide(work: Work) -> Settings:
         clip=config.clip,
         validate_every=int(config.validate_every),
         patience=config.patience,
-        checkpoint_every=int(config.checkpoint_every),
+        checkpoint_every=None if config.checkpoint_every == "auto" else config.checkpoint_every,
         seed=config.seed,
         ema=config.ema,
         noise=config.noise,

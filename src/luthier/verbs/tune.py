@@ -92,7 +92,7 @@ class Tune(Config):
     patience: int = Field(0, ge=0)
     """Stop after so many validations without a better one; 0: never."""
     checkpoint_every: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
-    """Steps between checkpoints, beside one at every validation."""
+    """Steps between checkpoints; auto: as often as takes a twentieth of the time. One is written at the end, and on a signal."""
     by_length: bool = True
     """Put rows of like length into one step, where `order` leaves that open, so that little is padded."""
     order: Order = "shuffled"
