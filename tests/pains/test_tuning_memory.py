@@ -9,6 +9,7 @@ from luthier.core.config import resolve
 from luthier.core.errors import ConfigError, TrainingError
 from luthier.core.events import Events
 from luthier.models import memory
+from luthier.models.load import load_model
 from luthier.models.rehearsal import Ledger
 from luthier.training import forecast
 from luthier.training import probe as probing
@@ -261,3 +262,45 @@ def test_no_time_is_predicted_where_nobody_knows_how_long_the_rows_will_be(data)
 def test_a_stream_is_planned_by_the_rows_that_were_seen_and_says_so(data):
     found = plan(ask({"train": data["train"], "stream": True}))
     assert "from the first" in found["choices"]["memory"] and found["seconds"] is None
+
+
+def test_noise_is_part_of_the_forecast(data):
+    plain, noisy = plan(ask(data)), plan(ask(data, noise=5))
+    assert "predicted at most" in noisy["choices"]["memory"]
+    assert noisy["memory_bytes"]["activations"] >= plain["memory_bytes"]["activations"] > 0
+
+
+@pytest.mark.parametrize("where", ["luthier.training.step.Learner.rate", "torch.optim.AdamW.step"])
+def test_memory_that_runs_out_anywhere_is_one_sentence_and_leaves_the_model_as_it_was(data, monkeypatch, where):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(where, property(fail) if where.endswith("rate") else fail)
+    model = load_model(str(tiny_model("llama")))
+    asked = ask(data, checkpointing="layers", precision="bfloat16")
+    with pytest.raises(TrainingError, match="memory ran out; set checkpointing: layers, a shorter max_length"):
+        tune_model(asked, model=model)
+    assert not any("own_forward" in vars(layer) for layer in model.network.modules())
+    assert not any(one._post_accumulate_grad_hooks for one in model.module.parameters())
+
+
+def test_a_probe_says_no_memory_that_it_did_not_measure(data, monkeypatch):
+    monkeypatch.setattr("luthier.training.loop.worth_probing", lambda plan, sharded: True)
+    found = {}
+
+    def note(event):
+        if event["event"] == "choice" and event["name"] == "probe":
+            found["said"] = event["value"]
+
+    tune(ask(data), sinks=[note])
+    assert "MB" in found["said"] or "GB" in found["said"]
+    monkeypatch.setattr("luthier.training.loop.start_peak", lambda device: False)
+    tune(ask(data), sinks=[note])
+    assert "B" not in found["said"] and found["said"].endswith(" s")
+
+
+def test_shared_weights_count_once_among_the_processes(data, monkeypatch):
+    both = plan(ask(data, processes=2))["memory_bytes"]
+    shared = plan(ask(data, processes=2, sharding="full"))["memory_bytes"]
+    for name in ("weights", "gradients", "optimizer"):
+        assert shared[name] == pytest.approx(both[name] / 2, abs=1)

@@ -54,10 +54,13 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     # What is computed again reads this, and not the argument, which is let go when there is a copy on the host.
     held: list[Callable[[], Tensor]] = [lambda kept=states: kept]  # type: ignore[misc]
 
-    def run() -> Any:
+    def run(_: Tensor) -> Any:
         return layer.own_forward(held[0](), *args, **kwargs)
 
-    out = checkpoint(run, use_reentrant=False, context_fn=_same_attention(layer))
+    # torch puts back the random numbers of the devices of the tensors that it is handed: without one of the states'
+    # device, what is computed again on a GPU would drop other values than what was computed first.
+    where = torch.empty(0, device="cpu" if states.is_meta else states.device)
+    out = checkpoint(run, where, use_reentrant=False, context_fn=_same_attention(layer))
     if layer.offloads:
         held[0] = _offload(states)
     return out

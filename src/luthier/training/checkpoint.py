@@ -5,14 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -128,31 +126,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if any(digest_of(path / name) != digest for name, digest in manifest.items()):
             return None
-        # Our own file, checked against its digest; it holds plain containers, tensors and RNG state only.
+        # Our own file, checked against its digest; it holds containers, tensors, states of random generators, and rows.
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=False)
         return load_file(path / "weights.safetensors"), state
     except (OSError, ValueError):
         return None
-
-
-def draw_state() -> dict[str, Any]:
-    """State of every random generator that training may draw from."""
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        # Of this process's device alone: asking the others would take memory on them.
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-    }
-
-
-def restore_draws(state: dict[str, Any]) -> None:
-    """Put the random generators back where `draw_state` found them."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def digest_of(path: Path) -> str:

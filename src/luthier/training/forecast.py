@@ -38,6 +38,8 @@ class Forecast:
     """What the process holds before the first step: weights, data, libraries; on a GPU the weights alone."""
     weights: int
     """Of that, the model."""
+    loading: int
+    """What it held while the model was loaded: more, where the weights are shared out after that."""
     masters: int
     """fp32 selves of weights in a smaller precision."""
     optimizer: int
@@ -59,7 +61,7 @@ class Forecast:
 
     @property
     def total(self) -> int:
-        return self.kept + max(self.gradients + self.activations, self.validation)
+        return max(self.loading, self.kept + max(self.gradients + self.activations, self.validation))
 
     @property
     def parts(self) -> dict[str, int]:
@@ -92,6 +94,8 @@ class Plan:
     """Bytes that may be held; None where nobody knows."""
     seconds: float | None = None
     """Predicted for all steps."""
+    most: int | None = None
+    """Bytes that are predicted at most; in each of several processes what the first predicted for itself."""
 
 
 def foresee(
@@ -110,9 +114,9 @@ def foresee(
     """Rehearse the largest micro-batch, `rows`, and the largest batch of held-out rows (or none) without their numbers.
 
     `several`: a step has more than one micro-batch, so that gradients lie beside the next one's activations. `shards`:
-    the processes that share weights, gradients and what the optimiser keeps; each holds whole ones of one layer at a time,
-    which is left out. Rows must not need a draw (see `Objective.stand_in`). May raise whatever the model's code raises
-    on tensors without values.
+    the processes that will share weights, gradients and what the optimiser keeps; each holds whole ones of one layer at a
+    time, which is left out, as is what lies outside the layers. Rows must not need a draw (see `Objective.stand_in`). May
+    raise whatever the model's code raises on tensors without values.
     """
     process = held_memory(model.device)
     trainable = sum(one.numel() for one in parameters)
@@ -143,9 +147,11 @@ def foresee(
             del masters, loss, stand_ins, batch
             validation = _look(model, objective, held_out, ledger) if held_out else 0
     seconds = _Machine.of(model.device).seconds(*work)
+    given_away = weights - math.ceil(weights / shards)
     return Forecast(
-        process=process + library_memory(model.device, model.network.dtype),
-        weights=weights,
+        process=process - given_away + library_memory(model.device, model.network.dtype),
+        weights=weights - given_away,
+        loading=process,
         masters=math.ceil(4 * wide / shards),
         optimizer=math.ceil(4 * (optimizer.slots + averages) * trainable / shards),
         gradients=math.ceil(4 * trainable / shards),

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
 from torch.nn import Parameter
 
 from luthier.core.errors import TrainingError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.feed import Feed
-from luthier.models.memory import peak_memory, start_peak
+from luthier.models.memory import out_of_memory, peak_memory, start_peak
 from luthier.models.spec import LoadedModel
 from luthier.training.averages import MovingAverage
-from luthier.training.checkpoint import Checkpoints, Progress, draw_state, restore_draws
+from luthier.training.ceiling import Ceiling
+from luthier.training.checkpoint import Checkpoints, Progress
+from luthier.training.draws import draw_state, part_draws, restore_draws
 from luthier.training.forecast import Plan
 from luthier.training.learner import Learner, Settings
 from luthier.training.masters import Masters
 from luthier.training.objectives.part import Objective
 from luthier.training.optimizers.part import NO_SCALES, Optimizer
 from luthier.training.pace import Pace
-from luthier.training.probe import Ceiling, probe, worth_probing
+from luthier.training.probe import probe, worth_probing
 from luthier.training.repeats import repeated, take_share
 from luthier.training.schedules.part import Schedule
 from luthier.training.signals import watch_signals
@@ -85,23 +84,47 @@ def train(
     """
     check_learning(model, parameters)
     masters = Masters(parameters)
-    parameters = masters.parameters
-    engine = optimizer.build(parameters, settings.learning_rate, scales)
-    ema = MovingAverage(parameters, settings.ema) if settings.ema else None
-    learner = Learner(
-        model, objective, parameters, engine, schedule, settings, masters=masters, ema=ema, world=world, sharded=sharded
-    )
-    if resume:
-        _restore(learner, checkpoints, events)
-        masters.publish()
+    try:
+        engine = optimizer.build(masters.parameters, settings.learning_rate, scales)
+        ema = MovingAverage(masters.parameters, settings.ema) if settings.ema else None
+        learner = Learner(
+            model, objective, masters.parameters, engine, schedule, settings,
+            masters=masters, ema=ema, world=world, sharded=sharded,
+        )  # fmt: skip
+        if resume:
+            _restore(learner, checkpoints, events)
+            masters.publish()
+        return _learn(learner, feed, validation, checkpoints, events, plan)
+    except (RuntimeError, MemoryError) as err:
+        if not out_of_memory(err):
+            raise
+        raise TrainingError(
+            "memory ran out; set checkpointing: layers, a shorter max_length, or an optimizer that keeps less (lion, "
+            "adamw8bit, adafactor), or choose adapter lora, quantize: nf4 or a smaller model"
+        ) from err
+    finally:
+        masters.close()
+        model.module.eval()
+
+
+def _learn(
+    learner: Learner,
+    feed: Feed,
+    validation: Sequence[Encoded],
+    checkpoints: Checkpoints,
+    events: Events,
+    plan: Plan | None,
+) -> Outcome:
+    model, objective, world, settings = learner.model, learner.objective, learner.world, learner.settings
+    engine, ema = learner.engine, learner.ema
     progress = learner.progress
     watched = start_peak(model.device)
-    if plan is not None and worth_probing(plan, sharded is not None):
-        probe(learner, plan, events)
+    if plan is not None and worth_probing(plan, learner.sharded is not None):
+        probe(learner, plan, events, watched=watched)
     ceiling = Ceiling(model.device, plan)
     pace = Pace(settings.checkpoint_every)
     started, first = time.monotonic(), progress.step
-    watch: Watch | None = Watch(parameters)
+    watch: Watch | None = Watch(learner.parameters)
     tokens_before, stopped_early = progress.tokens, False
     model.module.train()
     repeats = objective.repeats()
@@ -111,7 +134,7 @@ def train(
         state = {
             "optimizer": engine.state_dict(),
             "progress": asdict(progress),
-            "draws": draw_state(),
+            "draws": draw_state(model.device),
             "micro_tokens": learner.settings.micro_tokens,
         }
         if ema is not None:
@@ -124,9 +147,9 @@ def train(
 
     with watch_signals() as asked_to_stop:
         for rows in feeding if repeats == 1 else repeated(feeding, repeats, progress.step, settings.steps):
-            _part_draws(world, settings.seed, progress.step)
+            part_draws(world, settings.seed, progress.step)
             loss, norm = take_step(learner, rows, events)
-            masters.publish()
+            learner.publish()
             ceiling.keep()
             if watch is not None and (norm > 0 or not objective.idle):
                 watch.check(learner.rate, world)
@@ -177,20 +200,9 @@ def train(
             events.warn(f"the best checkpoint (step {progress.best_step}) cannot be read; the last weights are kept")
         else:
             learner.load(best[0])
-            masters.publish()
-    masters.close()
-    model.module.eval()
+            learner.publish()
     speed = (progress.tokens - tokens_before) / max(seconds, 1e-9)
     return Outcome(progress, stopped_early, seconds, speed, peak_memory(model.device) if watched else None)
-
-
-def _part_draws(world: World, seed: int, step: int) -> None:
-    """Let each process draw numbers of its own (dropout) in a step; those of the first go on, and lie in checkpoints."""
-    if not world.leads:
-        numbers = np.random.SeedSequence([seed, world.rank, step]).generate_state(3)
-        random.seed(int(numbers[0]))
-        np.random.seed(numbers[1])
-        torch.manual_seed(int(numbers[2]))
 
 
 def _restore(learner: Learner, checkpoints: Checkpoints, events: Events) -> None:
@@ -203,7 +215,7 @@ def _restore(learner: Learner, checkpoints: Checkpoints, events: Events) -> None
         learner.engine.load_state_dict(state["optimizer"])
         if learner.ema is not None:
             learner.ema.load_state_dict(state["averages"])
-        restore_draws(state["draws"])
+        restore_draws(state["draws"], learner.model.device)
         learner.progress = Progress(**state["progress"])
         # Another split of a step would add up in another order.
         tokens = state.get("micro_tokens", learner.settings.micro_tokens)

@@ -1,4 +1,4 @@
-"""The largest batch of a run, tried before the first step; and a ceiling for what an allocator keeps."""
+"""The largest batch of a run, tried before the first step."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import time
 import torch
 
 from luthier.core.events import Events
-from luthier.models.memory import held_memory, out_of_memory, peak_memory, return_freed_memory, shown
-from luthier.training.checkpoint import draw_state, restore_draws
+from luthier.models.memory import out_of_memory, peak_memory, shown
+from luthier.training.draws import draw_state, restore_draws
 from luthier.training.forecast import Plan
 from luthier.training.learner import Learner
 from luthier.training.noise import noisy_inputs
 
 # A probe is worth its time when the run is at least so many times as long, or may fill so much of the memory.
 TIMES, SHARE = 50, 0.5
-# Steps between two returns of freed memory, which cost page faults at the next step.
-STEPS = 10
 
 
 def worth_probing(plan: Plan, sharded: bool) -> bool:
@@ -30,14 +28,15 @@ def worth_probing(plan: Plan, sharded: bool) -> bool:
     return long or (plan.limit is not None and plan.forecast.total > SHARE * plan.limit)
 
 
-def probe(learner: Learner, plan: Plan, events: Events) -> None:
-    """Take the largest micro-batch forward and back, and the largest batch of held-out rows forward; say what it took.
+def probe(learner: Learner, plan: Plan, events: Events, *, watched: bool = True) -> None:
+    """Take the largest micro-batch forward and back, and the largest batch of held-out rows forward; say what it took: of
+    memory where peaks are `watched` from the start of the run.
 
     Leaves weights, gradients and random generators as they were. Memory that runs out ends it with a warning: the step
     that meets it will halve its micro-batches.
     """
     model, objective, device = learner.model, learner.objective, learner.model.device
-    draws, training = draw_state(), model.module.training
+    draws, training = draw_state(device), model.module.training
     short, started, seconds = False, time.perf_counter(), 0.0
     try:
         model.module.train()
@@ -57,7 +56,7 @@ def probe(learner: Learner, plan: Plan, events: Events) -> None:
         short = True
     finally:
         model.module.train(training)
-        restore_draws(draws)
+        restore_draws(draws, device)
     model.module.zero_grad(set_to_none=True)
     learner.engine.zero_grad(set_to_none=True)
     tokens = sum(len(row.ids) + len(row.target) for row in plan.rows)
@@ -72,24 +71,6 @@ def probe(learner: Learner, plan: Plan, events: Events) -> None:
     )
     events.choose(
         "probe",
-        f"{shown(peak_memory(device) + kept)}, {seconds:.2g} s",
+        f"{shown(peak_memory(device) + kept)}, {seconds:.2g} s" if watched else f"{seconds:.2g} s",
         f"measured with the largest batch, {tokens} tokens{predicted}",
     )
-
-
-class Ceiling:
-    """Gives freed memory back where a process holds more than its forecast: never in use, but never returned either."""
-
-    def __init__(self, device: torch.device, plan: Plan | None):
-        self._device = device
-        self._most = plan.forecast.total if plan is not None and plan.forecast is not None else None
-        self._waited = 0
-
-    def keep(self) -> None:
-        """After a step, when little is in use."""
-        self._waited += 1
-        if self._most is None or self._device.type != "cpu" or self._waited < STEPS:
-            return
-        if held_memory(self._device) > self._most:
-            return_freed_memory(self._device)
-            self._waited = 0

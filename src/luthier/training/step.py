@@ -16,7 +16,7 @@ from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.batches import deal, split_step
 from luthier.models.memory import out_of_memory, return_freed_memory
-from luthier.training.checkpoint import draw_state, restore_draws
+from luthier.training.draws import draw_state, restore_draws
 from luthier.training.learner import Learner
 from luthier.training.noise import noisy_inputs
 from luthier.training.objectives.part import Objective, Tally
@@ -46,10 +46,10 @@ def take_step(learner: Learner, rows: Sequence[Encoded] | None, events: Events) 
     factor = learner.schedule.factor(progress.step, learner.settings.steps)
     for group in learner.engine.param_groups:
         group["lr"] = group["base_lr"] * factor
-    draws = draw_state()
+    draws = draw_state(model.device)
     while (added := _add_up(learner, rows, given, seed)) is None:
         _halve(learner, rows, events)
-        restore_draws(draws)
+        restore_draws(draws, model.device)
     learner.tally = _tally(learner, [learner.objective.tally(rows), *added.tallies])
     if learner.sharded is None:
         world.add_gradients([parameter for _, parameter in learner.parameters])

@@ -33,15 +33,15 @@ def plan_memory(work: Work) -> Plan:
     if world.leads:
         world.await_all("loaded")  # what is free counts when all of them hold their model
         plan = _decide(work)
-        world.tell("plan", json.dumps([plan.settings.micro_tokens, plan.checkpointing]))
+        world.tell("plan", json.dumps([plan.settings.micro_tokens, plan.checkpointing, plan.most]))
         return plan
     from luthier.models.checkpointing import checkpoint_layers
     from luthier.training.forecast import Plan
 
     world.await_all("loaded")
-    tokens, how = json.loads(world.hear("plan"))
+    tokens, how, most = json.loads(world.hear("plan"))
     checkpoint_layers(work.model, how)
-    return Plan(replace(work.settings, micro_tokens=tokens), how, (), (), None, None)
+    return Plan(replace(work.settings, micro_tokens=tokens), how, (), (), None, None, most=most)
 
 
 def _decide(work: Work) -> Plan:
@@ -67,6 +67,7 @@ def _decide(work: Work) -> Plan:
     checkpoint_layers(work.model, leanest.checkpointing)
     needed = f"{shown(leanest.forecast.total)} ({leanest.forecast.tokens} tokens at once, checkpointing {leanest.checkpointing})"
     if config.memory != "auto":
+        checkpoint_layers(work.model, "none")
         raise ConfigError(
             f"memory: {shown(limit)} are not enough, {needed} are needed at least, of which {shown(held_memory(device))} are "
             "held already; choose adapter lora, quantize: nf4, a shorter max_length or a smaller model"
@@ -148,7 +149,7 @@ def _lay_out(
         row = sum(lengths_of(work.rows)) / max(1, len(work.rows))
         share = settings.batch_size / work.world.size
         seconds = settings.steps * share * row / max(1, forecast.tokens) * forecast.seconds
-    return Plan(settings, how, rows, held_out, forecast, limit, seconds)
+    return Plan(settings, how, rows, held_out, forecast, limit, seconds, forecast.total)
 
 
 def _say(work: Work, plan: Plan) -> Plan:

@@ -227,25 +227,27 @@ def _learn(path: Path, work: Work, *, resume: bool) -> Outcome:
 
     work.refer(path)
     work.begin()
-    outcome = train(
-        work.model,
-        work.objective,
-        work.feed,
-        work.validation,
-        parameters=work.parameters,
-        optimizer=work.config.optimizer,
-        schedule=work.config.schedule,
-        settings=work.settings,
-        checkpoints=work.checkpoints(path),
-        events=work.events,
-        resume=resume,
-        scales=work.scales(),
-        world=work.world,
-        sharded=work.sharded,
-        plan=work.plan,
-    )
-    work.gather()
-    checkpoint_layers(work.model, "none")
+    try:
+        outcome = train(
+            work.model,
+            work.objective,
+            work.feed,
+            work.validation,
+            parameters=work.parameters,
+            optimizer=work.config.optimizer,
+            schedule=work.config.schedule,
+            settings=work.settings,
+            checkpoints=work.checkpoints(path),
+            events=work.events,
+            resume=resume,
+            scales=work.scales(),
+            world=work.world,
+            sharded=work.sharded,
+            plan=work.plan,
+        )
+        work.gather()
+    finally:
+        checkpoint_layers(work.model, "none")
     return outcome
 
 

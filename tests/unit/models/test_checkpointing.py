@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from luthier.core.errors import ConfigError
+from luthier.models import checkpointing
 from luthier.models.adapters import ADAPTERS
 from luthier.models.checkpointing import checkpoint_layers
 from luthier.models.fuse import fuse
@@ -68,3 +69,42 @@ def test_nothing_is_computed_again_where_no_gradient_is_wanted():
 def test_offload_on_the_host_is_refused():
     with pytest.raises(ConfigError, match="offload moves what a GPU keeps to the host; on the CPU use layers"):
         checkpoint_layers(load_model(str(tiny_model("llama"))), "offload")
+
+
+def test_the_random_numbers_of_the_states_device_are_put_back(monkeypatch):
+    handed = []
+    own = checkpointing.checkpoint
+
+    def note(run, *args, **kwargs):
+        handed.append([one.device for one in args])
+        return own(run, *args, **kwargs)
+
+    monkeypatch.setattr(checkpointing, "checkpoint", note)
+    model = load_model(str(tiny_model("llama")))
+    packs(model)
+    checkpoint_layers(model, "layers")
+    model.module.train()
+    gradients(model)
+    # torch saves the state of the devices of what it is handed, and of the host's generator.
+    assert handed == [[model.device]] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", ["layers", "offload"])
+def test_dropout_is_the_same_when_computed_again_on_a_gpu(how):
+    model = load_model(str(tiny_model("llama")), device="cuda")
+    ADAPTERS.parse({"kind": "lora", "rank": 4, "dropout": 0.5}).apply(model)
+    packs(model)
+    model.module.train()
+
+    def learn():
+        model.module.zero_grad(set_to_none=True)
+        torch.cuda.manual_seed(0)
+        states = hidden_states(model, torch.arange(60, device="cuda") % 300 + 5, [20, 7, 33])
+        (states.float() * torch.linspace(-1, 1, states.shape[1], device="cuda")).sum().backward()
+        return {name: one.grad.clone() for name, one in model.module.named_parameters() if one.grad is not None}
+
+    whole = learn()
+    checkpoint_layers(model, how)
+    again = learn()
+    assert all(torch.allclose(again[name], one, atol=1e-6) for name, one in whole.items())

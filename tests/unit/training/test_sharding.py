@@ -15,8 +15,8 @@ from luthier.models.packed import hidden_states
 from luthier.models.precision import cast_weights
 from luthier.models.save import save_model
 from luthier.training.checkpoint import digest_of
+from luthier.training.draws import part_draws
 from luthier.training.hollow import believe, can_be_hollow, describe, fill, fill_buffers
-from luthier.training.loop import _part_draws
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.sharded_checkpoints import ShardedCheckpoints
 from luthier.training.sharding import _widen
@@ -66,17 +66,17 @@ def test_only_what_writes_between_steps_needs_the_whole_model():
 
 def test_draws_of_a_follower_are_those_of_its_step_wherever_the_run_began():
     second, leader = World(1, 2), World(0, 2)
-    _part_draws(second, 7, 3)
+    part_draws(second, 7, 3)
     first = torch.rand(3)
     torch.rand(5)
-    _part_draws(second, 7, 3)
+    part_draws(second, 7, 3)
     assert torch.equal(torch.rand(3), first)
-    _part_draws(World(2, 3), 7, 3)
+    part_draws(World(2, 3), 7, 3)
     assert not torch.equal(torch.rand(3), first)
     torch.manual_seed(1)
     going = torch.rand(3)
     torch.manual_seed(1)
-    _part_draws(leader, 7, 3)
+    part_draws(leader, 7, 3)
     assert torch.equal(torch.rand(3), going)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ class DoraLinear(LoraLinear):
     def __init__(self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False):
         super().__init__(base, rank, alpha, dropout=dropout, rslora=rslora)
         self._squares: tuple[Any, Tensor] | None = None
-        self._norm: tuple[Any, Tensor] | None = None
+        self._norm: tuple[Any, Any, Tensor] | None = None
         self.lora_magnitude = nn.Parameter(self.norm().clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,15 +41,16 @@ class DoraLinear(LoraLinear):
         """||W + scale B A|| of each output [out], in fp32."""
         a_RI, b_OR = self.lora_a, self.lora_b
         key = (a_RI.data_ptr(), a_RI._version, b_OR.data_ptr(), b_OR._version, self._base_state(), self.training)
-        # While it answers, the weights stand still; while it learns, each step moves them.
-        if self._norm is not None and self._norm[0] == key and not self.training:
-            return self._norm[1]
+        # While it answers, the weights stand still; while it learns, each step moves them. Others at the same place are
+        # not the same: weights that are gathered for a while lie where earlier ones lay.
+        if self._norm is not None and not self.training and self._norm[0] == key and self._norm[1]() is b_OR:
+            return self._norm[2]
         squares_O = self._base_squares()
         cross_O = torch.cat([((rows_BI @ a_RI.T) * b_OR[place]).sum(1) for place, rows_BI in self._blocks()])
         own_O = ((b_OR @ (a_RI @ a_RI.T)) * b_OR).sum(1)
         total_O = squares_O + 2 * self.scale * cross_O + self.scale**2 * own_O
         norm_O = total_O.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
-        self._norm = (key, norm_O)
+        self._norm = (key, weakref.ref(b_OR), norm_O)
         return norm_O
 
     def _base_squares(self) -> Tensor:

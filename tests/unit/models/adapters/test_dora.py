@@ -89,3 +89,17 @@ def test_for_the_output_layer():
     loaded = load_model(str(tiny_model("llama")))
     ADAPTERS.parse({"kind": "dora", "targets": ["lm_head"]}).apply(loaded)
     assert isinstance(loaded.network.lm_head, DoraLinear)
+
+
+def test_weights_that_lie_where_earlier_ones_lay_are_not_taken_for_them():
+    layer = DoraLinear(nn.Linear(4, 3), 2, 2.0).eval()
+    nn.init.normal_(layer.lora_b)
+    place, first = layer.lora_b.data, layer.norm().clone()
+    # As when weights are gathered anew: another tensor, the same memory, a version that begins again.
+    moved = place.clone().mul_(3)
+    with torch.no_grad():
+        place.set_(place.untyped_storage(), 0, place.shape, place.stride())
+        torch.from_numpy(place.numpy()).copy_(moved)
+    layer.lora_b = nn.Parameter(place)
+    assert layer.lora_b.data_ptr() == place.data_ptr()
+    assert not torch.allclose(layer.norm(), first)
