@@ -12,6 +12,7 @@ from luthier.core.errors import ModelError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.batches import Batch, collate, fill_batches
+from luthier.data.cache import lengths_of
 from luthier.models.memory import (
     free_memory,
     held_memory,
@@ -60,7 +61,7 @@ def run_rows(
     model.module.eval()
     try:
         with torch.no_grad():
-            each_part([len(row.ids) + len(row.target) for row in rows], tokens, run, model.device, events)
+            each_part(lengths_of(rows), tokens, run, model.device, events)
     finally:
         model.module.train(training)
 
@@ -116,7 +117,7 @@ def plan_tokens(
     device = model.device
     held, free = held_memory(device), free_memory(device)
     limit = None if free is None else held + free
-    lengths = [len(row.ids) + len(row.target) for row in rows]
+    lengths = lengths_of(rows)
     tokens = TOKENS if device.type == "cpu" or limit is None else MOST
     held += library_memory(device, model.network.dtype)
     while True:
@@ -138,7 +139,7 @@ def plan_tokens(
 
 @torch.no_grad()
 def _foresee(model: LoadedModel, rows: Sequence[Encoded], compute: Callable[[LoadedModel, Batch], object]) -> int:
-    with as_it_is(model), rehearse([model.module], model.device) as ledger:
+    with as_it_is(model, continued=any(row.parents for row in rows)), rehearse([model.module], model.device) as ledger:
         before = ledger.held
         ledger.mark()
         model.module.eval()

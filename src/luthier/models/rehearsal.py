@@ -63,7 +63,7 @@ class Ledger(TorchDispatchMode):
         packet = func.overloadpacket
         if packet is aten._local_scalar_dense and args[0].is_meta:
             # Nobody knows; what asks whether a mask hides nothing hears that it hides something.
-            return args[0].dtype.is_floating_point * 0.0 if args[0].dtype.is_floating_point else 0
+            return 0.0 if args[0].dtype.is_floating_point else 0
         out = func(*args, **(kwargs or {}))
         made = [one for one in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(one, Tensor)]
         if packet in PRODUCTS:
@@ -168,12 +168,14 @@ def rehearse(modules: Iterable[nn.Module], device: torch.device) -> Iterator[Led
 
 
 @contextmanager
-def as_it_is(model: LoadedModel) -> Iterator[None]:
-    """Find out first what is found out by looking at values, and leave the model as it was."""
+def as_it_is(model: LoadedModel, *, continued: bool = True) -> Iterator[None]:
+    """Find out first what is found out by looking at values, and leave the model as it was. `continued`: texts will be read
+    once for several that continue them."""
     if not isinstance(model.module, Pooled):
         head_of(model)
     packs(model)
-    shares(model)
+    if continued:
+        shares(model)
     before, training = (model.packs, model.shares, model.head), model.module.training
     try:
         yield

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from time import perf_counter
+from dataclasses import dataclass
 
 import torch
 from torch.nn import Parameter
 
 from luthier.core.types import Encoded
+from luthier.data.cache import lengths_of
 from luthier.models.checkpointing import Checkpointing
 from luthier.models.memory import held_memory, library_memory
 from luthier.models.rehearsal import META, SLACK, Ledger, as_it_is, rehearse
 from luthier.models.spec import LoadedModel
 from luthier.training.learner import Settings
+from luthier.training.machine import Machine
 from luthier.training.masters import Masters
 from luthier.training.noise import noisy_inputs
 from luthier.training.objectives.part import Objective
 from luthier.training.optimizers.part import Optimizer
-
-# Seconds that an operation costs whatever its size, on the CPU and on a GPU that is kept waiting.
-CALL = 6e-6
-# The share of the speed of large products that those of a step reach (share_of_peak in benchmarks/tuning.py).
-REACHED = {torch.bfloat16: 0.5}
-# Sizes of the products and copies by which a machine's speed is measured: typical of a layer, and beyond its caches.
-ROWS, INNER, OUTER, COPIED = 1024, 768, 2048, 2**25
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +117,10 @@ def foresee(
     wide = sum(one.numel() for one in parameters if one.dtype != torch.float32)
     weights = sum(one.nbytes for one in (*model.module.parameters(), *model.module.buffers()))
     models = [model, *objective.companions()]
+    continued = any(up >= 0 for row in (*rows, *held_out) for up in row.parents)
     with ExitStack() as entered:
         for one in models:
-            entered.enter_context(as_it_is(one))
+            entered.enter_context(as_it_is(one, continued=continued))
         with rehearse([one.module for one in models], model.device) as ledger:
             stand_ins = [ledger.stand_ins[id(one)] for one in parameters]
             masters = Masters([(str(at), one) for at, one in enumerate(stand_ins)])  # type: ignore[misc]
@@ -146,7 +141,7 @@ def foresee(
             masters.close()
             del masters, loss, stand_ins, batch
             validation = _look(model, objective, held_out, ledger) if held_out else 0
-    seconds = _Machine.of(model.device).seconds(*work)
+    seconds = Machine.of(model.device).seconds(*work)
     given_away = weights - math.ceil(weights / shards)
     return Forecast(
         process=process - given_away + library_memory(model.device, model.network.dtype),
@@ -157,7 +152,7 @@ def foresee(
         gradients=math.ceil(4 * trainable / shards),
         activations=math.ceil(activations * SLACK),
         validation=math.ceil(validation * SLACK),
-        tokens=sum(len(row.ids) + len(row.target) for row in rows),
+        tokens=sum(lengths_of(rows)),
         seconds=seconds,
     )
 
@@ -169,49 +164,3 @@ def _look(model: LoadedModel, objective: Objective, rows: Sequence[Encoded], led
     model.module.eval()
     objective.measure(model, objective.batch(rows, model, (0, 0)).to(META))
     return ledger.peak - before
-
-
-@dataclass(slots=True)
-class _Machine:
-    """How fast a device multiplies and copies, measured once."""
-
-    device: torch.device
-    products: dict[torch.dtype, float] = field(default_factory=dict)
-    copied: float = 0.0
-
-    @staticmethod
-    def of(device: torch.device) -> _Machine:
-        return _MACHINES.setdefault(device, _Machine(device))
-
-    def seconds(self, flops: dict[torch.dtype, float], moved: float, operations: int) -> float:
-        """For products, copies and calls, one after another."""
-        if not self.copied:
-            self.copied = self._copy()
-        for dtype in flops:
-            if dtype not in self.products:
-                self.products[dtype] = self._multiply(dtype)
-        multiplied = sum(count / (self.products[dtype] * REACHED.get(dtype, 1.0)) for dtype, count in flops.items())
-        return multiplied + moved / self.copied + operations * CALL
-
-    def _multiply(self, dtype: torch.dtype) -> float:
-        left, right = (torch.ones(shape, dtype=dtype, device=self.device) for shape in ((ROWS, INNER), (INNER, OUTER)))
-        return 2.0 * ROWS * INNER * OUTER / self._time(lambda: left @ right)
-
-    def _copy(self) -> float:
-        source = torch.ones(COPIED // 4, device=self.device)
-        target = torch.empty_like(source)
-        return 2.0 * COPIED / self._time(lambda: target.copy_(source))
-
-    def _time(self, work: Callable[[], object]) -> float:
-        """The median of a few, after one that warms up."""
-        taken = []
-        for _ in range(6):
-            started = perf_counter()
-            work()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            taken.append(perf_counter() - started)
-        return sorted(taken[1:])[2]
-
-
-_MACHINES: dict[torch.device, _Machine] = {}

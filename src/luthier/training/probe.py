@@ -7,6 +7,7 @@ import time
 import torch
 
 from luthier.core.events import Events
+from luthier.data.cache import lengths_of
 from luthier.models.memory import out_of_memory, peak_memory, shown
 from luthier.training.draws import draw_state, restore_draws
 from luthier.training.forecast import Plan
@@ -59,7 +60,7 @@ def probe(learner: Learner, plan: Plan, events: Events, *, watched: bool = True)
         restore_draws(draws, device)
     model.module.zero_grad(set_to_none=True)
     learner.engine.zero_grad(set_to_none=True)
-    tokens = sum(len(row.ids) + len(row.target) for row in plan.rows)
+    tokens = sum(lengths_of(plan.rows))
     if short:
         events.warn(
             f"memory ran out with {tokens} tokens at once, the largest batch; steps that need it will be halved", 1

@@ -15,6 +15,7 @@ from luthier.core.errors import TrainingError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.batches import deal, split_step
+from luthier.data.cache import lengths_of
 from luthier.models.memory import out_of_memory, return_freed_memory
 from luthier.training.draws import draw_state, restore_draws
 from luthier.training.learner import Learner
@@ -39,7 +40,7 @@ def take_step(learner: Learner, rows: Sequence[Encoded] | None, events: Events) 
     if rows is None:
         rows = learner.drawn
     else:
-        rows = [rows[at] for at in deal([len(row.ids) + len(row.target) for row in rows], world.size)[world.rank]]
+        rows = [rows[at] for at in deal(lengths_of(rows), world.size)[world.rank]]
         with learner.whole() if learner.objective.draws else nullcontext():
             rows = learner.objective.draw(rows, model, seed, world.sum)
         learner.drawn = rows if learner.objective.repeats() > 1 else ()
@@ -89,7 +90,7 @@ def _add_up(
     """Forward and back through each micro-batch of `rows`, the share of this process of all that were `given`; None where
     memory ran out in any process, with gradients to forget."""
     settings, progress, model, world = learner.settings, learner.progress, learner.model, learner.world
-    lengths = [len(row.ids) + len(row.target) for row in rows]
+    lengths = lengths_of(rows)
     parts = math.ceil(settings.accumulate / world.size)
     micro = [
         learner.objective.batch([rows[at] for at in part], model, seed)
@@ -132,7 +133,7 @@ def _halve(learner: Learner, rows: Sequence[Encoded], events: Events) -> None:
     learner.engine.zero_grad(set_to_none=True)
     learner.model.module.zero_grad(set_to_none=True)
     return_freed_memory(learner.model.device)
-    lengths = [len(row.ids) + len(row.target) for row in rows] or [0]
+    lengths = lengths_of(rows) or [0]
     # All processes do the same, whichever of them it was.
     longest, most = learner.world.most(max(lengths)), learner.world.most(sum(lengths))
     before = min(learner.settings.micro_tokens, most)

@@ -100,7 +100,7 @@ def validate(
                 gold.append(batch.gold.cpu())
 
         if even:
-            parts = [(source, part) for source in sources for part in fill_batches(_sizes(held[source]), tokens)]
+            parts = [(source, part) for source in sources for part in fill_batches(lengths_of(held[source]), tokens)]
             for source, part in parts:
                 take(source, [held[source][at] for at in part])
             for _ in range(world.most(len(parts)) - len(parts)):
@@ -111,7 +111,7 @@ def validate(
                 def run(part: list[int], source: str = source) -> None:
                     take(source, [held[source][at] for at in part])
 
-                each_part(_sizes(held[source]), tokens, run, model.device, events)
+                each_part(lengths_of(held[source]), tokens, run, model.device, events)
     finally:
         model.module.train(training)
     summed = world.sum(*(number for pair in totals.values() for number in pair))
@@ -122,7 +122,3 @@ def validate(
     named = {f"loss/{name}": part / held for name, (part, held) in totals.items() if name and held}
     # One process speaks for all: they must agree on which weights are the best.
     return world.spread({"loss": total / weight, **extra, **named})  # type: ignore[no-any-return]
-
-
-def _sizes(rows: Sequence[Encoded]) -> list[int]:
-    return [len(row.ids) + len(row.target) for row in rows]
