@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.engine.generate import write
+from luthier.engine.generate import engine_for, uses_engine
+from luthier.engine.padded import write
 from luthier.engine.sampling import Sampling
 from luthier.models.spec import LoadedModel
 
 # Answers written at once: enough for fast products, few enough for the memory of their keys and values.
-AT_ONCE = 256
+AT_ONCE = 64
 
 
 def roll_out(
@@ -33,14 +34,30 @@ def roll_out(
     cumulative sum, so an answer depends on its prompt and its numbers and, but for rounding, on nothing beside it. The
     model is in eval mode meanwhile; a prompt near the end of the context leaves less room.
     """
+    sampling = Sampling(max_tokens=max_tokens, beams=beams, temperature=0.0 if numbers_SM is None else temperature)
+    if not uses_engine(model, sampling):
+        return _roll_out_padded(model, prompts, sampling, numbers_SM)
+    engine = engine_for(model, [len(ids) for ids in prompts], max_tokens, AT_ONCE)
+    requests = [
+        engine.add(ids, sampling, draw=None if numbers_SM is None else numbers_SM[at].__getitem__)
+        for at, ids in enumerate(prompts)
+    ]
+    engine.run()
+    return [tuple(one.written) for one in requests]
+
+
+def _roll_out_padded(
+    model: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, numbers_SM: np.ndarray | None
+) -> list[tuple[int, ...]]:
     order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
     found: list[tuple[int, ...]] = [()] * len(prompts)
-    at_once, sampling = max(1, AT_ONCE // beams), Sampling(max_tokens=max_tokens, beams=beams)
+    at_once, temperature = max(1, AT_ONCE // sampling.beams), sampling.temperature
+    plain = sampling.model_copy(update={"temperature": 0.0})
     for start in range(0, len(order), at_once):
         part = order[start : start + at_once]
         rows = [prompts[at] for at in part]
         drawn = None if numbers_SM is None else Draw(numbers_SM[part], max(map(len, rows)), temperature)
-        for at, ids in zip(part, write(model, rows, sampling, processor=drawn)):
+        for at, ids in zip(part, write(model, rows, plain, processor=drawn)):
             end = next((place for place, token in enumerate(ids) if token in model.spec.stop_ids), len(ids) - 1)
             found[at] = tuple(ids[: end + 1])
     return found

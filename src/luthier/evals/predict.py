@@ -33,7 +33,7 @@ def predict_examples(
     Classifiers and regressors read labelled rows. Language models score plain text by likelihood; of conversations
     and pairs they write the last answer, or, with `likelihood`, score it. Raises DataError for rows that do not fit.
     """
-    from luthier.engine.generate import generate
+    from luthier.engine.generate import generate, tell_engine
     from luthier.engine.pooled import predict
 
     def tell(done: int, total: int) -> None:
@@ -65,6 +65,8 @@ def predict_examples(
             )
         return scored
     prompts = [_prompt_of(example) for example in examples]
+    if events is not None:
+        tell_engine(model, sampling or Sampling(), events)
     written = generate(model, prompts, sampling, batch_size=batch_size, on_progress=tell)
     endless = sum(one.finish == "length" for one in written)
     if endless and events is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,12 @@ class Rules:
     dropout: float = 0.0
 
 
+class Steps(Protocol):
+    """What can stand in the place of segments: it attends by itself (`models.pages`)."""
+
+    def attend(self, layer: int | None, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, rules: Rules) -> Tensor: ...
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -44,7 +50,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    segments: Segments,
+    segments: Segments | Steps,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -58,11 +64,15 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rules = Rules(causal, scale, sliding_window, softcap, s_aux, dropout)
     q_NHD, k_NKD, v_NKD = (one[0].transpose(0, 1) for one in (query, key, value))
-    return attend_flat(q_NHD, k_NKD, v_NKD, segments, rules)[None], None
+    return attend_flat(q_NHD, k_NKD, v_NKD, segments, rules, getattr(module, "layer_idx", None))[None], None
 
 
-def attend_flat(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, segments: Segments, rules: Rules) -> Tensor:
-    """[N, H, D] from flat queries [N, H, D], keys and values [N, KV, D]."""
+def attend_flat(
+    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, segments: Segments | Steps, rules: Rules, layer: int | None = None
+) -> Tensor:
+    """[N, H, D] from flat queries [N, H, D], keys and values [N, KV, D], in the layer of that number."""
+    if not isinstance(segments, Segments):
+        return segments.attend(layer, q_NHD, k_NKD, v_NKD, rules)
     if rules.softcap is not None or rules.sinks is not None or rules.dropout:
         return _attend_plainly(q_NHD, k_NKD, v_NKD, segments, rules)
     if not segments.short:

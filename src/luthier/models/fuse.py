@@ -106,7 +106,7 @@ def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: An
         q_NHD, k_NKD = self.q_norm(q_NHD), self.k_norm(k_NKD)
     q_NHD, k_NKD = (Rotate.apply(one, cosine[0], sine[0]) for one in (q_NHD, k_NKD))
     rules = Rules(True, self.scaling, getattr(self, "sliding_window", None))
-    out_NHD = attend_flat(q_NHD, k_NKD, v_NKD, segments, rules)
+    out_NHD = attend_flat(q_NHD, k_NKD, v_NKD, segments, rules, getattr(self, "layer_idx", None))
     return self.o_proj(out_NHD.reshape(len(flat_NE), -1))[None], None
 
 

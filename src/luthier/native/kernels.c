@@ -6,6 +6,7 @@
 
 #define BLOCK 4096
 #define LANES 32
+#define PIECE 64
 
 /* e^x to about 2 units in the last place of fp32: 2^n by the exponent's bits, the rest by a polynomial (Cephes' expf).
  * Below -87 it stays at 1.6e-38. Written without branches, so that loops over it become vector code. */

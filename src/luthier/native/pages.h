@@ -12,7 +12,7 @@ void NAME(attend_pages)(const T *q, const T *keys, const T *values, const int *t
 #pragma omp parallel
     {
         float query[group * size], sum[group * size], top[group], mass[group], score[group * block];
-        float key[size], value[size];
+        float key[size], value[block * size + PIECE];
 #pragma omp for collapse(2) schedule(dynamic, 4)
         for (long n = 0; n < tokens; n++)
             for (long h = 0; h < kv; h++) {
@@ -49,12 +49,21 @@ void NAME(attend_pages)(const T *q, const T *keys, const T *values, const int *t
                     }
                     for (long j = 0; j < count; j++) {
                         const T *at = values + ((slot + j) * kv + h) * size;
-                        for (long i = 0; i < size; i++) value[i] = LOAD(at[i]);
-                        for (long g = 0; g < group; g++) {
-                            float share = score[g * block + j];
-                            for (long i = 0; i < size; i++) sum[g * size + i] += share * value[i];
-                        }
+                        for (long i = 0; i < size; i++) value[j * size + i] = LOAD(at[i]);
                     }
+                    for (long g = 0; g < group; g++)
+                        for (long i = 0; i < size; i += PIECE) {
+                            /* A piece of the sum stays in registers over the block. */
+                            float piece[PIECE], *to = sum + g * size + i;
+                            long wide = size - i < PIECE ? size - i : PIECE;
+                            for (long c = 0; c < PIECE; c++) piece[c] = c < wide ? to[c] : 0;
+                            for (long j = 0; j < count; j++) {
+                                float share = score[g * block + j];
+                                const float *row = value + j * size + i;
+                                for (long c = 0; c < PIECE; c++) piece[c] += share * row[c];
+                            }
+                            for (long c = 0; c < wide; c++) to[c] = piece[c];
+                        }
                     place = end;
                 }
                 T *to = out + (n * heads + h * group) * size;

@@ -88,6 +88,10 @@ def generate(
         config.model, max_length=config.max_length, truncate=config.truncate, device=config.device, events=events
     )
     shots = _load_shots(model, config, events)
+    if _writes(model):
+        from luthier.engine.generate import tell_engine
+
+        tell_engine(model, config.sampling, events)
     if config.prompt is not None and on_text is not None and _writes(model) and config.sampling.beams == 1:
         from luthier.engine.generate import stream
 
@@ -125,6 +129,10 @@ def answer_texts(config: Generate, texts: Sequence[str], *, sinks: Sequence[Sink
         config.model, max_length=config.max_length, truncate=config.truncate, device=config.device, events=events
     )
     shots = _load_shots(model, config, events)
+    if _writes(model):
+        from luthier.engine.generate import tell_engine
+
+        tell_engine(model, config.sampling, events)
     found = _answer(model, [(f"line {number}", text) for number, text in enumerate(texts, 1)], config, shots)
     _warn_empty(found, events)
     return found
@@ -175,7 +183,8 @@ def _answer(
     from luthier.engine.generate import generate as write
 
     prompts = [with_shots(model, _as_prompt(item), shots, config.raw) for _, item in items]
-    written = write(model, prompts, config.sampling, raw=config.raw, batch_size=config.batch_size)
+    names = [name for name, _ in items]
+    written = write(model, prompts, config.sampling, raw=config.raw, batch_size=config.batch_size, keys=names)
     return [
         {"id": name, "output": one.text, "finish": one.finish, "tokens": len(one.ids)}
         for (name, _), one in zip(items, written)

@@ -5,9 +5,9 @@ import torch
 from transformers import GenerationConfig
 
 from luthier.core.errors import ConfigError, ModelError
-from luthier.core.types import Message
-from luthier.engine import generate as engine
+from luthier.core.types import Completion, Message
 from luthier.engine.generate import generate, stream
+from luthier.engine.pieces import complete, pieces
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
 from tiny import FAMILIES, tiny_model
@@ -87,48 +87,35 @@ def test_tokens_are_those_of_transformers(family, settings):
         assert generate(model, [prompt], ours, raw=True)[0].ids == theirs, prompt
 
 
-def write_these(monkeypatch, model, text: str) -> None:
-    """Make the model write `text`, token by token."""
+def shown(model, text: str, sampling: Sampling = GREEDY) -> tuple[list[str], Completion]:
+    """The pieces in which `text` is shown when it is written token by token, and the whole answer."""
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def run(model, rows, sampling, streamer=None):
-        if streamer is not None:
-            streamer.put(torch.tensor([[0]]))
-            for token in ids:
-                streamer.put(torch.tensor([token]))
-        return [ids for _ in rows]
-
-    monkeypatch.setattr(engine, "write", run)
+    return list(pieces(model, ids, sampling)), complete(model, ids, sampling, 1)
 
 
 @pytest.mark.parametrize("text", ["服务员非常热情", "é😀 and 👩‍🔬!", "a\ufffdb", "永字八法"])
-def test_no_piece_of_a_stream_holds_half_a_character(text, monkeypatch):
+def test_no_piece_of_a_stream_holds_half_a_character(text):
     model = load_model(str(tiny_model("gpt2")))
     assert len(model.tokenizer(text)["input_ids"]) > len(text), "characters take several tokens"
-    write_these(monkeypatch, model, text)
-    pieces = list(stream(model, "x", raw=True))
-    assert "".join(pieces) == generate(model, ["x"], raw=True)[0].text == text
-    assert len(pieces) > 1 and sum(piece.count("\ufffd") for piece in pieces) == text.count("\ufffd")
+    found, whole = shown(model, text)
+    assert "".join(found) == whole.text == text
+    assert len(found) > 1 and sum(piece.count("\ufffd") for piece in found) == text.count("\ufffd")
 
 
-def test_nothing_of_a_stop_text_is_shown_before_it_is_known_to_be_none(monkeypatch):
+def test_nothing_of_a_stop_text_is_shown_before_it_is_known_to_be_none():
     model = load_model(str(tiny_model("gpt2")))
-    write_these(monkeypatch, model, "one END of EN things ENDING here")
-    pieces = []
-    for piece in stream(model, "x", Sampling(stop=("ENDING", "never")), raw=True):
-        pieces.append(piece)
-        assert not "".join(pieces).endswith(("E", "EN", "END")), "held back until it is known"
-    whole = generate(model, ["x"], Sampling(stop=("ENDING", "never")), raw=True)[0]
-    assert "".join(pieces) == whole.text == "one END of EN things " and whole.finish == "stop"
-    earliest = generate(model, ["x"], Sampling(stop=("things", "END")), raw=True)[0]
+    found, whole = shown(model, "one END of EN things ENDING here", Sampling(stop=("ENDING", "never")))
+    for count in range(1, len(found)):
+        assert not "".join(found[:count]).endswith(("E", "EN", "END")), "held back until it is known"
+    assert "".join(found) == whole.text == "one END of EN things " and whole.finish == "stop"
+    earliest = shown(model, "one END of EN things ENDING here", Sampling(stop=("things", "END")))[1]
     assert earliest.text == "one "
 
 
-def test_an_unfinished_stop_text_at_the_end_is_part_of_the_answer(monkeypatch):
+def test_an_unfinished_stop_text_at_the_end_is_part_of_the_answer():
     model = load_model(str(tiny_model("gpt2")))
-    write_these(monkeypatch, model, "the EN")
-    assert "".join(stream(model, "x", Sampling(stop=("END",)), raw=True)) == "the EN"
-    assert generate(model, ["x"], Sampling(stop=("END",)), raw=True)[0].finish == "length"
+    found, whole = shown(model, "the EN", Sampling(stop=("END",)))
+    assert "".join(found) == "the EN" and whole.finish == "length"
 
 
 @pytest.mark.parametrize("prompt", ["The fox", "酒店的房间", "é😀 and"])

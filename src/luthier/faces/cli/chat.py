@@ -13,6 +13,8 @@ from luthier.core.types import Message
 from luthier.faces.cli.chinese import say
 from luthier.faces.cli.flags import make_parser
 
+# Tokens of a talk that are kept at most.
+ROOM = 32768
 COMMANDS = ("/help", "/reset", "/undo", "/system", "/save", "/quit")
 HELP = """/system TEXT  set the system message     /undo  take back the last turn
 /reset        start over                 /save FILE  write the conversation as a messages line
@@ -32,7 +34,8 @@ def parser():  # type: ignore[no-untyped-def]
 
 def run(arguments: Sequence[str]) -> int:
     found = parser().parse(arguments)
-    from luthier.engine.generate import stream
+    from luthier.engine.engine import Engine
+    from luthier.engine.generate import stream, uses_engine
     from luthier.engine.sampling import Sampling
     from luthier.models.load import load_model
 
@@ -44,6 +47,8 @@ def run(arguments: Sequence[str]) -> int:
         raise ModelError(
             f'{found.model}: this model is made to {model.spec.task} and cannot talk; try luthier generate {found.model} "text"'
         )
+    # Kept from turn to turn, so that what was said before is not read again.
+    engine = Engine(model, min(model.spec.max_length, ROOM)) if uses_engine(model, sampling) else None
     system = [Message("system", found.system)] if found.system else []
     turns: list[Message] = []
     people = sys.stdin.isatty()
@@ -73,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
             continue
         said: list[str] = []
         try:
-            for piece in stream(model, [*system, *turns, Message("user", line)], sampling):
+            for piece in stream(model, [*system, *turns, Message("user", line)], sampling, engine=engine):
                 said.append(piece)
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:

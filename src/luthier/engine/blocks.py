@@ -1,0 +1,81 @@
+"""Which blocks of keys and values are whose: shared by texts that begin alike, and remembered after their end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+
+from luthier.models.pages import BLOCK
+
+Name = bytes
+
+
+class Blocks:
+    """A number of blocks. Each is held by so many texts; a full one that is held by none keeps its name, and can be found
+    by a text that begins like the one it was of, until it is needed."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self._empty = deque(range(count))
+        self._holders = [0] * count
+        self._names: dict[int, Name] = {}
+        self._known: dict[Name, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        """Held by none, with a name; longest unused first."""
+
+    @property
+    def free(self) -> int:
+        """Blocks that can be taken."""
+        return len(self._empty) + len(self._idle)
+
+    @property
+    def used(self) -> int:
+        """Blocks that texts hold."""
+        return self.count - self.free
+
+    def take(self) -> int:
+        """A block for one text. Raises IndexError where none is free."""
+        if self._empty:
+            block = self._empty.popleft()
+        else:
+            if not self._idle:
+                raise IndexError("no block is free")
+            block, _ = self._idle.popitem(last=False)
+            del self._known[self._names.pop(block)]
+        self._holders[block] = 1
+        return block
+
+    def drop(self, block: int) -> None:
+        """One text less holds it."""
+        self._holders[block] -= 1
+        if self._holders[block]:
+            return
+        if block in self._names:
+            self._idle[block] = None
+        else:
+            self._empty.append(block)
+
+    def find(self, name: Name) -> int | None:
+        """The block of that name, for one text more."""
+        block = self._known.get(name)
+        if block is None:
+            return None
+        self._idle.pop(block, None)
+        self._holders[block] += 1
+        return block
+
+    def name(self, block: int, name: Name) -> None:
+        """What a full block holds; the first of a name keeps it."""
+        if name not in self._known and block not in self._names:
+            self._known[name] = block
+            self._names[block] = name
+
+
+def names_of(ids: Sequence[int], salt: str) -> Iterator[Name]:
+    """The name of each full block of a text: by its tokens, all before them, and `salt`."""
+    before = hashlib.blake2b(salt.encode(), digest_size=16).digest()
+    for start in range(0, len(ids) - len(ids) % BLOCK, BLOCK):
+        tokens = b"".join(token.to_bytes(4, "little") for token in ids[start : start + BLOCK])
+        before = hashlib.blake2b(before + tokens, digest_size=16).digest()
+        yield before

@@ -1,0 +1,99 @@
+"""Which texts go through the model in a step, and with how many tokens."""
+
+from __future__ import annotations
+
+from luthier.engine.blocks import Blocks, names_of
+from luthier.engine.request import Request
+from luthier.models.pages import BLOCK
+
+
+class Schedule:
+    """Texts that wait and texts that run, over a number of blocks.
+
+    A step takes the next token of every running text first, then as much of the prompts as `tokens` at once leave room for:
+    long prompts are read in pieces, between which the others go on. Where blocks run out the last in order gives its up,
+    and is read anew later. At most `streams` run at once.
+    """
+
+    def __init__(self, blocks: Blocks, streams: int, tokens: int):
+        self.blocks, self.streams, self.tokens = blocks, streams, tokens
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.preempted = 0
+
+    def plan(self) -> list[tuple[Request, int]]:
+        """The texts of the next step and how many tokens of each; they hold blocks for them."""
+        planned: dict[Request, int] = {}
+        budget = self.tokens
+        for request in sorted(self.running, key=lambda one: (one.length - one.read > 1, one.order)):
+            if request not in self.running:  # it gave its blocks up for an earlier one
+                continue
+            count = min(request.length - request.read, budget)
+            if count and self._hold(request, count, planned):
+                planned[request] = count
+                budget -= count
+        self.waiting.sort(key=lambda one: one.order)
+        while self.waiting and budget and len(self.running) < self.streams:
+            request = self.waiting[0]
+            self._recall(request)
+            count = min(request.length - request.read, budget)
+            # Only what is free: a text that runs is not stopped for one that waits.
+            if self._missing(request, request.length - request.read) > self.blocks.free:
+                self.release(request)
+                break
+            self.running.append(self.waiting.pop(0))
+            self._hold(request, count, planned)
+            planned[request] = count
+            budget -= count
+        return list(planned.items())
+
+    def advance(self, request: Request, count: int) -> None:
+        """So many more of its tokens are read; blocks that are full get their names."""
+        before, request.read = request.read, request.read + count
+        if request.read // BLOCK == before // BLOCK:
+            return
+        for at, name in enumerate(names_of(request.ids(0, request.read), request.salt)):
+            if at >= before // BLOCK:
+                self.blocks.name(request.table[at], name)
+
+    def finish(self, request: Request) -> None:
+        """Let go of a text, whether it waits or runs."""
+        for held in (self.waiting, self.running):
+            if request in held:
+                held.remove(request)
+        self.release(request)
+
+    def release(self, request: Request) -> None:
+        """Give back its blocks, the last first, so that beginnings are remembered longest."""
+        for block in reversed(request.table):
+            self.blocks.drop(block)
+        request.table.clear()
+        request.read = 0
+
+    def _recall(self, request: Request) -> None:
+        """Take over what another text has read of the same beginning; its last token is read in any case."""
+        for name in names_of(request.ids(0, request.length - 1), request.salt):
+            block = self.blocks.find(name)
+            if block is None:
+                break
+            request.table.append(block)
+        request.read = len(request.table) * BLOCK
+        request.reused = min(request.read, len(request.prompt))
+
+    def _missing(self, request: Request, count: int) -> int:
+        return -(-(request.read + count) // BLOCK) - len(request.table)
+
+    def _hold(self, request: Request, count: int, planned: dict[Request, int]) -> bool:
+        """Blocks for its next tokens; False where it had to give up its own."""
+        missing = self._missing(request, count)
+        while missing > self.blocks.free:
+            last = max(self.running, key=lambda one: one.order)
+            planned.pop(last, None)
+            self.release(last)
+            self.running.remove(last)
+            self.waiting.append(last)
+            self.preempted += 1
+            if last is request:
+                return False
+        request.table += [self.blocks.take() for _ in range(missing)]
+        return True

@@ -1,0 +1,139 @@
+"""Keys and values of texts that are written, in blocks that any of them can hold: what a step reads and writes of them.
+
+A step is some new tokens of each of several texts, end to end, as in a flat batch; what came before lies in a `Store`.
+The attention of `models.attention` takes a `Pages` where it takes the segments of a batch, so every family that reads
+texts laid end to end can write with it, unmodified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from luthier.models.attention import Rules, packed_attention
+from luthier.models.output import head_of
+from luthier.models.packed import packs
+from luthier.models.spec import LoadedModel
+from luthier.native.pages import attend_pages
+
+# Tokens of a block.
+BLOCK = 32
+# On a CPU products of fewer rows in fp32 go another way, and round otherwise; a step is filled up to so many tokens.
+FEWEST = 8
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
+
+
+class Store:
+    """Room for the keys and values of `blocks` blocks of tokens, in every layer; taken when a layer first writes."""
+
+    def __init__(self, blocks: int):
+        self.blocks = blocks
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, at: int, k_NKD: Tensor, v_NKD: Tensor) -> tuple[Tensor, Tensor]:
+        """[blocks x BLOCK, KV, D] twice, for what looks like these."""
+        if at not in self._layers:
+            slots = self.blocks * BLOCK
+            self._layers[at] = (k_NKD.new_empty(slots, *k_NKD.shape[1:]), v_NKD.new_empty(slots, *v_NKD.shape[1:]))
+        return self._layers[at]
+
+    @property
+    def nbytes(self) -> int:
+        """That it takes once it is full."""
+        return sum(one.nbytes for pair in self._layers.values() for one in pair)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy one block in every layer."""
+        for pair in self._layers.values():
+            for one in pair:
+                one[target * BLOCK : (target + 1) * BLOCK] = one[source * BLOCK : (source + 1) * BLOCK]
+
+
+class Pages:
+    """One step: for each text its blocks, how many of its tokens lie in them by now, and how many new ones come.
+
+    `places_N` are the positions of the new tokens, end to end.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        tables: Sequence[Sequence[int]],
+        before: Sequence[int],
+        lengths: Sequence[int],
+        device: torch.device,
+    ):
+        self.store = store
+        firsts = [0]
+        for table in tables:
+            firsts.append(firsts[-1] + len(table))
+        self.tables = torch.tensor([block for table in tables for block in table], dtype=torch.int32, device=device)
+        sizes = torch.tensor(lengths)
+        starts = sizes.cumsum(0) - sizes
+        inside_N = torch.arange(int(sizes.sum())) - starts.repeat_interleave(sizes)
+        places_N = torch.tensor(before).repeat_interleave(sizes) + inside_N
+        first_N = torch.tensor(firsts[:-1]).repeat_interleave(sizes)
+        self.places_N, self.first_N, self.seen_N = (one.to(device) for one in (places_N, first_N, places_N + 1))
+        blocks_N = self.tables[(self.first_N + self.places_N // BLOCK)].long()
+        self.slots_N = blocks_N * BLOCK + self.places_N % BLOCK
+
+    def attend(self, layer: int | None, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, rules: Rules) -> Tensor:
+        """[N, H, D]: keep the keys and values of the new tokens, and let each see its text up to itself."""
+        if not rules.causal or layer is None:
+            raise ValueError("only a causal model whose layers have numbers writes")
+        keys_SKD, values_SKD = self.store.layer(layer, k_NKD, v_NKD)
+        keys_SKD.index_copy_(0, self.slots_N, k_NKD)
+        values_SKD.index_copy_(0, self.slots_N, v_NKD)
+        return attend_pages(
+            q_NHD, keys_SKD, values_SKD, self.tables, self.first_N, self.seen_N, BLOCK,
+            scale=rules.scale, window=rules.window, softcap=rules.softcap, sinks_H=rules.sinks,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def read_pages(model: LoadedModel, ids_N: Tensor, pages: Pages) -> Tensor:
+    """[N, E]: the last hidden states of a step's tokens."""
+    network = model.network
+    inputs = {"input_ids": ids_N[None], "position_ids": pages.places_N[None], "segments": pages}
+    if hasattr(network.config, "use_cache"):
+        inputs["use_cache"] = False
+    with packed_attention(network):
+        return network.base_model(**inputs).last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def writes_by_pages(model: LoadedModel) -> bool:
+    """Whether reading a text in two steps, beside another, gives the states of reading it at once: tried once."""
+    if model.pages is None:
+        model.pages = model.spec.kind == "decoder" and packs(model) and _try(model)
+    return model.pages
+
+
+@torch.no_grad()
+def _try(model: LoadedModel) -> bool:
+    from luthier.models.packed import hidden_states
+
+    vocabulary = model.network.get_input_embeddings().weight.shape[0]
+    ids_N = (torch.arange(9 + 13, device=model.device) * 7 + 3) % min(vocabulary, 1000)
+    one, other = ids_N[:9], ids_N[9:]
+    training = model.module.training
+    model.module.eval()
+    try:
+        whole_NE = hidden_states(model, ids_N, (9, 13)).float()
+        store, tables = Store(4), [[2], [0]]
+        first = Pages(store, tables, [0, 0], [5, 13], model.device)
+        read_pages(model, torch.cat([one[:5], other]), first)
+        states_NE = read_pages(model, one[5:], Pages(store, tables[:1], [5], [4], model.device)).float()
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
+        # The family's attention has no number of its layer, or keeps something else of what came before.
+        return False
+    finally:
+        model.module.train(training)
+    apart = float((states_NE - whole_NE[5:9]).abs().max())
+    return apart <= TOLERANCE[model.network.dtype] * float(whole_NE.abs().max())
+
+
+def next_logits(model: LoadedModel, states_NE: Tensor) -> Tensor:
+    """[N, V] in fp32, of states that predict a token each."""
+    return head_of(model).logits(states_NE).float()
