@@ -38,7 +38,8 @@ class Engine:
         blocks = -(-room // BLOCK)
         # The last block is for what fills a step up.
         self._store, self.blocks = Store(blocks + 1), Blocks(blocks)
-        self.schedule = Schedule(self.blocks, streams, max(tokens, FEWEST))
+        self.schedule = Schedule(self.blocks, streams, tokens)
+        self._fewest = FEWEST.get(model.network.dtype, 1)
 
     def add(
         self,
@@ -112,10 +113,10 @@ class Engine:
             if request.read + count == request.length:
                 ends.append(len(ids) - 1)
                 ready.append(request)
-        if len(ids) < FEWEST:
+        if len(ids) < self._fewest:
             tables.append([self.blocks.count])
             before.append(0)
-            lengths.append(FEWEST - len(ids))
+            lengths.append(self._fewest - len(ids))
             ids += [0] * lengths[-1]
         device, module = self.model.device, self.model.module
         training = module.training
@@ -124,7 +125,7 @@ class Engine:
             pages = Pages(self._store, tables, before, lengths, device)
             states_NE = read_pages(self.model, torch.tensor(ids, device=device), pages)
             # Like a step, the head is given no fewer rows than round like many.
-            rows = ends + ends[:1] * (FEWEST - len(ends)) if ends else []
+            rows = ends + ends[:1] * (self._fewest - len(ends)) if ends else []
             logits_RV = next_logits(self.model, states_NE[rows])[: len(ends)] if ends else states_NE[:0]
         finally:
             module.train(training)

@@ -21,7 +21,7 @@ from luthier.native.pages import attend_pages
 # Tokens of a block.
 BLOCK = 32
 # On a CPU products of fewer rows in fp32 go another way, and round otherwise; a step is filled up to so many tokens.
-FEWEST = 8
+FEWEST = {torch.float32: 8, torch.float64: 8}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
 
 

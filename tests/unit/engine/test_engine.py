@@ -75,7 +75,7 @@ def test_products_of_enough_rows_round_alike(dtype, width):
     draw = torch.Generator().manual_seed(0)
     x, weight = torch.randn(96, width, generator=draw).to(dtype), torch.randn(131, width, generator=draw).to(dtype)
     whole = torch.nn.functional.linear(x, weight)
-    for rows in range(FEWEST, 96):
+    for rows in range(FEWEST.get(dtype, 1), 96):
         assert torch.equal(torch.nn.functional.linear(x[:rows], weight), whole[:rows]), rows
 
 
