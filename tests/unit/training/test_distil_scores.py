@@ -49,7 +49,7 @@ def prepared(teacher, examples, family="bert", **settings):
     objective = objective.prepare(examples, Events())
     objective.check_model(model.spec)
     objective.adapt(model, examples)
-    objective.ready(model, Events())
+    objective.ready(model, model.device, Events())
     return objective, model, objective.encode(examples, model, Events())
 
 
@@ -184,7 +184,7 @@ def test_settings_and_teachers_that_do_not_fit(tmp_path):
     objective, model, _ = prepared(teacher, rows)
     model.spec = model.spec.model_copy(update={"labels": ("a", "z")})
     with pytest.raises(ConfigError, match=r"sort into other classes \('b' is a class of one alone\)"):
-        objective.ready(model, Events())
+        objective.ready(model, model.device, Events())
     rewards = scorer(tmp_path / "rewards", (), task="regress", learned="reward")
     with pytest.raises(ConfigError, match="gives rewards for conversations"):
         prepared(rewards, rows)

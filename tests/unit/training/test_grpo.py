@@ -34,7 +34,8 @@ def digits(tmp_path):
 def prepared(objective: GRPO, examples=PAIRS, family: str = "llama"):
     model = load_model(str(tiny_model(family)))
     objective.check_model(model.spec)
-    objective.ready(model, Events())
+    objective.ready(model, model.device, Events())
+    objective.keep_start(model, Events())
     return model, objective.encode(examples, model, Events())
 
 

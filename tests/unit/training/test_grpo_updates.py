@@ -64,7 +64,8 @@ def test_the_gains_are_the_derivative():
 
 def prepared(objective: GRPO, family: str = "llama"):
     model = load_model(str(tiny_model(family)))
-    objective.ready(model, Events())
+    objective.ready(model, model.device, Events())
+    objective.keep_start(model, Events())
     return model, objective.encode(PAIRS, model, Events())
 
 

@@ -157,8 +157,8 @@ class Distil(Objective):
             )
         return copy
 
-    def ready(self, model: LoadedModel, events: Events) -> None:
-        teacher = load_teacher(self.teacher, model, events)
+    def ready(self, model: LoadedModel, device: torch.device, events: Events) -> None:
+        teacher = load_teacher(self.teacher, model, device, events)
         if self._scores:
             check_same_classes(self.teacher, teacher.spec, model.spec)
             unit = {"target_mean": teacher.spec.target_mean, "target_scale": teacher.spec.target_scale}

@@ -126,9 +126,11 @@ class GRPO(Objective):
                 "does not: use another model"
             )
 
-    def ready(self, model: LoadedModel, events: Events) -> None:
+    def ready(self, model: LoadedModel, device: torch.device, events: Events) -> None:
         for reward in self._parts:
-            reward.ready(model.device)
+            reward.ready(device)
+
+    def keep_start(self, model: LoadedModel, events: Events) -> None:
         if self.beta:
             self._reference = Reference(model)
             size = f"{self._reference.size / 2**20:.1f}"

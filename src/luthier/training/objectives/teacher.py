@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events
 from luthier.core.types import Chat, Example, Message, Pair
@@ -34,8 +36,8 @@ def read_scorer(name: str) -> ModelSpec | None:
     return spec
 
 
-def load_teacher(name: str, student: LoadedModel, events: Events) -> LoadedModel:
-    """The teacher for a student of the same task, frozen, in the student's precision and on its device; its size is said."""
+def load_teacher(name: str, student: LoadedModel, device: torch.device, events: Events) -> LoadedModel:
+    """The teacher for a student of the same task, frozen, in the student's precision, on `device`; its size is said."""
     task: Literal["causal", "seq2seq"] | None = None
     if student.spec.task in ("causal", "seq2seq"):
         task = student.spec.task  # type: ignore[assignment]
@@ -43,7 +45,7 @@ def load_teacher(name: str, student: LoadedModel, events: Events) -> LoadedModel
         name,
         task=task,
         dtype=student.spec.precision,
-        device=str(student.device),
+        device=str(device),
         truncate=student.renderer.truncate,
     )
     teacher.module.requires_grad_(False)
