@@ -10,7 +10,7 @@ import torch
 from luthier.core.config import resolve
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events, read_events
-from luthier.core.types import Chat, Labelled, Message, Pair, Preference, Text
+from luthier.core.types import Chat, Encoded, Labelled, Message, Pair, Preference, Text
 from luthier.engine.generate import generate
 from luthier.engine.sampling import Sampling
 from luthier.models.divergence import Aim
@@ -20,6 +20,7 @@ from luthier.training.encoded import key_of
 from luthier.training.objectives.distil import Distil
 from luthier.training.objectives.scores import taught_losses, taught_metrics
 from luthier.training.objectives.seq2seq import Seq2Seq
+from luthier.training.objectives.teacher import leave_open
 from luthier.verbs.tune import Tune, tune, tune_model
 from tiny import tiny_model
 
@@ -225,12 +226,39 @@ def test_answers_that_the_teacher_writes(beams):
     objective, model, _ = prepared(teacher.spec.source, PAIRS, "bart", **settings)
     rows = objective.encode(PAIRS, model, events)
     written = [replace(pair, target=one.text.strip() or pair.target) for pair, one in zip(PAIRS, said)]
-    assert rows == Seq2Seq().encode(written, model, Events())
+    assert [row.target for row in rows] == [row.target for row in Seq2Seq().encode(written, model, Events())]
     silent = sum(not one.text.strip() for one in said)
-    assert list(events.warnings.values()) == ([silent] if silent else [])
+    cut = sum(one.finish == "length" and bool(one.text.strip()) for one in said)
+    assert list(events.warnings.values()) == [count for count in (silent, cut) if count]
+    assert sum(row.target_weights[-1] == 0 for row in rows) == cut
     batch = objective.batch(rows, model, (0, 0))
     mine, plain = (one.measure(model, batch)[0] for one in (objective, Seq2Seq()))
     assert float(mine.sum.detach()) == float(plain.sum.detach()) and mine.weight == plain.weight
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "bart"])
+def test_an_answer_that_was_cut_does_not_teach_to_stop(family, monkeypatch):
+    """The student would learn to end in the middle of a sentence."""
+    events = Events()
+    objective, model, _ = prepared(
+        str(tiny_model(family, seed=1)), PAIRS, family, answers="teacher", hard=1.0, max_tokens=4
+    )
+    text, end = model.tokenizer("so", add_special_tokens=False)["input_ids"], model.spec.stop_ids[0]
+    said = [(*text, end), tuple(text), (end,)]
+    monkeypatch.setattr("luthier.training.objectives.teacher.roll_out", lambda *rest, **more: said)
+    rows = objective.encode(PAIRS[:3], model, events)
+    for row, ends in zip(rows, (1.0, 0.0, 1.0)):
+        ids, weights = (row.target, row.target_weights) if row.target else (row.ids, row.weights)
+        last = max(at for at, token in enumerate(ids) if token == end)
+        assert weights[last] == ends and not any(weights[last + 1 :]) and weights[last - 1] == 1.0
+    warned = {message.split(" ")[0]: count for message, count in events.warnings.items()}
+    assert warned == {"answers": 1, "prompts": 1}
+
+
+def test_of_a_cut_row_the_end_of_an_earlier_turn_is_still_learned():
+    row = Encoded("t:0", (1, 2, 9, 3, 4), (0.0, 1.0, 1.0, 0.0, 1.0))
+    assert leave_open(row, (9,)) == row
+    assert leave_open(replace(row, ids=(1, 2, 3, 4, 9)), (9,)).weights == (0.0, 1.0, 1.0, 0.0, 0.0)
 
 
 def test_a_teacher_that_writes_may_have_another_tokenizer():

@@ -36,6 +36,7 @@ from luthier.training.objectives.sft import SFT
 from luthier.training.objectives.teacher import (
     check_same_classes,
     check_same_tokens,
+    leave_open,
     load_teacher,
     read_scorer,
     write_answers,
@@ -189,7 +190,10 @@ class Distil(Objective):
             return encode_taught(examples, model, self._teacher, self.teacher, events)
         if self.answers == "teacher":
             assert self._teacher is not None
-            examples = write_answers(self._teacher, examples, self.max_tokens, self.beams, events)
+            examples, cut = write_answers(self._teacher, examples, self.max_tokens, self.beams, events)
+            rows = self._form.encode(examples, model, events)
+            stops = model.renderer.stop_ids
+            return [leave_open(row, stops) if at in cut else row for at, row in enumerate(rows)]
         return self._form.encode(examples, model, events)
 
     @property

@@ -17,7 +17,7 @@ from torch import Tensor
 from luthier.core.catalog import Part
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events
-from luthier.core.types import Chat, Encoded, Example, Message, Pair
+from luthier.core.types import Chat, Encoded, Example, Pair, last_answer, prompt_of
 from luthier.data.batches import Batch, collate
 from luthier.engine.rollouts import numbers_for, roll_out
 from luthier.metrics.scorers import SCORERS
@@ -346,13 +346,13 @@ class GRPO(Objective):
 
 
 def _prompt(example: Chat | Pair, model: LoadedModel) -> Prompt:
+    said, tools = prompt_of(example)
     if isinstance(example, Pair):
-        said: str | tuple[Message, ...] = example.source
-        shown, gold, tools = example.source, example.target, ()
+        shown, gold = example.source, example.target
     else:
-        last = max(at for at, message in enumerate(example.messages) if message.role == "assistant")
-        said, gold, tools = example.messages[:last], example.messages[last].content, example.tools
-        shown = "\n".join(f"{turn.role}: {turn.content}" for turn in said)
+        last = last_answer(example)
+        shown = "\n".join(f"{turn.role}: {turn.content}" for turn in example.messages[:last])
+        gold = example.messages[last].content
     try:
         ids = model.renderer.prompt(said, tools)
     except DataError as err:
