@@ -44,9 +44,9 @@ def scorer(path, labels=("b", "a"), *, family="bert", multi_label=False, task="c
     return str(path)
 
 
-def prepared(teacher, examples, family="bert", **settings):
+def prepared(teacher, examples, family="bert", truncate=False, **settings):
     objective = Distil.make({"teacher": teacher, **settings})
-    model = load_model(str(tiny_model(family)), **objective.load_options(examples))
+    model = load_model(str(tiny_model(family)), truncate=truncate, **objective.load_options(examples))
     objective = objective.prepare(examples, Events())
     objective.check_model(model.spec)
     objective.adapt(model, examples)
@@ -121,6 +121,21 @@ def test_classes_are_matched_by_name_and_texts_read_in_each_models_own_tokens(st
     assert float(loss.sum.detach()) == pytest.approx(expected, rel=1e-4) and loss.weight == 3
 
 
+def test_what_either_model_does_not_read_is_counted(tmp_path):
+    """A cut, or a character outside the vocabulary; the teacher's context is the shorter."""
+    teacher = scorer(tmp_path / "teacher", max_length=12)
+    objective, model, _ = prepared(teacher, [Labelled("t:0", "ok", "a"), Labelled("t:1", "ok", "b")], truncate=True)
+    texts = ["win a prize now " * 3, "win a prize now " * 40, "\u1234 ok", "ok"]
+    events = Events()
+    objective.encode([Text(f"t:{at}", text) for at, text in enumerate(texts)], model, events)
+    counts = dict(events.warnings)
+    theirs, ours = (
+        next(one for one in counts if message in one) for message in ("teacher's context of 12", "to the context")
+    )
+    assert (counts.pop(theirs), counts.pop(ours)) == (2, 1)
+    assert sorted(counts.values()) == [1, 1] and all("does not know" in message for message in counts)
+
+
 def test_numbers_are_learned_in_the_teachers_unit(tmp_path):
     teacher = scorer(tmp_path / "teacher", (), task="regress", target_mean=50.0, target_scale=20.0)
     rows = [Labelled("t:0", TEXTS[0], 70.0, meta={"weight": 2.0}), Text("t:1", TEXTS[1])]
@@ -130,20 +145,48 @@ def test_numbers_are_learned_in_the_teachers_unit(tmp_path):
     assert objective.batch(encoded, model, (0, 0)).weight == 3.0
 
 
-def test_the_cache_tells_teachers_apart(tmp_path):
+def tell_apart(objective, model, rows, change):
+    """The teacher as it is, and with `change` made to it, whose other spec it may return."""
+    before, teacher = key_of(rows, objective, model), objective._teacher
+    assert key_of(rows, objective, model) == before
+    with torch.no_grad():
+        spec = change(teacher)
+    teacher.spec = teacher.spec.model_copy(update=spec if isinstance(spec, dict) else {})
+    assert key_of(rows, objective, model) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda teacher: teacher.module.head.weight.neg_(),
+        lambda teacher: teacher.module.head.bias.add_(1),
+        lambda teacher: next(teacher.network.parameters()).neg_(),
+        lambda teacher: teacher.module.bfloat16(),
+        lambda teacher: teacher.tokenizer.add_tokens(["prize"]),
+        lambda teacher: {"labels": teacher.spec.labels[::-1]},
+        lambda teacher: {"target_mean": 3.0},
+        lambda teacher: {"max_length": 12},
+        lambda teacher: {"pooling": "first"},
+    ],
+)
+def test_the_cache_tells_teachers_that_score_apart(change, tmp_path):
     """A directory may hold another teacher tomorrow."""
     rows = [Labelled("t:0", TEXTS[0], "a"), Labelled("t:1", TEXTS[1], "b")]
-    teacher = scorer(tmp_path / "teacher")
-    keys = []
-    for seed in (None, 5):
-        if seed:
-            other = load_model(teacher)
-            torch.manual_seed(seed)
-            torch.nn.init.normal_(other.module.head.weight)
-            save_model(other, tmp_path / "teacher")
-        objective, model, _ = prepared(teacher, rows)
-        keys.append(key_of(rows, objective, model))
-    assert keys[0] != keys[1]
+    objective, model, _ = prepared(scorer(tmp_path / "teacher"), rows)
+    tell_apart(objective, model, rows, change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda teacher: teacher.module.lm_head.weight.neg_(),
+        lambda teacher: {"template": {"name": "raw", "source": ""}},
+        lambda teacher: setattr(teacher.network.config, "rope_theta", 5.0),
+    ],
+)
+def test_the_cache_tells_teachers_that_write_apart(change):
+    objective, model, _ = prepared(str(tiny_model("llama", seed=1)), PAIRS, "llama", answers="teacher", max_tokens=4)
+    tell_apart(objective, model, PAIRS, change)
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,8 @@ from luthier.engine.pooled import score_batch
 from luthier.engine.rollouts import numbers_for, roll_out
 from luthier.models.cross_entropy import token_loss
 from luthier.models.divergence import Aim, divergence_loss
-from luthier.models.facts import fingerprint
 from luthier.models.load import read_kind
 from luthier.models.output import head_of
-from luthier.models.quantised.linear import sample
 from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.causal import supervised
 from luthier.training.objectives.classify import Classify, label_names
@@ -39,6 +37,7 @@ from luthier.training.objectives.teacher import (
     leave_open,
     load_teacher,
     read_scorer,
+    teacher_fingerprint,
     write_answers,
 )
 
@@ -177,11 +176,8 @@ class Distil(Objective):
         return () if self._teacher is None else (self._teacher,)
 
     def beside(self) -> str:
-        """What encoding reads beside the rows: the teacher's weights, by samples of them."""
-        if self._teacher is None or not (self._scores or self.answers == "teacher"):
-            return ""
-        head = getattr(self._teacher.module, "head", None)
-        return fingerprint(self._teacher.network) + (sample(head.weight).hex() if head is not None else "")
+        asked = self._scores or self.answers == "teacher"
+        return teacher_fingerprint(self._teacher) if self._teacher is not None and asked else ""
 
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         self.check_examples(examples)

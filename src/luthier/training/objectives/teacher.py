@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,14 @@ from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events
 from luthier.core.types import Chat, Encoded, Example, Pair, last_answer, prompt_of
 from luthier.engine.rollouts import roll_out
+from luthier.models.facts import fingerprint
 from luthier.models.fuse import fuse
 from luthier.models.load import load_model
 from luthier.models.packed import packs
+from luthier.models.quantised.linear import sample
 from luthier.models.sources import resolve_source
 from luthier.models.spec import LoadedModel, ModelSpec, read_spec
+from luthier.training.encoded import tokenizer_fingerprint
 
 
 def read_scorer(name: str) -> ModelSpec | None:
@@ -59,6 +63,21 @@ def load_teacher(name: str, student: LoadedModel, device: torch.device, events: 
         f"{count / 1e6:.1f} M parameters in {student.spec.precision}, frozen, {size / 2**20:.1f} MiB beside the student",
     )
     return teacher
+
+
+@torch.no_grad()
+def teacher_fingerprint(teacher: LoadedModel) -> str:
+    """A name for all that decides what a teacher says: its weights and head (by samples), the precision it computes in,
+    its spec (classes, unit, template, context), its configuration and its tokenizer."""
+    module, network = teacher.module, teacher.network
+    written = getattr(module, "generation_config", None)
+    digest = hashlib.sha256(teacher.spec.model_dump_json().encode())
+    digest.update(f"{network.dtype}{network.config.to_json_string()}".encode())
+    digest.update(b"" if written is None else written.to_json_string().encode())
+    digest.update(f"{tokenizer_fingerprint(teacher.tokenizer)}{fingerprint(network)}".encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample(tensor))
+    return digest.hexdigest()
 
 
 def check_same_classes(name: str, teacher: ModelSpec, student: ModelSpec) -> None:
