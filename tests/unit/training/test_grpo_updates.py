@@ -15,7 +15,8 @@ from luthier.data.batches import deal
 from luthier.models.load import load_model
 from luthier.training.checkpoint import read_checkpoint
 from luthier.training.objectives.gains import clipped
-from luthier.training.objectives.grpo import GRPO, Group
+from luthier.training.objectives.groups import Group
+from luthier.training.objectives.grpo import GRPO
 from luthier.training.repeats import repeated, take_share
 from luthier.training.world import World
 from luthier.verbs.tune import Tune, plan, tune

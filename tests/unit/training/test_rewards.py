@@ -5,7 +5,8 @@ import torch
 
 from luthier.core.config import resolve
 from luthier.core.errors import ConfigError, TrainingError
-from luthier.training.objectives.grpo import GRPO, parse_reward
+from luthier.training.objectives.grpo import GRPO
+from luthier.training.rewards.parse import parse_reward
 from luthier.training.rewards.part import Answer
 from luthier.verbs.tune import Tune, tune
 from tiny import tiny_model
