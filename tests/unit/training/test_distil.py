@@ -18,12 +18,6 @@ PAIRS = [Pair(f"t:{at}", text, text[::-1]) for at, text in enumerate(("say one",
 TEACHER = str(tiny_model("qwen2", seed=1))
 
 
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
-
-
 def prepared(examples=PAIRS, student: str = "qwen2", **settings):
     objective = Distil.make({"teacher": TEACHER, **settings}).prepare(examples, Events())
     model = load_model(str(tiny_model(student)))

@@ -28,12 +28,6 @@ TEXTS = ["win a prize now", "see you at seven", "free cash", "lunch at noon then
 PAIRS = [Pair(f"t:{at}", text, text[::-1]) for at, text in enumerate(TEXTS)]
 
 
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
-
-
 def scorer(path, labels=("b", "a"), *, family="bert", multi_label=False, task="classify", **spec):
     """A teacher with these classes, its head far from zero."""
     torch.manual_seed(2)
@@ -367,11 +361,8 @@ def test_labelled_and_unlabelled_sources_together(tmp_path, runs):
     assert record.state == "finished" and "accuracy" in record.metrics
 
 
-def test_two_processes_give_what_one_gives(tmp_path, runs, monkeypatch):
+def test_two_processes_give_what_one_gives(tmp_path, runs, cache):
     """One process of the machine asks the teacher; the other reads what it said."""
-    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
     teacher = scorer(tmp_path / "teacher")
     for name, rows in values(teacher)["data"].items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

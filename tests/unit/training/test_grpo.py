@@ -23,14 +23,6 @@ from luthier.verbs.tune import Tune, tune, tune_model
 from tiny import tiny_model
 
 PAIRS = [Pair(f"t:{at}", text, "7") for at, text in enumerate(("say one", "say it in two", "what is three?"))]
-DIGITS = "def digits(output):\n    return sum(one in '0123456789' for one in output) / max(1, len(output))\n"
-
-
-@pytest.fixture
-def digits(tmp_path):
-    path = tmp_path / "rewards.py"
-    path.write_text(DIGITS, encoding="utf-8")
-    return {"kind": "python", "function": f"{path}:digits"}
 
 
 def prepared(objective: GRPO, examples=PAIRS, family: str = "llama"):
@@ -197,12 +189,6 @@ def test_a_template_that_ends_no_turn_is_refused(tmp_path):
     model = load_model(str(tiny_model("llama")), template=str(path))
     with pytest.raises(ConfigError, match="no special token ends an answer in the chat template 'endless'"):
         GRPO(rewards="chrf").ready(model, model.device, Events())
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
 
 
 def settings(digits, **other):

@@ -23,23 +23,6 @@ from luthier.verbs.tune import Tune, plan, tune
 from tiny import tiny_model
 
 PAIRS = [Pair(f"t:{at}", text, "7") for at, text in enumerate(("say one", "say it in two", "what is three?"))]
-DIGITS = "def digits(output):\n    return sum(one in '0123456789' for one in output) / max(1, len(output))\n"
-
-
-@pytest.fixture
-def digits(tmp_path):
-    path = tmp_path / "rewards.py"
-    path.write_text(DIGITS, encoding="utf-8")
-    return {"kind": "python", "function": f"{path}:digits"}
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-    return tmp_path / "runs"
 
 
 def test_clipping_by_hand():
@@ -229,7 +212,7 @@ def test_a_run_that_stops_between_updates_goes_on_the_same(digits, runs, tmp_pat
     assert json.dumps(steps(runs, "whole")) == json.dumps(steps(runs, "parts"))
 
 
-def test_two_processes_give_what_one_gives_and_stop_between_updates(digits, runs, tmp_path):
+def test_two_processes_give_what_one_gives_and_stop_between_updates(digits, runs, tmp_path, cache):
     values = settings(digits, tmp_path, steps=8, learning_rate=2e-3)
     tune(resolve(Tune, values=values | {"name": "whole"}))
     with pytest.raises(KeyboardInterrupt):
