@@ -94,7 +94,8 @@ def prepared(name: str, folder: Path) -> tuple[Objective, LoadedModel, list]:
     objective = objective.prepare(examples, Events())
     objective.check_model(model.spec)
     objective.adapt(model, examples)
-    objective.ready(model, Events())
+    objective.ready(model, model.device, Events())
+    objective.keep_start(model, Events())
     rows = objective.encode(examples, model, Events())
     return objective, model, objective.refer(rows, model, Events(), folder)
 

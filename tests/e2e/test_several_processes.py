@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from luthier.core.events import read_events
 from luthier.core.run import read_record
+from luthier.models.load import load_model
+from luthier.models.save import save_model
 from tiny import tiny_model
 
 pytestmark = pytest.mark.e2e
@@ -80,6 +83,9 @@ CASES = {
     "distil": ("llama", "CHATS", distil(divergence="jsd", hard=0.3)),
     "distil, texts": ("gpt2", "TEXT_ROWS", {**distil("TEXT_TEACHER", temperature=2), "max_length": 16}),
     "distil, on policy": ("llama", "CHATS", distil(on_policy=0.5, max_tokens=6)),
+    "distil, written": ("llama", "CHATS", distil(answers="teacher", hard=0.3, max_tokens=6)),
+    "distil, classes": ("llama", "LABELLED", {**distil("CLASSIFIER", temperature=2, hard=0.2), "adapter": LORA}),
+    "distil, numbers": ("bert", "NUMBERS", distil("REGRESSOR")),
     "dpo": ("llama", "LIKED", {"objective": {"kind": "dpo", "sft": 0.5}}),
     "ipo": ("llama", "WEIGHED_LIKED", {"objective": {"kind": "dpo", "loss": "ipo"}, "micro_tokens": 30}),
     "dpo, lora": ("llama", "LIKED", {"objective": {"kind": "dpo", "label_smoothing": 0.1}, "adapter": LORA}),
@@ -180,10 +186,15 @@ for name, settings in json.load(open(sys.argv[1])).items():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Where the rows lie."""
+    """Where the rows lie, and the teachers that give classes and numbers."""
     place = tmp_path_factory.mktemp("several")
     for name, rows in ROWS.items():
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for task, labels in (("classify", ("y", "x")), ("regress", ())):
+        torch.manual_seed(2)
+        teacher = load_model(str(tiny_model("bert", seed=1)), task=task, labels=labels)
+        torch.nn.init.normal_(teacher.module.head.weight, std=0.7)
+        save_model(teacher, place / task)
     return place
 
 
@@ -225,10 +236,11 @@ def settings_of(cases: dict, case: str, place: Path, sharding: str) -> dict:
         return str(place / f"{name}.jsonl")
 
     model, rows, own = cases[case]
-    known = {"TEACHER": str(tiny_model("llama", seed=1)), "TEXT_TEACHER": str(tiny_model("gpt2", seed=1))}
+    known = {"TEACHER": tiny_model("llama", seed=1), "TEXT_TEACHER": tiny_model("gpt2", seed=1)}
+    known |= {"CLASSIFIER": place / "classify", "REGRESSOR": place / "regress"}
     own = json.loads(json.dumps(own))
     if isinstance(own.get("objective"), dict) and "teacher" in own["objective"]:
-        own["objective"]["teacher"] = known[own["objective"]["teacher"]]
+        own["objective"]["teacher"] = str(known[own["objective"]["teacher"]])
     train = path(rows) if isinstance(rows, str) else [{**one, "source": path(one["source"])} for one in rows]
     data = {"train": train, "validation": path(rows if isinstance(rows, str) else "CHATS"), **own.pop("data", {})}
     # With its usual eps Adam makes a whole step of a gradient that is all rounding.
@@ -268,6 +280,9 @@ def test_several_processes_learn_what_one_learns(processes, sharding, place, alo
         compare(one, several, case, limit, most=2e-2 if half else 2e-3 if case in LOOSE else 1e-5, abs=max(limit, 1e-6))
         records = [read_record(run) for run in (one, several)]
         assert half or records[0].numbers["best_step"] == records[1].numbers["best_step"], case
+        # Memory is predicted where one process can predict it.
+        said = ["not predicted" in record.choices["memory"] for record in records]
+        assert said[0] == said[1], (case, records[1].choices["memory"])
 
 
 def compare(one: Path, other: Path, case: str, limit: float, *, most: float, abs: float) -> None:

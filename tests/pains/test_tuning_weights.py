@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from adapted import EDGES, TOKENS, logits
 from luthier.core.config import resolve
 from luthier.core.errors import ModelError, RunError
 from luthier.core.events import read_events
@@ -15,8 +16,6 @@ from luthier.models.save import save_model
 from luthier.verbs.merge import merge
 from luthier.verbs.tune import Tune, tune
 from tiny import tiny_model
-
-IDS = torch.tensor([5, 30, 31, 32, 33, 34])
 
 
 def adapted(family, adapter, scale=0.05, precision="float32"):
@@ -30,11 +29,6 @@ def adapted(family, adapter, scale=0.05, precision="float32"):
         for name, parameter in named:
             parameter.add_((10 if "lora_b" in name else 1) * scale * torch.randn_like(parameter))
     return loaded, part
-
-
-@torch.no_grad()
-def logits(loaded, ids=IDS):
-    return loaded.module(input_ids=ids[None]).logits[0]
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "pissa"])
@@ -75,17 +69,6 @@ def test_pain_08_a_merge_that_changes_the_model_is_not_written(tmp_path, monkeyp
     with pytest.raises(ModelError, match=r"differs from the adapted one by .* of its outputs, so nothing was written"):
         merge(model=str(tmp_path / "adapter"), output=tmp_path / "other")
     assert not (tmp_path / "other").exists()
-
-
-TOKENS = ["<tool>", "<answer>"]
-EDGES = [
-    {"targets": ["lm_head"]},
-    {"targets": ["embed_tokens"]},
-    {"targets": ["embed_tokens", "lm_head", "q_proj"]},
-    {"tokens": TOKENS},
-    {"also": ["lm_head"]},
-    {"also": ["embed_tokens"]},
-]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2", "gemma"])  # with tied embeddings and without

@@ -23,12 +23,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    torch.set_num_threads(1)
-
-
 def our_losses(**settings) -> list[float]:
     events: list[dict] = []
     values = {

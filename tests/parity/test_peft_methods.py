@@ -41,12 +41,6 @@ STEPS = 3
 RATES = {"prompt": 200.0, "prefix": 5.0, "vera": 20.0}
 
 
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    torch.set_num_threads(1)
-
-
 def start(method, family, path):
     """A directory with an adapter that does something, for both to begin with."""
     torch.manual_seed(1)

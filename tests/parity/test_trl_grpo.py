@@ -10,15 +10,41 @@ import pytest
 import torch
 
 from luthier.models.divergence import Aim
-from luthier.training.objectives import grpo
-from luthier.training.objectives.grpo import GRPO, Prompt
+from luthier.training.objectives import groups, grpo
+from luthier.training.objectives.groups import Prompt
+from luthier.training.objectives.grpo import GRPO
 
 KEPT = json.loads((Path(__file__).parent / "trl_grpo_values.json").read_text(encoding="utf-8"))
+PARTS = [slice(start, start + KEPT["group"]) for start in range(0, len(KEPT["rewards"]), KEPT["group"])]
 AVERAGES = {"grpo": "answers", "dapo": "tokens", "dr_grpo": "constant"}
 
 
 def named(values: dict) -> str:
     return "-".join(str(value) for name, value in values.items() if name not in ("loss", "gradient"))
+
+
+class Held:
+    """A reference whose numbers are kept."""
+
+    def active(self):
+        return nullcontext()
+
+
+def form_groups(objective):
+    row = Prompt("p", (1, 2), (0.0, 0.0))
+    answers = [([[3] * len(one) for one in KEPT["now"][part]], {"reward": KEPT["rewards"][part]}) for part in PARTS]
+    return [groups.form_group(objective, row, ids, each) for ids, each in answers]
+
+
+def say(monkeypatch, *sides):
+    """Let the model say what is kept under these names, one after the other."""
+    left = iter([KEPT[side] for side in sides])
+
+    def log_probs(model, rows, head):
+        side = next(left)
+        return [np.concatenate([[0.0, 0.0], *side[part]]) for part in PARTS]
+
+    monkeypatch.setattr(groups, "log_probs", log_probs)
 
 
 @pytest.mark.parametrize("expected", KEPT["grpo"], ids=named)
@@ -31,32 +57,14 @@ def test_the_loss_and_what_each_token_should_gain(monkeypatch, expected):
         standardise=expected["scale"],
         average=AVERAGES[expected["loss_type"]],
     )
-    row = Prompt("p", (1, 2), (0.0, 0.0))
-    starts = range(0, len(KEPT["rewards"]), KEPT["group"])
-    parts = [slice(start, start + KEPT["group"]) for start in starts]
-    groups = [
-        objective._group(row, [[3] * len(one) for one in KEPT["now"][part]], {"reward": KEPT["rewards"][part]})
-        for part in parts
-    ]
+    formed = form_groups(objective)
     if objective.beta:
-
-        class Held:
-            def active(self):
-                return nullcontext()
-
-        objective._reference = Held()
-        sides = iter([KEPT["now"], KEPT["start"]])
-
-        def log_probs(model, rows, head):
-            side = next(sides)
-            return [np.concatenate([[0.0, 0.0], *side[part]]) for part in parts]
-
-        monkeypatch.setattr(grpo, "log_probs", log_probs)
-        groups = objective._hold(groups, None)
-    weight = sum(group.count for group in groups)
-    assert sum(group.value for group in groups) / weight == pytest.approx(expected["loss"], abs=1e-12)
+        say(monkeypatch, "now", "start")
+        formed = groups.hold(objective, formed, None, Held())
+    weight = sum(group.count for group in formed)
+    assert sum(group.value for group in formed) / weight == pytest.approx(expected["loss"], abs=1e-12)
     found = []
-    for group in groups:
+    for group in formed:
         edges = np.cumsum(group.segments)
         found += [group.weights[start:end] for start, end in pairwise(edges)]
     # the weight of a token is minus the gradient after its log-likelihood
@@ -77,26 +85,9 @@ def test_a_second_update_from_the_same_answers(monkeypatch, expected):
         updates=2,
         clip_high=0.28,
     )
-    row = Prompt("p", (1, 2), (0.0, 0.0))
-    parts = [slice(start, start + KEPT["group"]) for start in range(0, len(KEPT["rewards"]), KEPT["group"])]
-    groups = [
-        objective._group(row, [[3] * len(one) for one in KEPT["now"][part]], {"reward": KEPT["rewards"][part]})
-        for part in parts
-    ]
-
-    class Held:
-        def active(self):
-            return nullcontext()
-
-    objective._reference = Held()
-    sides = iter([KEPT["written"], KEPT["start"]])
-
-    def log_probs(model, rows, head):
-        side = next(sides)
-        return [np.concatenate([[0.0, 0.0], *side[part]]) for part in parts]
-
-    monkeypatch.setattr(grpo, "log_probs", log_probs)
-    batch = objective.batch(objective._remember(groups, None), None, (0, 0))
+    say(monkeypatch, "written", "start")
+    held = groups.remember(objective, form_groups(objective), None, Held())
+    batch = objective.batch(held, None, (0, 0))
     now_M = torch.tensor([one for row in KEPT["now"] for one in row], dtype=torch.float64, requires_grad=True)
     monkeypatch.setattr(grpo, "token_nll", lambda head, states, target: -now_M.detach())
     monkeypatch.setattr(grpo, "token_loss", lambda head, states, target, weight: -(weight * now_M).sum())

@@ -93,6 +93,19 @@ class Feedback:
 Example: TypeAlias = Text | Chat | Labelled | Pair | Preference | Feedback
 
 
+def last_answer(chat: Chat) -> int:
+    """Which of its messages is the assistant's last."""
+    return max(at for at, message in enumerate(chat.messages) if message.role == "assistant")
+
+
+def prompt_of(example: Example) -> tuple[str | tuple[Message, ...], tuple[dict[str, Any], ...]]:
+    """What is answered by the target of a pair, or by the last answer of a conversation; and the tools at hand."""
+    if isinstance(example, Pair):
+        return example.source, ()
+    assert isinstance(example, Chat)
+    return example.messages[: last_answer(example)], example.tools
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """An example as the model sees it.

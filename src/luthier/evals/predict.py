@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 
 from luthier.core.errors import DataError
 from luthier.core.events import Events
-from luthier.core.types import Chat, Encoded, Example, Labelled, Message, Pair, Prediction, Text
+from luthier.core.types import (
+    Chat,
+    Encoded,
+    Example,
+    Labelled,
+    Message,
+    Pair,
+    Prediction,
+    Text,
+    last_answer,
+    prompt_of,
+)
 from luthier.engine.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -64,7 +75,7 @@ def predict_examples(
                 Prediction(example.id, None, None, nll=nll, tokens=round(count), bytes=size, input=text[:2000])
             )
         return scored
-    prompts = [_prompt_of(example) for example in examples]
+    prompts = [prompt_of(example)[0] for example in examples]
     if events is not None:
         tell_engine(model, sampling or Sampling(), events)
     written = generate(model, prompts, sampling, batch_size=batch_size, on_progress=tell)
@@ -159,24 +170,13 @@ def _score_masked(
     return found
 
 
-def _prompt_of(example: Example) -> str | tuple[Message, ...]:
-    if isinstance(example, Pair):
-        return example.source
-    assert isinstance(example, Chat)
-    return example.messages[: _last_answer(example)]
-
-
 def _gold_of(example: Example) -> str:
     if isinstance(example, Chat):
-        return example.messages[_last_answer(example)].content
+        return example.messages[last_answer(example)].content
     if isinstance(example, Pair):
         return example.target
     assert isinstance(example, Text)
     return example.text
-
-
-def _last_answer(example: Chat) -> int:
-    return max(at for at, message in enumerate(example.messages) if message.role == "assistant")
 
 
 def _shown(prompt: str | Sequence[Message]) -> str:

@@ -7,7 +7,6 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, rankdata
 
 from luthier.core.types import Estimate
 from luthier.metrics.statistics import Floats, as_floats, bootstrap, wilson
@@ -56,6 +55,8 @@ def roc_auc(scores: Sequence[float], positive: Sequence[bool]) -> Estimate:
 
     Raises ValueError when one of the two kinds is absent.
     """
+    from scipy.stats import norm, rankdata
+
     values, yes = as_floats(scores), np.asarray(positive, bool)
     above, below = values[yes], values[~yes]
     m, n = len(above), len(below)

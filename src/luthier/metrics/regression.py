@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scipy.stats import pearsonr, spearmanr
-
 from luthier.core.types import Estimate
 from luthier.metrics.statistics import Floats, as_floats, fisher, mean
 
@@ -22,6 +20,8 @@ def mae(said: Sequence[float], meant: Sequence[float]) -> Estimate:
 
 def pearson(said: Sequence[float], meant: Sequence[float]) -> Estimate | None:
     """Linear correlation, with Fisher's interval; None where one side is constant or there are fewer than 3 items."""
+    from scipy.stats import pearsonr
+
     one, other = as_floats(said), as_floats(meant)
     if len(one) < 3 or _is_constant(one) or _is_constant(other):
         return None
@@ -30,6 +30,8 @@ def pearson(said: Sequence[float], meant: Sequence[float]) -> Estimate | None:
 
 def spearman(said: Sequence[float], meant: Sequence[float]) -> Estimate | None:
     """Rank correlation, with the interval of Bonett and Wright (2000): variance of z = (1 + r^2 / 2) / (n - 3)."""
+    from scipy.stats import spearmanr
+
     one, other = as_floats(said), as_floats(meant)
     if len(one) < 3 or _is_constant(one) or _is_constant(other):
         return None

@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, norm
 
 from luthier.core.errors import DataError
 from luthier.core.types import Estimate
@@ -23,6 +22,8 @@ CHUNK = 200
 def wilson(successes: float, n: int, level: float = 0.95) -> Estimate:
     """A share of `n` yes-or-no items with Wilson's score interval (Wilson 1927)."""
     _need(n)
+    from scipy.stats import norm
+
     z = float(norm.ppf(0.5 + level / 2))
     share = successes / n
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -78,6 +79,8 @@ def paired_difference(one: Floats, other: Floats, level: float = 0.95, seed: int
 
 def mcnemar(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     """Exact two-sided p of McNemar's test (1947): are the items that only one gets right evenly divided?"""
+    from scipy.stats import binomtest
+
     only_one, only_other = int((one & ~other).sum()), int((other & ~one).sum())
     both = only_one + only_other
     return 1.0 if both == 0 else float(binomtest(only_one, both, 0.5).pvalue)
@@ -88,6 +91,8 @@ def fisher(correlation: float, n: int, variance: float, method: str, level: floa
     _need(n)
     if n < 4 or abs(correlation) >= 1:
         return Estimate(correlation, -1.0 if n < 4 else correlation, 1.0 if n < 4 else correlation, n, method, level)
+    from scipy.stats import norm
+
     half = float(norm.ppf(0.5 + level / 2)) * math.sqrt(variance)
     z = math.atanh(correlation)
     return Estimate(correlation, math.tanh(z - half), math.tanh(z + half), n, method, level)

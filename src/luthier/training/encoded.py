@@ -76,15 +76,22 @@ def key_of(examples: Sequence[Example], objective: Objective, model: LoadedModel
         objective.beside(),
         model.spec.model_dump(mode="json", exclude=PLACES),
         (renderer.max_length, renderer.truncate, renderer.learn, repr(renderer.template)),
+        tokenizer_fingerprint(model.tokenizer),
     ]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        model.tokenizer.save_pretrained(folder)
-        for file in sorted(Path(folder).iterdir()):
-            digest.update(file.read_bytes())
     for example in examples:
         digest.update(repr(example).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:40]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 over the files of a tokenizer."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        tokenizer.save_pretrained(folder)
+        for file in sorted(Path(folder).iterdir()):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _worth(examples: Sequence[Example]) -> bool:

@@ -65,7 +65,7 @@ class Work:
         """Read the data and load the model for the objective."""
         import torch
 
-        from luthier.models.load import load_model
+        from luthier.models.load import find_device, load_model
         from luthier.models.memory import keep_freed_memory
 
         config, events = self.config, self.events
@@ -136,8 +136,9 @@ class Work:
             tell_size(self.model.network, events)
         self.parameters = list(config.adapter.trainable(self.model))
         self._settle()
+        self.objective.ready(self.model, find_device(device) if self.hollow else self.model.device, events)
         if not self.shards:
-            self.objective.ready(self.model, events)
+            self.objective.keep_start(self.model, events)
             return
         from luthier.training.sharding import check_sharding
 
@@ -304,8 +305,8 @@ class Work:
             self.parameters = []  # the whole ones, which would stay in memory
             self.sharded = Sharded(self.model, world, device, hollow=self.hollow)
             self.parameters = list(self.config.adapter.trainable(self.model))
-            # What stands beside the model comes once it takes less room, and is shared out like it.
-            self.objective.ready(self.model, self.events)
+            # A copy is made once the weights take less room, and is shared out like them.
+            self.objective.keep_start(self.model, self.events)
 
     def gather(self) -> None:
         """Leave the group: what is left is done by the first process, with the whole model."""

@@ -21,12 +21,6 @@ class Asked(Config):
     """How many."""
 
 
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
-
-
 def test_a_run_from_start_to_end(runs):
     asked = resolve(Asked, values={"steps": 5}).advise(model="other")
     run = Run.create("tune", asked, name="first")

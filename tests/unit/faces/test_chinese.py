@@ -302,7 +302,6 @@ def test_help_is_chinese_for_the_chinese_and_imports_nothing_for_others():
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": \n', encoding="utf-8")
     (tmp_path / "run.yaml").write_text(

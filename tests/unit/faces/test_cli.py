@@ -16,12 +16,6 @@ ROWS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
-
-
 def write_rows(path) -> str:
     path.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
     return str(path)

@@ -1,5 +1,8 @@
 """Error bars that cover what they promise, and hold at the edges."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -60,3 +63,19 @@ def test_pairs_see_what_an_unpaired_test_would_not():
 
 def test_indicators_of_empty_sets():
     assert indicators([(), ("a",)], ["a", "b"]).tolist() == [[False, False], [True, False]]
+
+
+NEEDLESS = """
+import sys
+from luthier.models.lean import import_lean
+assert import_lean()
+import luthier.training.objectives.distil, luthier.training.objectives.grpo
+import luthier.metrics.classification, luthier.metrics.regression
+print(*(name for name in ("scipy.stats", "sklearn") if name in sys.modules))
+"""
+
+
+def test_what_learns_does_not_wait_for_statistics():
+    done = subprocess.run([sys.executable, "-c", NEEDLESS], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [], done.stderr
+    assert done.returncode == 0, done.stderr

@@ -18,17 +18,11 @@ PAIRS = [Pair(f"t:{at}", text, text[::-1]) for at, text in enumerate(("say one",
 TEACHER = str(tiny_model("qwen2", seed=1))
 
 
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
-
-
 def prepared(examples=PAIRS, student: str = "qwen2", **settings):
     objective = Distil.make({"teacher": TEACHER, **settings}).prepare(examples, Events())
     model = load_model(str(tiny_model(student)))
     objective.check_model(model.spec)
-    objective.ready(model, Events())
+    objective.ready(model, model.device, Events())
     return objective, model, objective.encode(examples, model, Events())
 
 
@@ -116,10 +110,10 @@ def test_settings_that_do_not_go_together(settings, message):
 def test_a_teacher_that_does_not_fit_is_refused():
     model = load_model(str(tiny_model("qwen2")))
     with pytest.raises(ConfigError, match=r"has another tokenizer than .*tokens differ, '.*' among them"):
-        Distil(teacher=str(tiny_model("llama"))).ready(model, Events())
+        Distil(teacher=str(tiny_model("llama"))).ready(model, model.device, Events())
     model.spec = model.spec.model_copy(update={"max_length": 500})
     with pytest.raises(ConfigError, match="reads 128 tokens, and rows may have 500; set max_length: 128"):
-        Distil(teacher=TEACHER).ready(model, Events())
+        Distil(teacher=TEACHER).ready(model, model.device, Events())
 
 
 def test_a_teacher_whose_head_is_padded_teaches_the_same():

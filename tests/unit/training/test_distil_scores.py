@@ -10,7 +10,7 @@ import torch
 from luthier.core.config import resolve
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events, read_events
-from luthier.core.types import Chat, Labelled, Message, Pair, Preference, Text
+from luthier.core.types import Chat, Encoded, Labelled, Message, Pair, Preference, Text
 from luthier.engine.generate import generate
 from luthier.engine.sampling import Sampling
 from luthier.models.divergence import Aim
@@ -20,17 +20,12 @@ from luthier.training.encoded import key_of
 from luthier.training.objectives.distil import Distil
 from luthier.training.objectives.scores import taught_losses, taught_metrics
 from luthier.training.objectives.seq2seq import Seq2Seq
+from luthier.training.objectives.teacher import leave_open
 from luthier.verbs.tune import Tune, tune, tune_model
 from tiny import tiny_model
 
 TEXTS = ["win a prize now", "see you at seven", "free cash", "lunch at noon then", "claim your prize", "ok then"]
 PAIRS = [Pair(f"t:{at}", text, text[::-1]) for at, text in enumerate(TEXTS)]
-
-
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
 
 
 def scorer(path, labels=("b", "a"), *, family="bert", multi_label=False, task="classify", **spec):
@@ -43,13 +38,13 @@ def scorer(path, labels=("b", "a"), *, family="bert", multi_label=False, task="c
     return str(path)
 
 
-def prepared(teacher, examples, family="bert", **settings):
+def prepared(teacher, examples, family="bert", truncate=False, **settings):
     objective = Distil.make({"teacher": teacher, **settings})
-    model = load_model(str(tiny_model(family)), **objective.load_options(examples))
+    model = load_model(str(tiny_model(family)), truncate=truncate, **objective.load_options(examples))
     objective = objective.prepare(examples, Events())
     objective.check_model(model.spec)
     objective.adapt(model, examples)
-    objective.ready(model, Events())
+    objective.ready(model, model.device, Events())
     return objective, model, objective.encode(examples, model, Events())
 
 
@@ -120,6 +115,21 @@ def test_classes_are_matched_by_name_and_texts_read_in_each_models_own_tokens(st
     assert float(loss.sum.detach()) == pytest.approx(expected, rel=1e-4) and loss.weight == 3
 
 
+def test_what_either_model_does_not_read_is_counted(tmp_path):
+    """A cut, or a character outside the vocabulary; the teacher's context is the shorter."""
+    teacher = scorer(tmp_path / "teacher", max_length=12)
+    objective, model, _ = prepared(teacher, [Labelled("t:0", "ok", "a"), Labelled("t:1", "ok", "b")], truncate=True)
+    texts = ["win a prize now " * 3, "win a prize now " * 40, "\u1234 ok", "ok"]
+    events = Events()
+    objective.encode([Text(f"t:{at}", text) for at, text in enumerate(texts)], model, events)
+    counts = dict(events.warnings)
+    theirs, ours = (
+        next(one for one in counts if message in one) for message in ("teacher's context of 12", "to the context")
+    )
+    assert (counts.pop(theirs), counts.pop(ours)) == (2, 1)
+    assert sorted(counts.values()) == [1, 1] and all("does not know" in message for message in counts)
+
+
 def test_numbers_are_learned_in_the_teachers_unit(tmp_path):
     teacher = scorer(tmp_path / "teacher", (), task="regress", target_mean=50.0, target_scale=20.0)
     rows = [Labelled("t:0", TEXTS[0], 70.0, meta={"weight": 2.0}), Text("t:1", TEXTS[1])]
@@ -129,20 +139,48 @@ def test_numbers_are_learned_in_the_teachers_unit(tmp_path):
     assert objective.batch(encoded, model, (0, 0)).weight == 3.0
 
 
-def test_the_cache_tells_teachers_apart(tmp_path):
+def tell_apart(objective, model, rows, change):
+    """The teacher as it is, and with `change` made to it, whose other spec it may return."""
+    before, teacher = key_of(rows, objective, model), objective._teacher
+    assert key_of(rows, objective, model) == before
+    with torch.no_grad():
+        spec = change(teacher)
+    teacher.spec = teacher.spec.model_copy(update=spec if isinstance(spec, dict) else {})
+    assert key_of(rows, objective, model) != before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda teacher: teacher.module.head.weight.neg_(),
+        lambda teacher: teacher.module.head.bias.add_(1),
+        lambda teacher: next(teacher.network.parameters()).neg_(),
+        lambda teacher: teacher.module.bfloat16(),
+        lambda teacher: teacher.tokenizer.add_tokens(["prize"]),
+        lambda teacher: {"labels": teacher.spec.labels[::-1]},
+        lambda teacher: {"target_mean": 3.0},
+        lambda teacher: {"max_length": 12},
+        lambda teacher: {"pooling": "first"},
+    ],
+)
+def test_the_cache_tells_teachers_that_score_apart(change, tmp_path):
     """A directory may hold another teacher tomorrow."""
     rows = [Labelled("t:0", TEXTS[0], "a"), Labelled("t:1", TEXTS[1], "b")]
-    teacher = scorer(tmp_path / "teacher")
-    keys = []
-    for seed in (None, 5):
-        if seed:
-            other = load_model(teacher)
-            torch.manual_seed(seed)
-            torch.nn.init.normal_(other.module.head.weight)
-            save_model(other, tmp_path / "teacher")
-        objective, model, _ = prepared(teacher, rows)
-        keys.append(key_of(rows, objective, model))
-    assert keys[0] != keys[1]
+    objective, model, _ = prepared(scorer(tmp_path / "teacher"), rows)
+    tell_apart(objective, model, rows, change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda teacher: teacher.module.lm_head.weight.neg_(),
+        lambda teacher: {"template": {"name": "raw", "source": ""}},
+        lambda teacher: setattr(teacher.network.config, "rope_theta", 5.0),
+    ],
+)
+def test_the_cache_tells_teachers_that_write_apart(change):
+    objective, model, _ = prepared(str(tiny_model("llama", seed=1)), PAIRS, "llama", answers="teacher", max_tokens=4)
+    tell_apart(objective, model, PAIRS, change)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +222,7 @@ def test_settings_and_teachers_that_do_not_fit(tmp_path):
     objective, model, _ = prepared(teacher, rows)
     model.spec = model.spec.model_copy(update={"labels": ("a", "z")})
     with pytest.raises(ConfigError, match=r"sort into other classes \('b' is a class of one alone\)"):
-        objective.ready(model, Events())
+        objective.ready(model, model.device, Events())
     rewards = scorer(tmp_path / "rewards", (), task="regress", learned="reward")
     with pytest.raises(ConfigError, match="gives rewards for conversations"):
         prepared(rewards, rows)
@@ -225,12 +263,39 @@ def test_answers_that_the_teacher_writes(beams):
     objective, model, _ = prepared(teacher.spec.source, PAIRS, "bart", **settings)
     rows = objective.encode(PAIRS, model, events)
     written = [replace(pair, target=one.text.strip() or pair.target) for pair, one in zip(PAIRS, said)]
-    assert rows == Seq2Seq().encode(written, model, Events())
+    assert [row.target for row in rows] == [row.target for row in Seq2Seq().encode(written, model, Events())]
     silent = sum(not one.text.strip() for one in said)
-    assert list(events.warnings.values()) == ([silent] if silent else [])
+    cut = sum(one.finish == "length" and bool(one.text.strip()) for one in said)
+    assert list(events.warnings.values()) == [count for count in (silent, cut) if count]
+    assert sum(row.target_weights[-1] == 0 for row in rows) == cut
     batch = objective.batch(rows, model, (0, 0))
     mine, plain = (one.measure(model, batch)[0] for one in (objective, Seq2Seq()))
     assert float(mine.sum.detach()) == float(plain.sum.detach()) and mine.weight == plain.weight
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "bart"])
+def test_an_answer_that_was_cut_does_not_teach_to_stop(family, monkeypatch):
+    """The student would learn to end in the middle of a sentence."""
+    events = Events()
+    objective, model, _ = prepared(
+        str(tiny_model(family, seed=1)), PAIRS, family, answers="teacher", hard=1.0, max_tokens=4
+    )
+    text, end = model.tokenizer("so", add_special_tokens=False)["input_ids"], model.spec.stop_ids[0]
+    said = [(*text, end), tuple(text), (end,)]
+    monkeypatch.setattr("luthier.training.objectives.teacher.roll_out", lambda *rest, **more: said)
+    rows = objective.encode(PAIRS[:3], model, events)
+    for row, ends in zip(rows, (1.0, 0.0, 1.0)):
+        ids, weights = (row.target, row.target_weights) if row.target else (row.ids, row.weights)
+        last = max(at for at, token in enumerate(ids) if token == end)
+        assert weights[last] == ends and not any(weights[last + 1 :]) and weights[last - 1] == 1.0
+    warned = {message.split(" ")[0]: count for message, count in events.warnings.items()}
+    assert warned == {"answers": 1, "prompts": 1}
+
+
+def test_of_a_cut_row_the_end_of_an_earlier_turn_is_still_learned():
+    row = Encoded("t:0", (1, 2, 9, 3, 4), (0.0, 1.0, 1.0, 0.0, 1.0))
+    assert leave_open(row, (9,)) == row
+    assert leave_open(replace(row, ids=(1, 2, 3, 4, 9)), (9,)).weights == (0.0, 1.0, 1.0, 0.0, 0.0)
 
 
 def test_a_teacher_that_writes_may_have_another_tokenizer():
@@ -296,11 +361,8 @@ def test_labelled_and_unlabelled_sources_together(tmp_path, runs):
     assert record.state == "finished" and "accuracy" in record.metrics
 
 
-def test_two_processes_give_what_one_gives(tmp_path, runs, monkeypatch):
+def test_two_processes_give_what_one_gives(tmp_path, runs, cache):
     """One process of the machine asks the teacher; the other reads what it said."""
-    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
     teacher = scorer(tmp_path / "teacher")
     for name, rows in values(teacher)["data"].items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -15,26 +15,21 @@ from luthier.core.errors import ConfigError
 from luthier.core.events import Events, read_events
 from luthier.core.types import Chat, Message, Pair
 from luthier.models.load import load_model
-from luthier.training.objectives.grpo import GRPO, Group, advantages, pull
+from luthier.training.objectives.gains import advantages, pull
+from luthier.training.objectives.groups import Group, form_group
+from luthier.training.objectives.grpo import GRPO
 from luthier.training.reference import Reference, log_probs
 from luthier.verbs.tune import Tune, tune, tune_model
 from tiny import tiny_model
 
 PAIRS = [Pair(f"t:{at}", text, "7") for at, text in enumerate(("say one", "say it in two", "what is three?"))]
-DIGITS = "def digits(output):\n    return sum(one in '0123456789' for one in output) / max(1, len(output))\n"
-
-
-@pytest.fixture
-def digits(tmp_path):
-    path = tmp_path / "rewards.py"
-    path.write_text(DIGITS, encoding="utf-8")
-    return {"kind": "python", "function": f"{path}:digits"}
 
 
 def prepared(objective: GRPO, examples=PAIRS, family: str = "llama"):
     model = load_model(str(tiny_model(family)))
     objective.check_model(model.spec)
-    objective.ready(model, Events())
+    objective.ready(model, model.device, Events())
+    objective.keep_start(model, Events())
     return model, objective.encode(examples, model, Events())
 
 
@@ -61,7 +56,7 @@ def test_weights_of_a_group_by_hand():
     size = len(rows[0].ids)
     for average, shares, count in (("answers", (1 / 2, 1 / 4), 2), ("tokens", (1, 1), 6), ("constant", (0.1, 0.1), 2)):
         objective = GRPO(rewards="exact_match", samples=2, max_tokens=10, average=average)
-        group = objective._group(rows[0], answers, judged)
+        group = form_group(objective, rows[0], answers, judged)
         assert group.ids == (*rows[0].ids, 5, 6, 7, 8, 9, 10)
         assert group.segments == (size, 2, 4) and group.parents == (-1, 0, 0)
         assert group.weights[:size] == (0.0,) * size and group.count == count
@@ -70,7 +65,7 @@ def test_weights_of_a_group_by_hand():
         assert group.value == pytest.approx(-gain * shares[0] * 2 + gain * shares[1] * 4)
     # Dr. GRPO: neither lengths nor the standard deviation
     plain = GRPO(rewards="exact_match", samples=2, max_tokens=10, average="constant", standardise=False)
-    assert list(plain._group(rows[0], answers, judged).weights[size:]) == pytest.approx([0.05] * 2 + [-0.05] * 4)
+    assert list(form_group(plain, rows[0], answers, judged).weights[size:]) == pytest.approx([0.05] * 2 + [-0.05] * 4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -188,10 +183,12 @@ def test_a_classifier_and_an_encoder_decoder_are_refused():
         GRPO(rewards="chrf").check_model(load_model(str(tiny_model("t5"))).spec)
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
+def test_a_template_that_ends_no_turn_is_refused(tmp_path):
+    path = tmp_path / "endless.jinja"
+    path.write_text("{% for m in messages %}{{ m.role ~ ': ' ~ m.content ~ '\\n' }}{% endfor %}", encoding="utf-8")
+    model = load_model(str(tiny_model("llama")), template=str(path))
+    with pytest.raises(ConfigError, match="no special token ends an answer in the chat template 'endless'"):
+        GRPO(rewards="chrf").ready(model, model.device, Events())
 
 
 def settings(digits, **other):

@@ -15,30 +15,14 @@ from luthier.data.batches import deal
 from luthier.models.load import load_model
 from luthier.training.checkpoint import read_checkpoint
 from luthier.training.objectives.gains import clipped
-from luthier.training.objectives.grpo import GRPO, Group
+from luthier.training.objectives.groups import Group
+from luthier.training.objectives.grpo import GRPO
 from luthier.training.repeats import repeated, take_share
 from luthier.training.world import World
 from luthier.verbs.tune import Tune, plan, tune
 from tiny import tiny_model
 
 PAIRS = [Pair(f"t:{at}", text, "7") for at, text in enumerate(("say one", "say it in two", "what is three?"))]
-DIGITS = "def digits(output):\n    return sum(one in '0123456789' for one in output) / max(1, len(output))\n"
-
-
-@pytest.fixture
-def digits(tmp_path):
-    path = tmp_path / "rewards.py"
-    path.write_text(DIGITS, encoding="utf-8")
-    return {"kind": "python", "function": f"{path}:digits"}
-
-
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-    return tmp_path / "runs"
 
 
 def test_clipping_by_hand():
@@ -64,7 +48,8 @@ def test_the_gains_are_the_derivative():
 
 def prepared(objective: GRPO, family: str = "llama"):
     model = load_model(str(tiny_model(family)))
-    objective.ready(model, Events())
+    objective.ready(model, model.device, Events())
+    objective.keep_start(model, Events())
     return model, objective.encode(PAIRS, model, Events())
 
 
@@ -227,7 +212,7 @@ def test_a_run_that_stops_between_updates_goes_on_the_same(digits, runs, tmp_pat
     assert json.dumps(steps(runs, "whole")) == json.dumps(steps(runs, "parts"))
 
 
-def test_two_processes_give_what_one_gives_and_stop_between_updates(digits, runs, tmp_path):
+def test_two_processes_give_what_one_gives_and_stop_between_updates(digits, runs, tmp_path, cache):
     values = settings(digits, tmp_path, steps=8, learning_rate=2e-3)
     tune(resolve(Tune, values=values | {"name": "whole"}))
     with pytest.raises(KeyboardInterrupt):

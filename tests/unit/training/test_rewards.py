@@ -5,7 +5,8 @@ import torch
 
 from luthier.core.config import resolve
 from luthier.core.errors import ConfigError, TrainingError
-from luthier.training.objectives.grpo import GRPO, parse_reward
+from luthier.training.objectives.grpo import GRPO
+from luthier.training.rewards.parse import parse_reward
 from luthier.training.rewards.part import Answer
 from luthier.verbs.tune import Tune, tune
 from tiny import tiny_model
@@ -110,8 +111,7 @@ def test_mistakes_while_it_runs(file, body, message):
         reward.score([answer()])
 
 
-def test_a_tuned_model_is_a_reward(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path))
+def test_a_tuned_model_is_a_reward():
     rows = [{"sentence1": "say", "sentence2": word * count, "score": float(count)} for word in "ab" for count in (1, 4)]
     values = {
         "model": str(tiny_model("llama")),

@@ -21,12 +21,6 @@ ROWS = [{"prompt": f"say {at}", "completion": f"it is {at}"} for at in range(16)
 SETTINGS = {"data": {"train": ROWS, "split": {"validation": 0}}, "objective": "sft", "steps": 3, "baselines": False}
 
 
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
-
-
 def test_weights_that_do_not_move_end_the_run(runs):
     with pytest.raises(TrainingError, match="no weight moved in the first step"):
         tune(model=str(tiny_model("llama")), learning_rate=1e-30, optimizer={"kind": "sgd"}, **SETTINGS)

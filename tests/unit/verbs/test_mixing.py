@@ -19,7 +19,6 @@ QUICK = {"batch_size": 4, "learning_rate": 3e-3, "validate_every": 6, "checkpoin
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
     monkeypatch.chdir(tmp_path)
     draw = random.Random(0)
     chats = [

@@ -31,13 +31,6 @@ VERDICTS = [
 QUICK = {"steps": 25, "learning_rate": 5e-3, "batch_size": 6, "schedule": "constant"}
 
 
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    torch.set_num_threads(1)
-    return tmp_path / "runs"
-
-
 def tuned(objective, rows=PAIRS, **more):
     data = {"train": rows, "validation": rows}
     return tune(**{"model": str(tiny_model("llama")), "data": data, "objective": objective, **QUICK, **more})

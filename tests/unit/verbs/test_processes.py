@@ -35,15 +35,7 @@ BASE = {
     "baselines": False,
     "validate_every": 2,
 }
-
-
-@pytest.fixture(autouse=True)
-def places(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-    return tmp_path / "runs"
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def learn(name: str, *sinks, **settings):
@@ -64,7 +56,7 @@ def weights(model) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.module.named_parameters()}
 
 
-def test_two_processes_give_what_one_gives(places):
+def test_two_processes_give_what_one_gives(runs):
     # At this rate the validation soon gets no better, and both stop early.
     settings = {
         "adapter": {"kind": "lora", "rank": 4},
@@ -75,15 +67,15 @@ def test_two_processes_give_what_one_gives(places):
     }
     one = learn("one", **settings)
     two = learn("two", processes=2, **settings)
-    assert seen(places / "two") == pytest.approx(seen(places / "one"), rel=1e-6)
-    assert seen(places / "two", "validate") == pytest.approx(seen(places / "one", "validate"), rel=1e-6)
-    assert read_record(places / "one").numbers["stopped_early"] and len(seen(places / "two")) < 12
+    assert seen(runs / "two") == pytest.approx(seen(runs / "one"), rel=1e-6)
+    assert seen(runs / "two", "validate") == pytest.approx(seen(runs / "one", "validate"), rel=1e-6)
+    assert read_record(runs / "one").numbers["stopped_early"] and len(seen(runs / "two")) < 12
     torch.testing.assert_close(weights(two), weights(one), rtol=1e-5, atol=1e-5)
-    assert read_record(places / "two").state == "finished" and not dist.is_initialized()
+    assert read_record(runs / "two").state == "finished" and not dist.is_initialized()
     assert torch.equal(weights(load_model("run:two"))["model.norm.weight"], weights(two)["model.norm.weight"])
 
 
-def test_sharded_stops_and_goes_on_with_another_number_of_processes(places):
+def test_sharded_stops_and_goes_on_with_another_number_of_processes(runs):
     def stop_at(step: int):
         def sink(event):
             if event["event"] == "step" and event["step"] == step:
@@ -96,29 +88,29 @@ def test_sharded_stops_and_goes_on_with_another_number_of_processes(places):
     one = learn("one", **adam)
     with pytest.raises(KeyboardInterrupt, match="--resume run:parts"):
         learn("parts", stop_at(2), processes=2, sharding="full", **adam)
-    path = places / "parts"
+    path = runs / "parts"
     found = sorted(file.name for file in (path / "checkpoints" / "step-00000002").iterdir())
     assert found == ["manifest.json", "rank-0000-of-0002.safetensors", "rank-0001-of-0002.safetensors", "state.pt"]
     with pytest.raises(KeyboardInterrupt):
         tune(resume="run:parts", processes=1, sinks=[stop_at(4)])
     assert tune(resume="run:parts", processes=2).state == "finished"
-    assert seen(path) == pytest.approx(seen(places / "one"), rel=1e-5)
+    assert seen(path) == pytest.approx(seen(runs / "one"), rel=1e-5)
     torch.testing.assert_close(weights(load_model("run:parts")), weights(one), rtol=1e-5, atol=2e-6)
 
 
-def test_a_process_that_dies_ends_the_run(places):
+def test_a_process_that_dies_ends_the_run(runs):
     def kill(event):
         if event["event"] == "step" and event["step"] == 2:
             os.kill(next(child for child in children() if b"luthier.verbs.launch" in command(child)), signal.SIGKILL)
 
     with pytest.raises(TrainingError, match="process 1 of 2 was killed by SIGKILL"):
         learn("dies", kill, processes=2)
-    record = read_record(places / "dies")
+    record = read_record(runs / "dies")
     assert record.state == "failed" and "SIGKILL" in (record.error or "")
     assert not [child for child in children() if b"luthier.verbs.launch" in command(child)]
 
 
-def test_a_sharded_model_is_read_once_and_made_whole_to_write(places):
+def test_a_sharded_model_is_read_once_and_made_whole_to_write(runs):
     objective = {"kind": "grpo", "rewards": {"kind": "length", "tokens": 3}, "samples": 2, "max_tokens": 5, "beta": 0.1}
     # One row a step: the other process has none, and takes part all the same.
     settings = {
@@ -130,14 +122,14 @@ def test_a_sharded_model_is_read_once_and_made_whole_to_write(places):
     }
     one = learn("one", **settings)
     two = learn("two", processes=2, sharding="full", **settings)
-    assert seen(places / "two") == pytest.approx(seen(places / "one"), rel=1e-6, abs=1e-6)
-    assert seen(places / "two", "validate") == pytest.approx(seen(places / "one", "validate"), rel=1e-6)
+    assert seen(runs / "two") == pytest.approx(seen(runs / "one"), rel=1e-6, abs=1e-6)
+    assert seen(runs / "two", "validate") == pytest.approx(seen(runs / "one", "validate"), rel=1e-6)
     torch.testing.assert_close(weights(two), weights(one), rtol=1e-5, atol=1e-5)
-    assert read_record(places / "two").choices["weights read by"].startswith("the first process")
+    assert read_record(runs / "two").choices["weights read by"].startswith("the first process")
 
 
 @pytest.mark.e2e
-def test_a_first_process_that_is_killed_leaves_no_other_and_a_run_that_goes_on(places, tmp_path):
+def test_a_first_process_that_is_killed_leaves_no_other_and_a_run_that_goes_on(runs, tmp_path):
     settings = {"processes": 2, "sharding": "full", "checkpoint_every": 1, "optimizer": {"kind": "adamw", "eps": 1e-5}}
     one = learn("one", optimizer=settings["optimizer"])
     data = {"train": str(tmp_path / "rows.jsonl"), "validation": str(tmp_path / "held.jsonl")}
@@ -152,9 +144,9 @@ def test_a_first_process_that_is_killed_leaves_no_other_and_a_run_that_goes_on(p
     while others := [one for one in Path("/proc").glob("[0-9]*") if follows(one, tmp_path)]:
         assert time.monotonic() < until, others
         time.sleep(0.1)
-    assert read_record(places / "killed").state == "running"
+    assert read_record(runs / "killed").state == "running"
     assert tune(resume="run:killed").state == "finished"
-    assert seen(places / "killed")[-2:] == pytest.approx(seen(places / "one")[-2:], rel=1e-5)
+    assert seen(runs / "killed")[-2:] == pytest.approx(seen(runs / "one")[-2:], rel=1e-5)
     torch.testing.assert_close(weights(load_model("run:killed")), weights(one), rtol=1e-5, atol=2e-6)
 
 

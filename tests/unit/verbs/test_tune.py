@@ -31,13 +31,6 @@ NO_SPLIT = {"split": {"validation": 0.0}}
 QUICK = {"steps": 40, "learning_rate": 5e-3, "batch_size": 8, "baselines": False, "schedule": "constant"}
 
 
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    torch.set_num_threads(1)
-    return tmp_path / "runs"
-
-
 def losses(events: list[dict]) -> list[float]:
     return [event["loss"] for event in events if event["event"] == "step"]
 

@@ -69,12 +69,6 @@ class Spoiling(Constant):
         return 1.0 if step < 4 else 100.0
 
 
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    return tmp_path / "runs"
-
-
 def config(folder, name, case):
     """A run's config in a file, which a resumed run reads again."""
     data = {}

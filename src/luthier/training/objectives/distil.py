@@ -20,10 +20,8 @@ from luthier.engine.pooled import score_batch
 from luthier.engine.rollouts import numbers_for, roll_out
 from luthier.models.cross_entropy import token_loss
 from luthier.models.divergence import Aim, divergence_loss
-from luthier.models.facts import fingerprint
 from luthier.models.load import read_kind
 from luthier.models.output import head_of
-from luthier.models.quantised.linear import sample
 from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.causal import supervised
 from luthier.training.objectives.classify import Classify, label_names
@@ -36,8 +34,10 @@ from luthier.training.objectives.sft import SFT
 from luthier.training.objectives.teacher import (
     check_same_classes,
     check_same_tokens,
+    leave_open,
     load_teacher,
     read_scorer,
+    teacher_fingerprint,
     write_answers,
 )
 
@@ -157,8 +157,8 @@ class Distil(Objective):
             )
         return copy
 
-    def ready(self, model: LoadedModel, events: Events) -> None:
-        teacher = load_teacher(self.teacher, model, events)
+    def ready(self, model: LoadedModel, device: torch.device, events: Events) -> None:
+        teacher = load_teacher(self.teacher, model, device, events)
         if self._scores:
             check_same_classes(self.teacher, teacher.spec, model.spec)
             unit = {"target_mean": teacher.spec.target_mean, "target_scale": teacher.spec.target_scale}
@@ -176,11 +176,8 @@ class Distil(Objective):
         return () if self._teacher is None else (self._teacher,)
 
     def beside(self) -> str:
-        """What encoding reads beside the rows: the teacher's weights, by samples of them."""
-        if self._teacher is None or not (self._scores or self.answers == "teacher"):
-            return ""
-        head = getattr(self._teacher.module, "head", None)
-        return fingerprint(self._teacher.network) + (sample(head.weight).hex() if head is not None else "")
+        asked = self._scores or self.answers == "teacher"
+        return teacher_fingerprint(self._teacher) if self._teacher is not None and asked else ""
 
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         self.check_examples(examples)
@@ -189,7 +186,10 @@ class Distil(Objective):
             return encode_taught(examples, model, self._teacher, self.teacher, events)
         if self.answers == "teacher":
             assert self._teacher is not None
-            examples = write_answers(self._teacher, examples, self.max_tokens, self.beams, events)
+            examples, cut = write_answers(self._teacher, examples, self.max_tokens, self.beams, events)
+            rows = self._form.encode(examples, model, events)
+            stops = model.renderer.stop_ids
+            return [leave_open(row, stops) if at in cut else row for at, row in enumerate(rows)]
         return self._form.encode(examples, model, events)
 
     @property

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from operator import mul
 from statistics import fmean
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,59 +14,21 @@ from pydantic import BeforeValidator, Field, PrivateAttr, SerializeAsAny
 from torch import Tensor
 
 from luthier.core.catalog import Part
-from luthier.core.errors import ConfigError, DataError
+from luthier.core.errors import ConfigError
 from luthier.core.events import Events
-from luthier.core.types import Chat, Encoded, Example, Message, Pair
+from luthier.core.types import Chat, Encoded, Example, Pair
 from luthier.data.batches import Batch, collate
 from luthier.engine.rollouts import numbers_for, roll_out
-from luthier.metrics.scorers import SCORERS
 from luthier.models.cross_entropy import token_loss, token_nll
 from luthier.models.output import at_temperature
 from luthier.models.spec import LoadedModel, ModelSpec
 from luthier.training.objectives.causal import supervised
-from luthier.training.objectives.gains import advantages, clipped, pull
+from luthier.training.objectives.gains import clipped, pull
+from luthier.training.objectives.groups import Group, Prompt, form_group, hold, read_prompt, remember
 from luthier.training.objectives.part import Loss, Objective, Tally, Total, alone, encode_rows
-from luthier.training.reference import Reference, log_probs
-from luthier.training.rewards import REWARDS
+from luthier.training.reference import Reference
+from luthier.training.rewards.parse import as_list, distinct, parse_reward
 from luthier.training.rewards.part import Answer, Reward
-
-
-def parse_reward(value: Any) -> Reward:
-    """A reward by its name or settings; a scorer's name is the reward for that score. Raises ConfigError."""
-    if isinstance(value, str):
-        value = {"kind": value}
-    if isinstance(value, Mapping) and value.get("kind") in SCORERS.names():
-        scorer = {name: inner for name, inner in value.items() if name != "weight"}
-        value = {"kind": "scorer", "scorer": scorer, **{name: value[name] for name in ("weight",) if name in value}}
-    return REWARDS.parse(value)
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | Mapping | Part) else value
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt(Encoded):
-    """A prompt, with what its answer is rewarded by."""
-
-    shown: str = ""
-    gold_answer: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Group(Encoded):
-    """A prompt and the answers written to it, as segments; the weight of a token is what its likelihood should gain."""
-
-    count: float = 0.0
-    """What it adds to the weight of its batch."""
-    value: float = 0.0
-    """Its part of the loss."""
-    tally: dict[str, float] = field(default_factory=dict)
-    """Means over its answers, for the numbers of the step."""
-    told: tuple[tuple[float, float, float], ...] = ()
-    """Where several steps learn from it, of each token: the advantage of its answer, log p when it was written, and log p
-    at the start of training; the weights are then what tokens count."""
 
 
 class GRPO(Objective):
@@ -95,7 +56,7 @@ class GRPO(Objective):
 
     rewards: Annotated[
         tuple[Annotated[SerializeAsAny[Part], BeforeValidator(parse_reward)], ...],
-        BeforeValidator(_as_list),
+        BeforeValidator(as_list),
         Field(min_length=1),
     ]
     """What an answer is worth, added up: scorers by name (exact_match ...), pattern, length, python, model; each weighted."""
@@ -126,9 +87,18 @@ class GRPO(Objective):
                 "does not: use another model"
             )
 
-    def ready(self, model: LoadedModel, events: Events) -> None:
+    def ready(self, model: LoadedModel, device: torch.device, events: Events) -> None:
+        if model.renderer.turn_end is None:
+            name = "raw" if model.renderer.template is None else model.renderer.template.name
+            raise ConfigError(
+                f"objective 'grpo': no special token ends an answer in the chat template {name!r}, so an answer would end "
+                "only where max_tokens cuts it; set template: plain, which ends it with the end-of-text token, or use "
+                "another template or model"
+            )
         for reward in self._parts:
-            reward.ready(model.device)
+            reward.ready(device)
+
+    def keep_start(self, model: LoadedModel, events: Events) -> None:
         if self.beta:
             self._reference = Reference(model)
             size = f"{self._reference.size / 2**20:.1f}"
@@ -136,7 +106,7 @@ class GRPO(Objective):
 
     def encode(self, examples: Sequence[Example], model: LoadedModel, events: Events) -> list[Encoded]:
         self.check_examples(examples)
-        rows = encode_rows(examples, lambda one: _prompt(one, model), events, renderer=model.renderer)
+        rows = encode_rows(examples, lambda one: read_prompt(one, model), events, renderer=model.renderer)
         short = sum(len(row.ids) + self.max_tokens > model.spec.max_length for row in rows)
         if short:
             events.warn("prompts so long that the context has no room for max_tokens after them", short)
@@ -162,12 +132,12 @@ class GRPO(Objective):
         for at, row in enumerate(rows):
             mine = slice(at * self.samples, (at + 1) * self.samples)
             each = {name: values[mine] for name, values in judged.items()}
-            groups.append(self._group(row, answers[mine], each))
+            groups.append(form_group(self, row, answers[mine], each))
         if self.beta:
             total(0.0)  # rewards may take longer in one process than others wait for it on a device
         if self.updates > 1:
-            return self._remember(groups, model)
-        return self._hold(groups, model) if self.beta else groups
+            return remember(self, groups, model, self._reference)
+        return hold(self, groups, model, self._reference) if self.beta else groups
 
     def stand_in(self, rows: Sequence[Encoded], model: LoadedModel) -> Sequence[Encoded]:
         """Groups whose answers are all as long as they may be."""
@@ -175,7 +145,7 @@ class GRPO(Objective):
         for row in rows:
             length = max(1, min(self.max_tokens, model.spec.max_length - len(row.ids)))
             answers = [(0,) * length] * self.samples
-            group = self._group(row, answers, {"reward": [float(at) for at in range(self.samples)]})
+            group = form_group(self, row, answers, {"reward": [float(at) for at in range(self.samples)]})
             groups.append(replace(group, told=((0.0, 0.0, 0.0),) * len(group.ids)))
         return groups
 
@@ -246,7 +216,7 @@ class GRPO(Objective):
             finished = ids[-1] in model.spec.stop_ids
             text = model.renderer.decode(ids[:-1] if finished else ids).strip()
             shown.append(Answer(row.shown, text, row.gold_answer, len(ids), finished, row.meta))
-        names = _distinct([reward.name for reward in self._parts])
+        names = distinct([reward.name for reward in self._parts])
         parts = {name: reward.score(shown) for name, reward in zip(names, self._parts)}
         weights = [reward.weight for reward in self._parts]
         found = {"reward": [sum(map(mul, weights, values)) for values in zip(*parts.values())]}
@@ -255,109 +225,3 @@ class GRPO(Objective):
         found["answer_tokens"] = [float(one.tokens) for one in shown]
         found["stopped"] = [float(one.finished) for one in shown]
         return found
-
-    def _group(self, row: Encoded, answers: Sequence[Sequence[int]], each: dict[str, list[float]]) -> Group:
-        lengths = [len(ids) for ids in answers]
-        shares = self._shares(lengths)
-        gains = advantages(each["reward"], self.standardise)
-        signal = any(gains)
-        group = Group(
-            row.id,
-            row.ids,
-            (0.0,) * len(row.ids),
-            segments=(len(row.ids),),
-            parents=(-1,),
-            count=float(sum(lengths) if self.average == "tokens" else len(answers)),
-            tally={name: fmean(values) for name, values in each.items()} | {"no_signal": float(not signal)},
-        )
-        if not signal and not self.beta:
-            return group  # the prompt alone stands for answers that teach nothing: they count in the mean all the same
-        if self.updates > 1:
-            group = replace(
-                group, told=tuple((gain, 0.0, 0.0) for gain, length in zip(gains, lengths) for _ in range(length))
-            )
-        gained = [share * gain for share, gain, length in zip(shares, gains, lengths) for _ in range(length)]
-        return replace(
-            group,
-            ids=(*row.ids, *(token for ids in answers for token in ids)),
-            weights=(*group.weights, *gained),
-            segments=(len(row.ids), *lengths),
-            parents=(-1, *[0] * len(answers)),
-            value=-sum(gained),
-        )
-
-    def _shares(self, lengths: Sequence[int]) -> list[float]:
-        """What each token of an answer counts."""
-        if self.average == "answers":
-            return [1 / length for length in lengths]
-        return [1.0 if self.average == "tokens" else 1 / self.max_tokens] * len(lengths)
-
-    def _hold(self, groups: Sequence[Group], model: LoadedModel) -> list[Group]:
-        """The groups with the pull towards the start of training in the weights of their tokens."""
-        assert self._reference is not None  # ready() comes first
-        head = partial(at_temperature, temperature=self.temperature)
-        now = log_probs(model, groups, head)
-        with self._reference.active():
-            start = log_probs(model, groups, head)
-        held = []
-        for group, now_N, start_N in zip(groups, now, start):
-            first, lengths = group.segments[0], group.segments[1:]
-            shares_T = np.repeat(self._shares(lengths), lengths)
-            change_T, kl_T = pull(now_N[first:], start_N[first:])
-            weights = np.array(group.weights)
-            weights[first:] += self.beta * shares_T * change_T
-            held.append(
-                replace(
-                    group,
-                    weights=tuple(weights.tolist()),
-                    value=group.value + self.beta * float((shares_T * kl_T).sum()),
-                    tally=group.tally | {"kl": float(kl_T.mean())},
-                )
-            )
-        return held
-
-    def _remember(self, groups: Sequence[Group], model: LoadedModel) -> list[Group]:
-        """The groups with what the model as it is, and as it was at the start, says of their tokens."""
-        head = partial(at_temperature, temperature=self.temperature)
-        written = log_probs(model, groups, head)
-        start = written
-        if self.beta:
-            assert self._reference is not None  # ready() comes first
-            with self._reference.active():
-                start = log_probs(model, groups, head)
-        held = []
-        for group, written_N, start_N in zip(groups, written, start):
-            first, lengths = group.segments[0], group.segments[1:]
-            shares = np.repeat(self._shares(lengths), lengths)
-            gains = [gain for gain, _, _ in group.told]
-            told = zip(gains, written_N[first:].tolist(), start_N[first:].tolist(), strict=True)
-            kl = {"kl": float(pull(written_N[first:], start_N[first:])[1].mean())} if self.beta else {}
-            held.append(
-                replace(
-                    group,
-                    weights=(0.0,) * first + tuple(shares.tolist()),
-                    told=((0.0, 0.0, 0.0),) * first + tuple(told),
-                    tally=group.tally | kl,
-                )
-            )
-        return held
-
-
-def _prompt(example: Chat | Pair, model: LoadedModel) -> Prompt:
-    if isinstance(example, Pair):
-        said: str | tuple[Message, ...] = example.source
-        shown, gold, tools = example.source, example.target, ()
-    else:
-        last = max(at for at, message in enumerate(example.messages) if message.role == "assistant")
-        said, gold, tools = example.messages[:last], example.messages[last].content, example.tools
-        shown = "\n".join(f"{turn.role}: {turn.content}" for turn in said)
-    try:
-        ids = model.renderer.prompt(said, tools)
-    except DataError as err:
-        raise DataError(f"{example.id}: {err}") from None
-    return Prompt(example.id, ids, (0.0,) * len(ids), shown=shown, gold_answer=gold, meta=example.meta)
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Names with a number behind those that came before."""
-    return [name if name not in names[:at] else f"{name}_{names[:at].count(name) + 1}" for at, name in enumerate(names)]

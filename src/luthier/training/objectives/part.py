@@ -14,6 +14,7 @@ from luthier.core.types import Chat, Encoded, Example, Feedback, Labelled, Pair,
 from luthier.data.batches import Batch, collate
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from luthier.models.spec import LoadedModel, ModelSpec
@@ -75,8 +76,13 @@ class Objective(Part):
     def adapt(self, model: LoadedModel, train: Sequence[Example]) -> None:
         """Note in the loaded model what it must remember of the training rows."""
 
-    def ready(self, model: LoadedModel, events: Events) -> None:
-        """Take what is needed beside the model (a teacher, a copy), once it is as it will be trained."""
+    def ready(self, model: LoadedModel, device: torch.device, events: Events) -> None:
+        """Take what encoding and measuring need beside the model (a teacher, rewards), on the `device` that it learns on:
+        a model that has its shape only is not there yet. Raises ConfigError for what does not fit it."""
+
+    def keep_start(self, model: LoadedModel, events: Events) -> None:
+        """Keep what is needed of the weights as they are before the first step: where they are shared out, each process
+        of its part."""
 
     def prepare(self, train: Sequence[Example], events: Events) -> Objective:
         """A copy with what has to be read off the training rows filled in (class weights, mean and scale)."""

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from luthier.core.errors import ConfigError, DataError
@@ -75,6 +74,8 @@ class Regress(Objective):
         return Loss((self.loss.rows(scores_S1, batch.gold) * batch.row_weights_S).sum(), batch.weight), scores_S1
 
     def metrics(self, scores: Tensor, gold: Tensor, model: LoadedModel) -> dict[str, float]:
+        from scipy.stats import spearmanr
+
         guess_N, gold_N = scores.squeeze(-1).double(), gold.double()
         found = {"mse": float(((guess_N - gold_N) ** 2).mean()) * model.spec.target_scale**2}
         if len(guess_N) > 1 and guess_N.max() > guess_N.min() and gold_N.max() > gold_N.min():

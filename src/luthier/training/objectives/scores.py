@@ -37,7 +37,8 @@ def encode_taught(
         read.append(teacher.renderer.labelled(example.text, pair, id=example.id))
         return replace(row, id=example.id, weights=(), gold=own, weight=float(example.meta.get("weight", 1.0)))
 
-    rows = encode_rows(examples, encode, events)
+    rows = encode_rows(examples, encode, events, renderer=model.renderer)
+    _tell_lost(read, teacher, events)
     events.stage(f"reading {len(rows)} rows with the teacher")
     scores_SC = score_rows(teacher, read)
     if teacher.spec.task == "classify":
@@ -95,6 +96,17 @@ def taught_metrics(scores_NC: Tensor, gold_NG: Tensor, model: LoadedModel) -> di
 def split_gold(gold_SG: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """(the teacher's scores [S, C], the rows' own gold [S, C] or [S, 1], whether there is one [S])."""
     return gold_SG[:, :classes], gold_SG[:, classes:-1], gold_SG[:, -1]
+
+
+def _tell_lost(read: Sequence[Encoded], teacher: LoadedModel, events: Events) -> None:
+    cut = [row.cut for row in read if row.cut]
+    if cut:
+        events.warn(
+            f"texts cut to the teacher's context of {teacher.spec.max_length} tokens ({sum(cut)} lost)", len(cut)
+        )
+    unknown = sum(teacher.renderer.unknown_id in row.ids for row in read)
+    if unknown:
+        events.warn("rows hold characters that the teacher's tokenizer does not know; they are lost to it", unknown)
 
 
 def _own_gold(example: Labelled | Text, model: LoadedModel, name: str) -> tuple[float, ...]:

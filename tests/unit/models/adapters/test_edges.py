@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from adapted import EDGES, IDS, TOKENS, logits
 from luthier.core.errors import ConfigError
 from luthier.core.events import Events
 from luthier.models.adapters import ADAPTERS
@@ -16,8 +17,6 @@ from luthier.models.save import save_model
 from tiny import tiny_model
 
 TIED, UNTIED = "qwen2", "llama"
-TOKENS = ["<tool>", "<answer>"]
-IDS = torch.tensor([5, 30, 31, 32, 33, 34])
 
 
 def tuned(family, adapter, **purpose):
@@ -31,23 +30,8 @@ def tuned(family, adapter, **purpose):
     return loaded, part
 
 
-@torch.no_grad()
-def logits(loaded, ids=IDS):
-    return loaded.module(input_ids=ids[None]).logits[0]
-
-
-ADAPTED = [
-    {"targets": ["lm_head"]},
-    {"targets": ["embed_tokens"]},
-    {"targets": ["embed_tokens", "lm_head", "q_proj"]},
-    {"tokens": TOKENS},
-    {"also": ["lm_head"]},
-    {"also": ["embed_tokens"]},
-]
-
-
 @pytest.mark.parametrize("family", [TIED, UNTIED])
-@pytest.mark.parametrize("adapter", ADAPTED)
+@pytest.mark.parametrize("adapter", EDGES)
 def test_the_loss_honours_what_is_on_the_head(family, adapter):
     """The loss from hidden states is that of the model's own forward, and so are its gradients."""
     loaded, part = tuned(family, adapter)

@@ -36,12 +36,6 @@ VIRTUAL = {"num_virtual_tokens": 3}
 IDS = torch.tensor([[5, 30, 31, 32, 33, 34]])
 
 
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    torch.set_num_threads(1)
-
-
 def put_on(method, options=None, family="llama", **purpose):
     loaded = load_model(str(tiny_model(family)), **purpose)
     adapter = ADAPTERS.parse({"kind": "peft", "method": method, "options": options or {}})

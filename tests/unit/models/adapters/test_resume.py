@@ -15,8 +15,7 @@ CHATS = [{"prompt": f"call {number}", "completion": f"<tool> {number + 1}"} for 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "pissa"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_stopped_run_goes_on_to_the_same_end(kind, precision, tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path))
+def test_a_stopped_run_goes_on_to_the_same_end(kind, precision, tmp_path):
     rows = tmp_path / "chats.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in CHATS), encoding="utf-8")
     values = {

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adapted import ROWS, logits
 from luthier.core.config import resolve
 from luthier.core.errors import ConfigError
 from luthier.core.events import Events
@@ -22,23 +23,6 @@ from luthier.verbs.tune import Tune, tune_model
 from tiny import ALL_FAMILIES, tiny_model
 
 FORMS = ("int8", "nf4")
-IDS = torch.tensor([[5, 30, 31, 32, 33]])
-ROWS = [
-    {"messages": [{"role": "user", "content": f"say {at}"}, {"role": "assistant", "content": f"{at}!"}]}
-    for at in range(8)
-]
-
-
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    torch.set_num_threads(1)
-
-
-@torch.no_grad()
-def logits(loaded):
-    decoder = {"decoder_input_ids": IDS} if loaded.spec.kind == "encoder-decoder" else {}
-    return loaded.module(input_ids=IDS, **decoder).logits
 
 
 def shake(loaded):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from adapted import IDS, ROWS, logits
 from luthier.core.config import resolve
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.events import Events
@@ -24,23 +25,6 @@ from tiny import ALL_FAMILIES, kind_of, tiny_model
 
 FORMS = ("int8", "nf4")
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
-IDS = torch.tensor([[5, 30, 31, 32, 33]])
-ROWS = [
-    {"messages": [{"role": "user", "content": f"say {at}"}, {"role": "assistant", "content": f"{at}!"}]}
-    for at in range(8)
-]
-
-
-@pytest.fixture(autouse=True)
-def runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path / "runs"))
-    torch.set_num_threads(1)
-
-
-@torch.no_grad()
-def logits(loaded):
-    decoder = {"decoder_input_ids": IDS} if loaded.spec.kind == "encoder-decoder" else {}
-    return loaded.module(input_ids=IDS, **decoder).logits
 
 
 def shake(loaded):
@@ -96,7 +80,7 @@ def test_nothing_of_a_weights_size_is_kept(form):
 
     packs(loaded)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        states = hidden_states(loaded, IDS[0], [5])
+        states = hidden_states(loaded, IDS, [len(IDS)])
     assert max(kept) < 32 * 16  # the smallest weight, of the keys
     states.sum().backward()
     assert all(layer.lora_a.grad is not None for _, layer in lora_layers(loaded.network))
@@ -249,8 +233,8 @@ def test_a_classifier_over_a_quantised_base(family, tmp_path):
     ADAPTERS.parse(LORA).apply(loaded)
     shake(loaded)
     with torch.no_grad():
-        before = loaded.module(IDS, torch.ones_like(IDS))
+        before = loaded.module(IDS[None], torch.ones_like(IDS[None]))
         save_model(loaded, tmp_path / "model")
         again = load_model(str(tmp_path / "model"))
-        assert torch.equal(again.module(IDS, torch.ones_like(IDS)), before)
+        assert torch.equal(again.module(IDS[None], torch.ones_like(IDS[None])), before)
     assert kind_of(family) == again.spec.kind and list(quantised_layers(again.network))
