@@ -27,8 +27,9 @@ PEERS = {
     "trl-packed": "TRL, bf16 weights, packing, checkpointing",
     "trl-padded": "TRL, bf16 weights, no packing, no checkpointing",
     "trainer": "transformers.Trainer and peft, bf16 weights",
+    "trainer-fp32": "transformers.Trainer and peft, fp32 weights, autocast to bf16",
 }
-FLAVOURS = {"trl": "default", "trl-packed": "packed", "trl-padded": "padded", "trainer": "trainer"}
+FLAVOURS = {"trl": "default", "trl-packed": "packed", "trl-padded": "padded"}
 
 
 def run(name: str, options: dict[str, object]) -> dict[str, float]:

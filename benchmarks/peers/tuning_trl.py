@@ -4,6 +4,7 @@
 - packed: the leanest and fastest TRL on a processor that we found: bf16 weights, packing, its default checkpointing
 - padded: TRL with bf16 weights, no packing and no checkpointing
 - trainer: transformers' Trainer with peft, bf16 weights
+- trainer-fp32: the same with fp32 weights, computing in bf16 by autocast
 """
 
 import json
@@ -44,7 +45,7 @@ class Note(TrainerCallback):
 
 counted = [0]
 tokenizer = AutoTokenizer.from_pretrained(options["model"])
-dtype = torch.float32 if flavour == "default" else torch.bfloat16
+dtype = torch.float32 if flavour in ("default", "trainer-fp32") else torch.bfloat16
 model = AutoModelForCausalLM.from_pretrained(options["model"], dtype=dtype)
 lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 wanted = lora if options["method"] == "lora" else None
@@ -72,7 +73,7 @@ with tempfile.TemporaryDirectory() as folder:
         "save_strategy": "no",
         "use_cpu": True,
     }
-    if flavour == "trainer":
+    if flavour.startswith("trainer"):
         rows = rows.map(tokenize, remove_columns=["prompt", "completion"])
         pad = DataCollatorForSeq2Seq(tokenizer)
 
