@@ -67,7 +67,7 @@ class Renderer:
     def text(self, example: Text) -> Encoded:
         """A document: every token but the first is learned, the end-of-text token with them."""
         if self.kind != "decoder":
-            ids = self._framed(example.text, None, example.id)
+            ids = self._framed(example.text)
             fitted, weights, cut = self._fit(ids, [0.0] + [1.0] * (len(ids) - 1), example.id)
             return Encoded(example.id, fitted, weights, cut=cut)
         ids = self._first + self._ids(example.text) + ([self._end] if self._end is not None else [])
@@ -107,7 +107,7 @@ class Renderer:
     def pair(self, example: Pair) -> Encoded:
         """A source and its target: both sides of an encoder-decoder; for a decoder one question and one answer."""
         if self.kind == "encoder-decoder":
-            source = self._framed(example.source, None, example.id)
+            source = self._framed(example.source)
             with_target = self.tokenizer(text_target=example.target, verbose=False)["input_ids"]
             target = list(with_target)
             if self._end is not None and (not target or target[-1] != self._end):
@@ -128,13 +128,18 @@ class Renderer:
     def labelled(self, text: str, pair: str | None = None, id: str = "") -> Encoded:
         """A text, or two, as a classifier or regressor reads it: the tokenizer's own frame, or for a decoder the texts
         on two lines with the end-of-text token after them."""
-        if self.kind != "decoder":
-            ids = self._framed(text, pair, id)
-        else:
+        lost = 0
+        if self.kind == "decoder":
             whole = text if pair is None else f"{text}\n{pair}"
             ids = self._first + self._ids(whole) + ([self._end] if self._end is not None else [])
+        else:
+            ids = self._framed(text, pair)
+            if pair is not None and self.truncate and len(ids) > self.max_length:
+                # Both texts lose their ends, not the second alone.
+                lost = len(ids) - self.max_length
+                ids = self._framed(text, pair, truncation=True, max_length=self.max_length)
         fitted, _, cut = self._fit(ids, [0.0] * len(ids), id, keep_last=True)
-        return Encoded(id, fitted, cut=cut)
+        return Encoded(id, fitted, cut=lost + cut)
 
     # -- to go on from ------------------------------------------------------------------------------------------------
 
@@ -157,7 +162,7 @@ class Renderer:
         """
         if self.kind != "decoder":
             text = prompt if isinstance(prompt, str) else "\n".join(message.content for message in prompt)
-            ids = self._framed(text, None, "prompt")
+            ids = self._framed(text)
         elif raw or self.template is None or self.template.name == "raw":
             text = prompt if isinstance(prompt, str) else "\n".join(message.content for message in prompt)
             ids = self._first + self._ids(text)
@@ -184,8 +189,7 @@ class Renderer:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _framed(self, text: str, pair: str | None, id: str) -> list[int]:
-        limits = {"truncation": True, "max_length": self.max_length} if self.truncate and pair is not None else {}
+    def _framed(self, text: str, pair: str | None = None, **limits: Any) -> list[int]:
         return list(self.tokenizer(text, pair, verbose=False, **limits)["input_ids"])
 
     def _apply(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], opened: bool) -> str:

@@ -106,6 +106,19 @@ def test_nothing_to_learn_is_an_error_that_names_the_row():
         make().chat(Chat("t:7", (Message("user", "hi"), Message("assistant", "x", weight=0.0))))
 
 
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_what_is_cut_of_two_texts_is_counted(family):
+    def make_pairs(**settings):
+        return Renderer(tiny_tokenizer(family), kind="encoder", template=None, **settings)
+
+    texts = "win a prize now " * 4, "see you at the station"
+    whole = make_pairs(max_length=500).labelled(*texts)
+    cut = make_pairs(max_length=len(whole.ids) - 5, truncate=True).labelled(*texts)
+    assert (whole.cut, cut.cut, len(cut.ids)) == (0, 5, len(whole.ids) - 5)
+    # The longer text lost its end, the other one nothing.
+    assert cut.ids[-5:] == whole.ids[-5:]
+
+
 def test_too_long_is_refused_or_cut_and_counted():
     with pytest.raises(DataError, match=r"^t:1: \d+ tokens do not fit in 24"):
         make(max_length=24).chat(Chat("t:1", TURNS))
