@@ -8,15 +8,19 @@ import torch
 from luthier.core.config import resolve
 from luthier.core.errors import ConfigError, TrainingError
 from luthier.core.events import Events
+from luthier.engine import engine as engines
 from luthier.models import memory
 from luthier.models.load import load_model
+from luthier.models.pages import Store
 from luthier.models.rehearsal import Ledger
 from luthier.training import forecast
 from luthier.training import probe as probing
 from luthier.training.objectives.sft import SFT
 from luthier.verbs import planning
-from luthier.verbs.stages import Work
+from luthier.verbs.encoding import encode
+from luthier.verbs.reading import read
 from luthier.verbs.tune import Tune, plan, tune, tune_model
+from luthier.verbs.work import Work
 from tiny import tiny_model
 
 ROWS = [
@@ -200,8 +204,8 @@ def test_pain_12_the_probe_leaves_everything_as_it_was(data, monkeypatch):
 def test_pain_11_and_12_the_largest_batches_are_what_is_tried(data, monkeypatch):
     asked = ask(data, micro_tokens=150)
     work = Work(asked, Events())
-    work.read()
-    work.encode()
+    read(work)
+    encode(work)
     every = [len(row.ids) for step in work.feed.plan.steps_from(0) for row in (work.rows[at] for at in step)]
     assert max(every) <= work.plan.forecast.tokens <= 150
     assert len(work.plan.held_out) >= 1
@@ -213,12 +217,12 @@ def test_pain_11_and_12_the_largest_batches_are_what_is_tried(data, monkeypatch)
 
 def test_a_probe_is_for_long_runs_and_full_memory(data):
     work = Work(ask(data), Events())
-    work.read()
-    work.encode()
+    read(work)
+    encode(work)
     assert not probing.worth_probing(work.plan, sharded=False)  # four steps, and plenty of memory
     work = Work(ask(data, steps=4000), Events())
-    work.read()
-    work.encode()
+    read(work)
+    encode(work)
     assert probing.worth_probing(work.plan, sharded=False) and not probing.worth_probing(work.plan, sharded=True)
 
 
@@ -304,3 +308,19 @@ def test_shared_weights_count_once_among_the_processes(data, monkeypatch):
     shared = plan(ask(data, processes=2, sharding="full"))["memory_bytes"]
     for name in ("weights", "gradients", "optimizer"):
         assert shared[name] == pytest.approx(both[name] / 2, abs=1)
+
+
+def test_answers_written_between_steps_are_part_of_the_forecast(monkeypatch):
+    rows = {"train": [{"prompt": f"one {at}", "answer": "two"} for at in range(8)], "split": {"validation": 0}}
+    asked = {"objective": {"kind": "grpo", "rewards": "exact_match", "max_tokens": 40, "samples": 4}}
+    made = []
+    monkeypatch.setattr(engines, "Store", lambda blocks: made.append(Store(blocks)) or made[-1])
+    foretold = plan(ask(rows, **asked))
+    tune(ask(rows, **{**asked, "steps": 1}))
+    assert foretold["memory_bytes"]["writing"] == pytest.approx(max(one.nbytes for one in made), rel=0.1)
+    fewer = plan(ask(rows, objective={**asked["objective"], "samples": 2}))
+    assert 0 < fewer["memory_bytes"]["writing"] < foretold["memory_bytes"]["writing"]
+
+
+def test_nothing_is_set_aside_for_answers_that_nobody_writes(data):
+    assert plan(ask(data))["memory_bytes"]["writing"] == 0

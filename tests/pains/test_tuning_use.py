@@ -21,8 +21,8 @@ from luthier.models.load import load_model
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.objectives.sft import SFT
 from luthier.training.world import World
-from luthier.verbs.stages import Work
 from luthier.verbs.tune import Tune, tune
+from luthier.verbs.work import Work
 from tiny import tiny_model
 
 SOURCE = Path(luthier.__file__).parent

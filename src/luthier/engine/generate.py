@@ -106,8 +106,13 @@ def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
 
 def engine_for(model: LoadedModel, lengths: Sequence[int], max_tokens: int, streams: int = STREAMS) -> Engine:
     """An engine with room for the longest `streams` prompts of these lengths and their answers at once."""
+    return Engine(model, room_for(model, lengths, max_tokens, streams), streams=streams)
+
+
+def room_for(model: LoadedModel, lengths: Sequence[int], max_tokens: int, streams: int) -> int:
+    """Tokens that the longest `streams` prompts of these lengths and their answers take."""
     whole = sorted((min(length + max_tokens, model.spec.max_length) + BLOCK for length in lengths), reverse=True)
-    return Engine(model, sum(whole[:streams]) or BLOCK, streams=streams)
+    return sum(whole[:streams]) or BLOCK
 
 
 def _tokens(engine: Engine, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:

@@ -106,12 +106,13 @@ def read_pages(model: LoadedModel, ids_N: Tensor, pages: Pages) -> Tensor:
 def writes_by_pages(model: LoadedModel) -> bool:
     """Whether reading a text in two steps, beside another, gives the states of reading it at once: tried once."""
     if model.pages is None:
-        model.pages = model.spec.kind == "decoder" and packs(model) and _try(model)
-    return model.pages
+        model.pages = _try(model) if model.spec.kind == "decoder" and packs(model) else 0
+    return model.pages > 0
 
 
 @torch.no_grad()
-def _try(model: LoadedModel) -> bool:
+def _try(model: LoadedModel) -> int:
+    """Bytes that a token takes; 0 where it goes wrong."""
     from luthier.models.packed import hidden_states
 
     vocabulary = model.network.get_input_embeddings().weight.shape[0]
@@ -127,11 +128,12 @@ def _try(model: LoadedModel) -> bool:
         states_NE = read_pages(model, one[5:], Pages(store, tables[:1], [5], [4], model.device)).float()
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
         # The family's attention has no number of its layer, or keeps something else of what came before.
-        return False
+        return 0
     finally:
         model.module.train(training)
     apart = float((states_NE - whole_NE[5:9]).abs().max())
-    return apart <= TOLERANCE[model.network.dtype] * float(whole_NE.abs().max())
+    alike = apart <= TOLERANCE[model.network.dtype] * float(whole_NE.abs().max())
+    return store.nbytes // (store.blocks * BLOCK) if alike else 0
 
 
 def next_logits(model: LoadedModel, states_NE: Tensor) -> Tensor:

@@ -79,8 +79,9 @@ class LoadedModel:
     shares: bool | None = None
     """Whether it reads a text once for all that continue it; None: not tried yet (`models.packed.shares`)."""
 
-    pages: bool | None = None
-    """Whether it writes with what came before in blocks; None: not tried yet (`models.pages.writes_by_pages`)."""
+    pages: int | None = None
+    """Bytes of keys and values that a token takes where it writes with what came before in blocks, 0 where it cannot; None:
+    not tried yet (`models.pages.writes_by_pages`)."""
 
     head: Any = None
     """Its output layer, and how logits are made with it; None: not read yet (`models.output.head_of`)."""

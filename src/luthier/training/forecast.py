@@ -43,6 +43,8 @@ class Forecast:
     """Most that the largest micro-batch holds at once on its way forward and back, its gradients left out."""
     validation: int
     """Most that the largest batch of held-out rows holds at once."""
+    writing: int
+    """Keys and values of the answers that are written at once between two steps."""
     tokens: int
     """Of the largest micro-batch."""
     seconds: float
@@ -55,7 +57,7 @@ class Forecast:
 
     @property
     def total(self) -> int:
-        return max(self.loading, self.kept + max(self.gradients + self.activations, self.validation))
+        return max(self.loading, self.kept + max(self.gradients + self.activations, self.validation, self.writing))
 
     @property
     def parts(self) -> dict[str, int]:
@@ -68,6 +70,7 @@ class Forecast:
             "gradients": self.gradients,
             "activations": self.activations,
             "validation": self.validation,
+            "writing": self.writing,
             "total": self.total,
         }
 
@@ -104,6 +107,7 @@ def foresee(
     averages: bool = False,
     noise: float = 0.0,
     shards: int = 1,
+    writing: int = 0,
 ) -> Forecast:
     """Rehearse the largest micro-batch, `rows`, and the largest batch of held-out rows (or none) without their numbers.
 
@@ -152,6 +156,7 @@ def foresee(
         gradients=math.ceil(4 * trainable / shards),
         activations=math.ceil(activations * SLACK),
         validation=math.ceil(validation * SLACK),
+        writing=writing,
         tokens=sum(lengths_of(rows)),
         seconds=seconds,
     )

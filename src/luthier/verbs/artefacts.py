@@ -16,7 +16,7 @@ from luthier.text.answers import split_answers
 from luthier.verbs.rendering import find_rendered_otherwise, keep_rendering, note_rendering
 
 if TYPE_CHECKING:
-    from luthier.verbs.stages import Work
+    from luthier.verbs.work import Work
 
 
 def keep_inputs(work: Work, run: Run) -> None:

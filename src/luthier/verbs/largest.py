@@ -15,7 +15,7 @@ from luthier.data.feed import HeldRows
 
 if TYPE_CHECKING:
     from luthier.training.learner import Settings
-    from luthier.verbs.stages import Work
+    from luthier.verbs.work import Work
 
 # Steps of a plan that are looked at, and of these how many with the most tokens are laid out.
 LOOKED, LAID_OUT = 50_000, 4
@@ -72,3 +72,21 @@ def largest_held_out(work: Work, tokens: int) -> Sequence[Encoded]:
     lengths = lengths_of(work.validation)
     part = max(fill_batches(lengths, tokens), key=lambda part: sum(lengths[at] for at in part))
     return [work.validation[at] for at in part]
+
+
+def largest_writing(work: Work) -> int:
+    """Bytes of the keys and values that the most answers written at once take, between steps or in a validation."""
+    from luthier.engine.generate import room_for
+    from luthier.engine.rollouts import AT_ONCE
+    from luthier.models.pages import writes_by_pages
+
+    if not work.objective.draws or not writes_by_pages(work.model):
+        return 0
+    tokens = 0
+    share = -(-work.settings.batch_size // work.world.size)
+    for rows, most in ((work.rows, share), (work.validation, AT_ONCE)):
+        lengths = np.asarray(lengths_of(rows))
+        longest = np.argsort(-lengths, kind="stable")[:most]
+        before, more = work.objective.prompts([rows[int(at)] for at in longest])
+        tokens = max(tokens, room_for(work.model, before, more, AT_ONCE) if before else 0)
+    return tokens * int(work.model.pages or 0)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from luthier.core.errors import ConfigError
 from luthier.core.types import Encoded
 from luthier.data.cache import lengths_of
-from luthier.verbs.largest import large_steps, largest_held_out, largest_part, seen_of
+from luthier.verbs.largest import large_steps, largest_held_out, largest_part, largest_writing, seen_of
 
 if TYPE_CHECKING:
     from luthier.models.checkpointing import Checkpointing
     from luthier.training.forecast import Plan
-    from luthier.verbs.stages import Work
+    from luthier.verbs.work import Work
 
 # Tokens that go through the model at once where nobody says: more is no faster on a CPU; on a GPU up to MOST may be.
 TOKENS, MOST = 8192, 65536
@@ -139,6 +139,7 @@ def _lay_out(
             averages=bool(work.config.ema),
             noise=work.config.noise,
             shards=work.world.size if work.shards else 1,
+            writing=largest_writing(work),
         )
     except Exception as err:
         work.events.choose("memory", "not predicted", why_not(err))
@@ -172,7 +173,8 @@ def _say(work: Work, plan: Plan) -> Plan:
             part["total"],
             f"predicted at most{seen_of(work)}: weights {part['weights']}, all else before the first step "
             f"{part['process']}, fp32 masters {part['masters']}, optimiser {part['optimizer']}, gradients "
-            f"{part['gradients']}, activations {part['activations']}, or validation {part['validation']}{beside}",
+            f"{part['gradients']}, activations {part['activations']}, or validation {part['validation']}, or answers "
+            f"{part['writing']}{beside}",
         )
     if plan.seconds is not None:
         work.events.choose("time", spoken(plan.seconds), "predicted for all steps, without validation")

@@ -13,7 +13,7 @@ from luthier.text.golden import Golden, find_difference, make_golden, read_golde
 if TYPE_CHECKING:
     from luthier.core.types import Encoded
     from luthier.models.spec import LoadedModel
-    from luthier.verbs.stages import Work
+    from luthier.verbs.work import Work
 
 
 @dataclass(frozen=True)

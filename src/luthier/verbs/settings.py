@@ -14,8 +14,8 @@ from luthier.training.schedules import SCHEDULES
 if TYPE_CHECKING:
     from luthier.training.learner import Settings
     from luthier.training.objectives.part import Objective
-    from luthier.verbs.stages import Work
     from luthier.verbs.tune import Tune
+    from luthier.verbs.work import Work
 
 # Rows of a stream, as far as choices by their number go.
 MANY = 1_000_000

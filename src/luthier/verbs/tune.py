@@ -21,9 +21,12 @@ from luthier.training.objectives import OBJECTIVES
 from luthier.training.optimizers import OPTIMIZERS
 from luthier.training.schedules import SCHEDULES
 from luthier.verbs.artefacts import judge, keep_inputs, keep_model
+from luthier.verbs.encoding import encode, refer
+from luthier.verbs.joining import begin, checkpoints, gather
 from luthier.verbs.launch import join_world
+from luthier.verbs.reading import read
 from luthier.verbs.settings import check
-from luthier.verbs.stages import Work
+from luthier.verbs.work import Work
 
 if TYPE_CHECKING:
     from luthier.core.types import Encoded
@@ -147,8 +150,8 @@ def plan(asked: Resolved[Tune], *, sinks: Sequence[Sink] = ()) -> dict[str, Any]
     processes = asked.config.processes
     work = Work(asked, Events(sinks=sinks), world=World(size=processes, local_size=processes))
     check(asked.config)
-    work.read()
-    work.encode()
+    read(work)
+    encode(work)
     return {
         "settings": {path: {"value": value, "origin": origin} for path, value, origin in work.asked.rows()},
         "choices": work.events.choices,
@@ -162,7 +165,7 @@ def plan(asked: Resolved[Tune], *, sinks: Sequence[Sink] = ()) -> dict[str, Any]
 def encode_for(asked: Resolved[Tune], events: Events, *, limit: int) -> tuple[list[Encoded], LoadedModel]:
     """The first `limit` training rows as this tuning would encode them, and the model that would read them."""
     work = Work(asked, events)
-    work.read()
+    read(work)
     return work.objective.encode(work.dataset.train[:limit], work.model, events)[:limit], work.model
 
 
@@ -190,12 +193,12 @@ def _lead(
     with run.working(), world.guard():
         try:
             check(asked.config)
-            work.read()
+            read(work)
             if resume and run.record.data.get("fingerprint") not in (None, work.dataset.fingerprint):
                 raise RunError(
                     f"run:{run.id}: the data changed since this run began, so it cannot go on; start a new run"
                 )
-            work.encode()
+            encode(work)
         except (LuthierError, KeyboardInterrupt):
             if not resume:
                 discard(run)  # nothing was learned yet
@@ -214,8 +217,8 @@ def _follow(
     """Take part in a run that another process leads; the record that comes back is not written anywhere."""
     path = Path(world.hear("run"))
     work = Work(asked, Events(), model, world)
-    work.read()
-    work.encode()
+    read(work)
+    encode(work)
     _learn(path, work, resume=resume is not None)
     return Record(id=path.name, verb="tune", created=now(), state="finished"), work.model
 
@@ -225,8 +228,8 @@ def _learn(path: Path, work: Work, *, resume: bool) -> Outcome:
     from luthier.models.checkpointing import checkpoint_layers
     from luthier.training.loop import train
 
-    work.refer(path)
-    work.begin()
+    refer(work, path)
+    begin(work)
     try:
         outcome = train(
             work.model,
@@ -237,7 +240,7 @@ def _learn(path: Path, work: Work, *, resume: bool) -> Outcome:
             optimizer=work.config.optimizer,
             schedule=work.config.schedule,
             settings=work.settings,
-            checkpoints=work.checkpoints(path),
+            checkpoints=checkpoints(work, path),
             events=work.events,
             resume=resume,
             scales=work.scales(),
@@ -245,7 +248,7 @@ def _learn(path: Path, work: Work, *, resume: bool) -> Outcome:
             sharded=work.sharded,
             plan=work.plan,
         )
-        work.gather()
+        gather(work)
     finally:
         checkpoint_layers(work.model, "none")
     return outcome
@@ -270,7 +273,7 @@ def _learn_and_judge(run: Run, work: Work, *, resume: bool) -> None:
     )
     keep_model(work, run)
     judge(work, run)
-    for checkpoint in work.checkpoints(run.path).steps():
+    for checkpoint in checkpoints(work, run.path).steps():
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 

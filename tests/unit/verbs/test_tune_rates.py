@@ -15,8 +15,10 @@ from luthier.training.learner import Learner
 from luthier.training.optimizers import OPTIMIZERS
 from luthier.training.schedules.shapes import Constant
 from luthier.training.validation import validate
-from luthier.verbs.stages import Work
+from luthier.verbs.encoding import encode
+from luthier.verbs.reading import read
 from luthier.verbs.tune import Tune, plan, tune, tune_model
+from luthier.verbs.work import Work
 from tiny import tiny_model
 
 WORDS = [
@@ -110,8 +112,8 @@ def test_the_average_is_what_is_validated_and_kept(case, best, tmp_path, monkeyp
     learners: list[Learner] = []
     monkeypatch.setattr(loop, "Learner", lambda *args, **more: learners.append(Learner(*args, **more)) or learners[-1])
     work = Work(config(tmp_path, "one", case), Events())
-    work.read()
-    work.encode()
+    read(work)
+    encode(work)
     outcome = loop.train(
         work.model,
         work.objective,

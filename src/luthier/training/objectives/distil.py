@@ -228,6 +228,9 @@ class Distil(Objective):
             found.append(replace(row, ids=row.ids + row.ids[-1:] * more, weights=row.weights + (1.0,) * more))
         return found
 
+    def prompts(self, rows: Sequence[Encoded]) -> tuple[Sequence[int], int]:
+        return ([_last_answer(row) for row in rows], self.max_tokens) if self.on_policy else ((), 0)
+
     def tally(self, rows: Sequence[Encoded]) -> Tally:
         written = [row for row in rows if isinstance(row, Written)]
         if not written:

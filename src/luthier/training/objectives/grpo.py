@@ -149,6 +149,9 @@ class GRPO(Objective):
             groups.append(replace(group, told=((0.0, 0.0, 0.0),) * len(group.ids)))
         return groups
 
+    def prompts(self, rows: Sequence[Encoded]) -> tuple[Sequence[int], int]:
+        return [len(row.ids) for row in rows for _ in range(self.samples)], self.max_tokens
+
     def repeats(self) -> int:
         return self.updates
 

@@ -119,6 +119,11 @@ class Objective(Part):
         """Rows such as `draw` makes of these at their longest, without asking the model: for a forecast of memory."""
         return rows
 
+    def prompts(self, rows: Sequence[Encoded]) -> tuple[Sequence[int], int]:
+        """Of the answers that the model may write for these rows between two steps: the tokens before each, and most
+        tokens of one."""
+        return (), 0
+
     def companions(self) -> Sequence[LoadedModel]:
         """The models that run beside the one that learns in `measure`."""
         return ()
