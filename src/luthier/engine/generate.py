@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -26,18 +27,21 @@ def generate(
     raw: bool = False,
     batch_size: int = STREAMS,
     keys: Sequence[str] | None = None,
+    tools: Sequence[Sequence[dict[str, Any]]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """One completion for each prompt (a text, or messages), in order; `batch_size` of them at once.
 
-    `raw` goes on from the text as it stands, without the chat template. By the engine an answer is that of its prompt
-    alone, and one that is drawn depends on the seed and its key (by default its place among the prompts). Beams,
-    encoder-decoders and families that it cannot read are padded side by side (`engine.padded`): the same greedy answers,
-    slower, and drawn ones repeat for the same batch only. Raises ModelError for models that write no text.
+    `raw` goes on from the text as it stands, without the chat template; `tools` are what each prompt may call. By the
+    engine an answer is that of its prompt alone, and one that is drawn depends on the seed and its key (by default its
+    place among the prompts). Beams, encoder-decoders and families that it cannot read are padded side by side
+    (`engine.padded`): the same greedy answers, slower, and drawn ones repeat for the same batch only. Raises ModelError
+    for models that write no text.
     """
     sampling = sampling or Sampling()
     _check(model)
-    encoded = [model.renderer.prompt(prompt, raw=raw) for prompt in prompts]
+    held = tools or [()] * len(prompts)
+    encoded = [model.renderer.prompt(prompt, own, raw=raw) for prompt, own in zip(prompts, held, strict=True)]
     if not uses_engine(model, sampling):
         return _generate_padded(model, encoded, sampling, batch_size, on_progress)
     engine = engine_for(model, [len(ids) for ids in encoded], sampling.max_tokens, batch_size)

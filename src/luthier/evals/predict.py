@@ -75,10 +75,10 @@ def predict_examples(
                 Prediction(example.id, None, None, nll=nll, tokens=round(count), bytes=size, input=text[:2000])
             )
         return scored
-    prompts = [prompt_of(example)[0] for example in examples]
+    prompts, tools = zip(*(prompt_of(example) for example in examples))
     if events is not None:
         tell_engine(model, sampling or Sampling(), events)
-    written = generate(model, prompts, sampling, batch_size=batch_size, on_progress=tell)
+    written = generate(model, prompts, sampling, batch_size=batch_size, tools=tools, on_progress=tell)
     endless = sum(one.finish == "length" for one in written)
     if endless and events is not None:
         events.warn(f"of {len(written)} answers reached max_tokens without an end of their own", endless)

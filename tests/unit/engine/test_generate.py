@@ -5,10 +5,11 @@ import torch
 from transformers import GenerationConfig
 
 from luthier.core.errors import ConfigError, ModelError
-from luthier.core.types import Completion, Message
+from luthier.core.types import Chat, Completion, Message
 from luthier.engine.generate import generate, stream
 from luthier.engine.pieces import complete, pieces
 from luthier.engine.sampling import Sampling
+from luthier.evals.predict import predict_examples
 from luthier.models.load import load_model
 from tiny import FAMILIES, tiny_model
 
@@ -174,3 +175,18 @@ def test_what_cannot_be_done_is_said():
         next(stream(model, "x", Sampling(beams=2)))
     with pytest.raises(ModelError, match="writes no text"):
         generate(load_model(str(tiny_model("bert"))), ["x"])
+
+
+def test_judged_conversations_keep_their_tools(monkeypatch):
+    model = load_model(str(tiny_model("qwen2")))
+    tools, seen = ({"type": "function", "function": {"name": "weather"}},), []
+    own = type(model.renderer).prompt
+
+    def note(renderer, said, given=(), *, raw=False):
+        seen.append(given)
+        return own(renderer, said, given, raw=raw)
+
+    monkeypatch.setattr(type(model.renderer), "prompt", note)
+    talk = Chat("a", (Message("user", "one"), Message("assistant", "two")), tools)
+    predict_examples(model, [talk], sampling=Sampling(max_tokens=2))
+    assert seen == [tools]
