@@ -49,8 +49,16 @@ def import_lean() -> bool:
     with _told_absent(), _looked_once():
         for name in WANTED:
             import_module(name)
+    vars(torch.distributed).setdefault("__getattr__", _part_of_distributed)
     gc.freeze()  # nothing of it goes away
     return True
+
+
+def _part_of_distributed(name: str) -> Any:
+    """Others take these parts of torch.distributed to be there, since transformers imports them."""
+    if name not in ("tensor", "fsdp", "checkpoint", "device_mesh"):
+        raise AttributeError(f"module 'torch.distributed' has no attribute {name!r}")
+    return import_module(f"torch.distributed.{name}")
 
 
 class Undrawn(TorchFunctionMode):

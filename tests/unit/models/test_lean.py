@@ -51,6 +51,8 @@ assert expect_true.__module__ == "torch.fx.experimental.symbolic_shapes"
 from transformers.masking_utils import TransformGetItemToIndex
 with TransformGetItemToIndex():
     pass
+# As PEFT asks for it.
+assert torch.distributed.tensor.DTensor and not hasattr(torch.distributed, "nothing")
 print("fine")
 """
 
