@@ -21,6 +21,8 @@ from luthier.models.load import load_model
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.objectives.sft import SFT
 from luthier.training.world import World
+from luthier.verbs.encoding import encode
+from luthier.verbs.reading import read
 from luthier.verbs.tune import Tune, tune
 from luthier.verbs.work import Work
 from tiny import tiny_model
@@ -83,11 +85,12 @@ def test_pain_14_a_gpu_that_is_not_there_is_said(runs):
 def test_pain_15_rows_are_encoded_before_the_processes_form_their_group(monkeypatch):
     """No collective waits while one process tokenises, so none can run out of time; the others read what it wrote."""
     order: list[object] = []
-    encode, store = SFT.encode, dist.HashStore()
+    own, store = SFT.encode, dist.HashStore()
+    store.set("loaded/1", "")  # the second process, which comes later here
 
     def note(self, examples, *rest):
         order.append(len(examples))
-        return encode(self, examples, *rest)
+        return own(self, examples, *rest)
 
     class Two(World):
         def begin(self, device):
@@ -106,8 +109,8 @@ def test_pain_15_rows_are_encoded_before_the_processes_form_their_group(monkeypa
     assert order == [8, 1, "group"]  # all rows, then the one that is held against the saved model
     order.clear()
     second = Work(asked, Events(), world=Two(1, 2, local_rank=1, local_size=2, store=store))
-    second.read()
-    second.encode()
+    read(second)
+    encode(second)
     assert order == [1] and [row.id for row in second.rows] == [f"row {at}" for at in range(1, 9)]
 
 
