@@ -108,7 +108,7 @@ def test_ctrl_c_before_anything_is_learned_leaves_nothing(command, runs, monkeyp
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("luthier.verbs.work.load_data", stop)
+    monkeypatch.setattr("luthier.verbs.reading.load_data", stop)
     assert main(command) == 130
     assert "stopped" in capsys.readouterr().err and not list(runs.glob("*"))
 

@@ -147,7 +147,7 @@ def test_a_mask_that_changes_ends_the_run(runs, monkeypatch):
             work.asked = work.asked.advise(learn="last")
         return found
 
-    monkeypatch.setattr("luthier.verbs.work.note_rendering", change)
+    monkeypatch.setattr("luthier.verbs.encoding.note_rendering", change)
     with pytest.raises(TrainingError, match="the first training row is encoded otherwise than before training"):
         tune(model=str(tiny_model("qwen2")), **settings)
 
