@@ -101,9 +101,11 @@ def validate(
 
         if even:
             parts = [(source, part) for source in sources for part in fill_batches(lengths_of(held[source]), tokens)]
+            # Counted before the first pass: a layer is gathered by all at once, and so is the largest number.
+            more = world.most(len(parts)) - len(parts)
             for source, part in parts:
                 take(source, [held[source][at] for at in part])
-            for _ in range(world.most(len(parts)) - len(parts)):
+            for _ in range(more):
                 take(sources[0], rows[:1], counts=False)
         else:
             for source in sources:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from luthier.core.errors import ConfigError, ModelError
+from luthier.core.types import Encoded
 from luthier.models.adapters import ADAPTERS
 from luthier.models.fuse import fuse, fused_parts
 from luthier.models.load import is_whole, load_model
@@ -20,6 +21,7 @@ from luthier.training.hollow import believe, can_be_hollow, describe, fill, fill
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.sharded_checkpoints import ShardedCheckpoints
 from luthier.training.sharding import _widen
+from luthier.training.validation import validate
 from luthier.training.world import World
 from tiny import tiny_model
 
@@ -171,3 +173,34 @@ def test_a_checkpoint_that_another_process_finds_damaged_is_passed_over(tmp_path
     manifest = {one.name: digest_of(one) for one in path.iterdir()} | {"state.pt": "another"}
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert ShardedCheckpoints(tmp_path, world=First(), parameters=[]).read("step-1") is None
+
+
+def test_processes_agree_on_the_passes_of_a_validation_before_the_first():
+    """One that asked only when it is through would wait for another that waits for it in a layer."""
+    model, asked = load_model(str(tiny_model("llama"))), []
+    objective = OBJECTIVES.parse("sft")
+
+    class Second(World):
+        def __init__(self):
+            super().__init__(1, 3)
+
+        def most(self, value: int) -> int:
+            asked.append("most")
+            return value + 2
+
+        def sum(self, *values: float) -> list[float]:
+            return list(values)
+
+        def gather(self, value):
+            return [value]
+
+        def spread(self, tree):
+            return tree
+
+    def measure(batch):
+        asked.append("pass")
+        return objective.measure(model, batch)
+
+    rows = [Encoded(str(at), tuple(range(4, 12)), (0.0, *[1.0] * 7)) for at in range(6)]
+    validate(model, objective, rows, tokens=64, world=Second(), measure=measure, even=True)
+    assert asked == ["most", "pass", "pass", "pass"]
