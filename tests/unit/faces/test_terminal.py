@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from luthier.core.run import read_record
 from luthier.faces.cli.main import main
@@ -166,3 +167,14 @@ def test_a_conversation_begins_with_the_system_message_and_knows_its_commands(mo
     assert "nothing was said yet, so there is nothing to save" in said
     assert any(line.startswith(f"{tmp_path}: cannot be written (Is a directory)") for line in said)
     assert read_turns(path)[:2] == [("system", "Be brief."), ("user", "hello")]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()], ids=str)
+def test_memory_that_runs_out_in_any_command_is_one_sentence(error, monkeypatch, capsys, runs):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("luthier.models.load.load_network", fail)
+    assert main(["generate", "mini", "hello"]) == 2
+    said = capsys.readouterr().err
+    assert "memory ran out; set a shorter max_length" in said and "bug" not in said

@@ -82,6 +82,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as err:
         if os.environ.get("LUTHIER_DEBUG"):
             raise
+        if _is_out_of_memory(err):
+            print(
+                say(
+                    "luthier: memory ran out; set a shorter max_length or a smaller batch_size, hold the model in less "
+                    "(quantize: nf4), or choose a smaller model or a machine with more memory"
+                ),
+                file=sys.stderr,
+            )
+            return 2
         print(
             say(
                 f"luthier: this is a bug in Luthier: {type(err).__name__}: {err}\n"
@@ -90,6 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _is_out_of_memory(err: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return isinstance(err, MemoryError)
+    from luthier.models.memory import out_of_memory
+
+    return out_of_memory(err)
 
 
 def _import() -> None:
