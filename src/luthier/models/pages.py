@@ -44,12 +44,6 @@ class Store:
         """That it takes once it is full."""
         return sum(one.nbytes for pair in self._layers.values() for one in pair)
 
-    def copy(self, source: int, target: int) -> None:
-        """Copy one block in every layer."""
-        for pair in self._layers.values():
-            for one in pair:
-                one[target * BLOCK : (target + 1) * BLOCK] = one[source * BLOCK : (source + 1) * BLOCK]
-
 
 class Pages:
     """One step: for each text its blocks, how many of its tokens lie in them by now, and how many new ones come.

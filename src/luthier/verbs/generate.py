@@ -183,7 +183,8 @@ def _answer(
     from luthier.engine.generate import generate as write
 
     prompts = [with_shots(model, _as_prompt(item), shots, config.raw) for _, item in items]
-    names = [name for name, _ in items]
+    # A prompt by itself draws what it draws when it is streamed.
+    names = None if config.input is None else [name for name, _ in items]
     written = write(model, prompts, config.sampling, raw=config.raw, batch_size=config.batch_size, keys=names)
     return [
         {"id": name, "output": one.text, "finish": one.finish, "tokens": len(one.ids)}

@@ -118,3 +118,13 @@ def test_doctor(capsys):
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["torch"] and facts["troubles"] == []
+
+
+def test_a_drawn_answer_is_the_same_streamed_and_whole():
+    from luthier.verbs.generate import generate
+
+    asked = {"model": "mini", "prompt": "Once upon", "raw": True}
+    asked["sampling"] = {"temperature": 1.2, "seed": 5, "max_tokens": 16}
+    pieces = []
+    streamed = generate(on_text=pieces.append, **asked)
+    assert generate(**asked)[0]["output"] == streamed[0]["output"] == "".join(pieces)
