@@ -12,10 +12,11 @@ import torch
 from luthier.core.errors import ConfigError, DataError, ModelError
 from luthier.engine.blocks import Blocks
 from luthier.engine.choose import choose
+from luthier.engine.paged import Paged
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.schedule import Schedule
-from luthier.models.pages import BLOCK, FEWEST, Pages, Store, next_logits, read_pages, writes_by_pages
+from luthier.models.pages import BLOCK, writes_by_pages
 from luthier.models.spec import LoadedModel
 
 # Texts that run at once, and tokens that go through the model at once, where nobody says.
@@ -36,10 +37,8 @@ class Engine:
             raise ModelError(f"{model.spec.source}: {model.spec.family} models do not write text by text side by side")
         self.model, self._arrived = model, 0
         blocks = -(-room // BLOCK)
-        # The last block is for what fills a step up.
-        self._store, self.blocks = Store(blocks + 1), Blocks(blocks)
+        self._reader, self.blocks = Paged(model, blocks), Blocks(blocks)
         self.schedule = Schedule(self.blocks, streams, tokens)
-        self._fewest = FEWEST.get(model.network.dtype, 1)
 
     def add(
         self,
@@ -104,31 +103,16 @@ class Engine:
     def _read(self, planned: Sequence[tuple[Request, int]]) -> tuple[torch.Tensor, list[Request]]:
         """Put a step through the model: the logits of the texts that are read to their end, and which they are."""
         ids: list[int] = []
-        tables, before, lengths, ends, ready = [], [], [], [], []
+        rows, ready = [], []
         for request, count in planned:
             ids += request.ids(request.read, request.read + count)
-            tables.append(request.table)
-            before.append(request.read)
-            lengths.append(count)
             if request.read + count == request.length:
-                ends.append(len(ids) - 1)
+                rows.append(len(ids) - 1)
                 ready.append(request)
-        if len(ids) < self._fewest:
-            tables.append([self.blocks.count])
-            before.append(0)
-            lengths.append(self._fewest - len(ids))
-            ids += [0] * lengths[-1]
-        device, module = self.model.device, self.model.module
-        training = module.training
-        module.eval()
-        try:
-            pages = Pages(self._store, tables, before, lengths, device)
-            states_NE = read_pages(self.model, torch.tensor(ids, device=device), pages)
-            # Like a step, the head is given no fewer rows than round like many.
-            rows = ends + ends[:1] * (self._fewest - len(ends)) if ends else []
-            logits_RV = next_logits(self.model, states_NE[rows])[: len(ends)] if ends else states_NE[:0]
-        finally:
-            module.train(training)
+        requests = [request for request, _ in planned]
+        logits_RV = self._reader.read(
+            ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned], rows
+        )
         for request, count in planned:
             self.schedule.advance(request, count)
         return logits_RV, ready
