@@ -25,6 +25,11 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
     return [found[at] for at in range(len(requests))]
 
 
+def takes_likeliest(request: Request) -> bool:
+    """Whether its next token is the likeliest of the model's own logits."""
+    return request.sampling.temperature == 0 and request.sampling.repetition_penalty == 1
+
+
 def _penalised(logits_V: Tensor, request: Request) -> Tensor:
     """Keskar et al. 2019 (arXiv:1909.05858): what occurred in prompt or answer is divided, or multiplied below zero."""
     seen = torch.tensor(sorted({*request.prompt, *request.written}), device=logits_V.device)

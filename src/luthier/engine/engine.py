@@ -11,13 +11,14 @@ import torch
 
 from luthier.core.errors import ConfigError, DataError, ModelError
 from luthier.engine.blocks import Blocks
-from luthier.engine.choose import choose
+from luthier.engine.choose import choose, takes_likeliest
 from luthier.engine.paged import Paged
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.schedule import Schedule
 from luthier.models.pages import BLOCK, writes_by_pages
 from luthier.models.spec import LoadedModel
+from luthier.native.decoder import Cached
 
 # Texts that run at once, and tokens that go through the model at once, where nobody says.
 STREAMS, TOKENS = 32, 512
@@ -37,7 +38,8 @@ class Engine:
             raise ModelError(f"{model.spec.source}: {model.spec.family} models do not write text by text side by side")
         self.model, self._arrived = model, 0
         blocks = -(-room // BLOCK)
-        self._reader, self.blocks = Paged(model, blocks), Blocks(blocks)
+        self._reader = Paged(model, blocks) if model.native is None else Cached(model.native, blocks)
+        self.blocks = Blocks(blocks)
         self.schedule = Schedule(self.blocks, streams, tokens)
 
     def add(
@@ -90,8 +92,8 @@ class Engine:
     def step(self) -> list[Request]:
         """The texts that have one token more."""
         planned = self.schedule.plan()
-        logits_RV, ready = self._read(planned)
-        return self._commit(ready, choose(logits_RV, ready)) if ready else []
+        found, ready = self._read(planned)
+        return self._commit(ready, found.tolist() if found.dim() == 1 else choose(found, ready)) if ready else []
 
     def run(self, on_progress: Callable[[list[Request]], None] | None = None) -> None:
         """Step until every text is finished."""
@@ -101,7 +103,8 @@ class Engine:
                 on_progress(found)
 
     def _read(self, planned: Sequence[tuple[Request, int]]) -> tuple[torch.Tensor, list[Request]]:
-        """Put a step through the model: the logits of the texts that are read to their end, and which they are."""
+        """Put a step through the model: the logits of the texts that are read to their end, and which they are. Where no
+        setting changes what is likeliest and that is asked for, the likeliest tokens alone."""
         ids: list[int] = []
         rows, ready = [], []
         for request, count in planned:
@@ -110,12 +113,13 @@ class Engine:
                 rows.append(len(ids) - 1)
                 ready.append(request)
         requests = [request for request, _ in planned]
-        logits_RV = self._reader.read(
-            ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned], rows
-        )
+        found = self._reader.read(
+            ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned], rows,
+            likeliest=all(takes_likeliest(one) for one in ready),
+        )  # fmt: skip
         for request, count in planned:
             self.schedule.advance(request, count)
-        return logits_RV, ready
+        return found, ready
 
     def _commit(self, ready: list[Request], tokens: Sequence[int]) -> list[Request]:
         """Give each text its token, and end those that are complete."""
