@@ -11,6 +11,7 @@ from luthier.core.errors import ConfigError, ModelError
 from luthier.core.events import Events
 from luthier.core.types import Completion, Message
 from luthier.engine.engine import STREAMS, Engine, numbers_of
+from luthier.engine.native import Execution, prepare
 from luthier.engine.padded import write, write_on
 from luthier.engine.pieces import complete, pieces
 from luthier.engine.request import Request
@@ -95,9 +96,18 @@ def uses_engine(model: LoadedModel, sampling: Sampling) -> bool:
     return sampling.beams == 1 and writes_by_pages(model)
 
 
+def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, events: Events) -> None:
+    """Make a loaded model ready to write, and say by which way answers come, and why. Raises ConfigError as `prepare` does."""
+    if uses_engine(model, sampling):
+        prepare(model, execution, events)
+    tell_engine(model, sampling, events)
+
+
 def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
     """Say by which way answers come, and why."""
     if uses_engine(model, sampling):
+        if model.native is not None:  # said when it was chosen
+            return
         events.choose("engine", "paged", "texts come and go; each is written as if it were alone")
         return
     why = (

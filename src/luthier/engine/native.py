@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from luthier.core.errors import ConfigError
 from luthier.core.events import Events
+from luthier.engine.sampling import Execution
 from luthier.models.decoder import Unlike, describe
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
@@ -19,11 +19,10 @@ from luthier.native.decoder import TOKENS, Cached, Packed, why_no_decoder
 from luthier.native.forms import Form
 from luthier.native.shape import Decoder
 
-Execution: TypeAlias = Literal["auto", "model", "bfloat16", "int8", "int4"]
 # Smaller models are read as they are: their products are too small to gain much.
 SMALL = 10_000_000
 # What a form may change, measured on CALIBRATION: nats of KL divergence a token on average, and the share of perplexity.
-MOST_KL, MOST_PERPLEXITY = 0.02, 0.02
+MOST_KL, MOST_PERPLEXITY = 0.01, 0.01
 # What bf16 and int8 change of the logits at most, relative to their size; a model that computes anything else is far beyond.
 MOST_APART = 0.1
 CALIBRATION = (
@@ -72,11 +71,11 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
             raise ConfigError(
                 f"execution: {execution} needs the native decoder, and {why}; set execution: auto"
             ) from None
-        events.choose("native", "no", str(why))
+        events.choose("native", "no", f"{why}; the module itself reads")
         return
     packed, quality = chosen
     model.native = packed
-    events.choose("native", packed.form, f"{quality}; {packed.nbytes / 1e6:,.0f} MB of weights")
+    events.choose("engine", f"native {packed.form}", f"{quality}; {packed.nbytes / 1e6:,.0f} MB of weights")
 
 
 def _describe(model: LoadedModel) -> Decoder:
@@ -96,7 +95,7 @@ def _describe(model: LoadedModel) -> Decoder:
 @torch.inference_mode()
 def _own(model: LoadedModel) -> tuple[Tensor, list[int]]:
     """The model's own logits after each token of the calibration text, and its tokens."""
-    ids = list(model.tokenizer(CALIBRATION, add_special_tokens=True)["input_ids"])[: model.spec.max_length]
+    ids = list(model.tokenizer(CALIBRATION, add_special_tokens=True, verbose=False)["input_ids"])[: model.spec.max_length]
     states_TE = hidden_states(model, torch.tensor(ids), (len(ids),))
     return head_of(model).logits(states_TE).float(), ids
 
