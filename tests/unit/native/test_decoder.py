@@ -4,62 +4,16 @@ import random
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from decoders import FAMILIES, decoder_model
 from luthier.models.decoder import Unlike, describe
-from luthier.models.load import load_model
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
 from luthier.native.decoder import TOKENS, Cached, Packed, why_no_decoder
 from luthier.native.forms import filled, rounded, to_int4, to_int8
 from luthier.native.plain import read_plainly
-from tiny import CONTEXT, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(why_no_decoder() is not None, reason=str(why_no_decoder()))
-
-SIZES = {
-    "hidden_size": 96, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "head_dim": 32, "max_position_embeddings": CONTEXT,
-}  # fmt: skip
-GPT2 = {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": CONTEXT}
-# Families with each thing that a layer can have, and what they call their sizes.
-FAMILIES = {
-    "llama": {"num_key_value_heads": 6, "attention_bias": True}, "mistral": {"sliding_window": 40}, "qwen2": {}, "qwen3": {},
-    "gemma": {}, "gemma2": {"sliding_window": 40, "query_pre_attn_scalar": 32, "final_logit_softcapping": 5.0},
-    "gemma3_text": {"sliding_window": 40, "query_pre_attn_scalar": 32}, "phi": {"head_dim": ...},
-    "phi3": {"pad_token_id": 0, "head_dim": ...},
-    "gpt2": GPT2, "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
-    "smollm3": {"no_rope_layers": [1, 0, 1]}, "arcee": {}, "starcoder2": {"sliding_window": None},
-    "stablelm": {"head_dim": ...}, "seed_oss": {},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def make(tmp_path_factory):
-    made = {}
-
-    def of(family, **more):
-        key = (family, *sorted(more.items()))
-        if key not in made:
-            tokenizer = tiny_tokenizer("llama")
-            settings = {
-                **SIZES, "vocab_size": len(tokenizer) + 8, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
-                **FAMILIES.get(family, {}), **more,
-            }  # fmt: skip
-            config = AutoConfig.for_model(family, **{name: one for name, one in settings.items() if one is not ...})
-            torch.manual_seed(0)
-            network = AutoModelForCausalLM.from_config(config)
-            with torch.no_grad():
-                for name, weight in network.named_parameters():
-                    # Far from what initialisation leaves: norms and biases that do something.
-                    weight.add_(torch.randn_like(weight) * (0.1 if "norm" in name or "bias" in name else 0.05))
-            place = tmp_path_factory.mktemp(family)
-            network.save_pretrained(place)
-            tokenizer.save_pretrained(place)
-            made[key] = load_model(str(place))
-        return made[key]
-
-    return of
 
 
 def some_ids(count, seed=0):
@@ -85,8 +39,8 @@ def apart(one, other):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_read_off_a_family_is_what_it_computes(family, make):
-    model, ids = make(family), some_ids(100)
+def test_what_is_read_off_a_family_is_what_it_computes(family):
+    model, ids = decoder_model(family), some_ids(100)
     decoder, own_TV = describe(model), own_logits(model, ids)
     assert apart(read_plainly(decoder, torch.tensor(ids)), own_TV) < 1e-5
     assert apart(native_logits(Packed(decoder, "bfloat16"), ids), own_TV) < 0.02
@@ -94,16 +48,16 @@ def test_what_is_read_off_a_family_is_what_it_computes(family, make):
 
 @pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2"])
-def test_the_c_code_follows_the_plain_one_with_the_same_rounded_weights(family, form, make):
-    decoder, ids = describe(make(family)), some_ids(100)
+def test_the_c_code_follows_the_plain_one_with_the_same_rounded_weights(family, form):
+    decoder, ids = describe(decoder_model(family)), some_ids(100)
     plain_TV = read_plainly(decoder, torch.tensor(ids), form, "int8" if form == "int4" else None)
     assert apart(native_logits(Packed(decoder, form), ids), plain_TV) < (0.02 if form == "bfloat16" else 0.05)
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "mistral"])
-def test_a_token_is_the_same_bits_whatever_is_beside_it(family, form, make):
-    packed = Packed(describe(make(family)), form)
+def test_a_token_is_the_same_bits_whatever_is_beside_it(family, form):
+    packed = Packed(describe(decoder_model(family)), form)
     texts = [some_ids(size, size) for size in (1, 5, 33, 64, 90, 2, 17, 40)]
     tables, taken = [], list(range(200))
     random.Random(3).shuffle(taken)
@@ -142,6 +96,6 @@ def test_weights_in_whole_numbers_are_as_near_as_their_scales_allow():
 
 
 @pytest.mark.parametrize("family", ["cohere", "gpt_neox", "olmo2", "bloom"])
-def test_a_family_that_computes_otherwise_is_refused_with_the_reason(family, make):
+def test_a_family_that_computes_otherwise_is_refused_with_the_reason(family):
     with pytest.raises(Unlike, match=r"has|makes|does|gives|pairs"):
-        describe(make(family, head_dim=...))
+        describe(decoder_model(family, head_dim=...))
