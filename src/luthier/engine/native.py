@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 
 import torch
 from torch import Tensor
@@ -21,18 +22,10 @@ from luthier.native.shape import Decoder
 
 # Smaller models are read as they are: their products are too small to gain much.
 SMALL = 10_000_000
-# What a form may change, measured on CALIBRATION: nats of KL divergence a token on average, and the share of perplexity.
+# What a form may change on assets/calibration.txt: nats of KL divergence a token on average, and a share of perplexity.
 MOST_KL, MOST_PERPLEXITY = 0.01, 0.01
 # What bf16 and int8 change of the logits at most, relative to their size; a model that computes anything else is far beyond.
 MOST_APART = 0.1
-CALIBRATION = (
-    "The harbour was quiet that morning. Two fishermen mended their nets on the stones, and a girl counted the boats as they "
-    'came in: seven, eight, nine. "How many are still out?" asked her grandfather. She thought for a moment and said, "Three, '
-    'if the storm spared them." He nodded, wrote the number into his book, and put the kettle on the stove.\n'
-    "def area(width: float, height: float) -> float:\n    return width * height\n"
-    "Question: what is the capital of France? Answer: Paris. The total for March is 1,284.50 euros, due on 15 April 2024.\n"
-    "昨天下午我们去图书馆借了三本书，一本讲历史，两本讲怎样种花。管理员说，最近来借书的人越来越多，所以新书要提前预约。"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +88,8 @@ def _describe(model: LoadedModel) -> Decoder:
 @torch.inference_mode()
 def _own(model: LoadedModel) -> tuple[Tensor, list[int]]:
     """The model's own logits after each token of the calibration text, and its tokens."""
-    ids = list(model.tokenizer(CALIBRATION, add_special_tokens=True, verbose=False)["input_ids"])[: model.spec.max_length]
+    text = (files("luthier") / "assets" / "calibration.txt").read_text(encoding="utf-8")
+    ids = list(model.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])[: model.spec.max_length]
     states_TE = hidden_states(model, torch.tensor(ids), (len(ids),))
     return head_of(model).logits(states_TE).float(), ids
 
