@@ -20,7 +20,7 @@ from luthier.models.output import Head, head_of
 from luthier.models.quantised.linear import QuantisedLinear
 from luthier.models.spec import LoadedModel
 from luthier.native.plain import activate
-from luthier.native.shape import ACTIVATIONS, Activation, Block, Decoder, Linear, Norm, Turns
+from luthier.native.shape import ACTIVATIONS, Activation, Block, Decoder, Linear, Low, Norm, Turns
 
 TOLERANCE = 2e-2
 TRIED = 6
@@ -32,8 +32,9 @@ class Unlike(Exception):
 
 
 @torch.no_grad()
-def describe(model: LoadedModel) -> Decoder:
-    """The decoder that a loaded language model is. Raises Unlike, with what it has that a `Decoder` has not."""
+def describe(model: LoadedModel, *, apart: bool = False) -> Decoder:
+    """The decoder that a loaded language model is, with its adapter in its weights, or `apart` where it can be: then they can
+    be read anew as it learns. Raises Unlike, with what the model has that a `Decoder` has not."""
     network, config = model.network, model.network.config
     if model.spec.kind != "decoder" or model.spec.task != "causal":
         raise Unlike("is no decoder that writes")
@@ -47,7 +48,7 @@ def describe(model: LoadedModel) -> Decoder:
     size = int(getattr(attention, "head_dim", None) or config.hidden_size // heads)
     embedding = network.get_input_embeddings()
     turns = _turns(base)
-    blocks = tuple(_block(layer, turns, size) for layer in layers)
+    blocks = tuple(_block(layer, turns, size, apart) for layer in layers)
     kv = (blocks[0].qkv.weight().shape[0] // size - heads) // 2
     mlp = layers[0].mlp
     decoder = Decoder(
@@ -78,7 +79,7 @@ def describe(model: LoadedModel) -> Decoder:
     return decoder
 
 
-def _block(layer: Any, turns: Callable[[Any], Turns | None], size: int) -> Block:
+def _block(layer: Any, turns: Callable[[Any], Turns | None], size: int, apart: bool) -> Block:
     attention, mlp = _part(layer, "self_attn", "attn"), layer.mlp
     if hasattr(attention, "sinks"):
         raise Unlike("has attention sinks")
@@ -109,10 +110,10 @@ def _block(layer: Any, turns: Callable[[Any], Turns | None], size: int) -> Block
         raise Unlike("has norms over all queries or keys together")
     norm_before = None if before is None else _norm(before)
     return Block(
-        qkv=_qkv(attention),
-        out=_linear([_part(attention, "o_proj", "dense", "c_proj", "out_proj")]),
-        up=_linear(_ups(mlp)),
-        down=_linear([_part(mlp, "down_proj", "fc2", "c_proj")]),
+        qkv=_linear(_qkv(attention), apart),
+        out=_linear([_part(attention, "o_proj", "dense", "c_proj", "out_proj")], apart),
+        up=_linear(_ups(mlp), apart),
+        down=_linear([_part(mlp, "down_proj", "fc2", "c_proj")], apart),
         before_attention=norm_before,
         query=norms[0],
         key=norms[1],
@@ -141,37 +142,52 @@ def _parallel(layer: Any) -> bool:
     )
 
 
-def _weight(module: Any) -> Tensor:
-    """[out, in] as the layer multiplies, with what an adapter adds to it."""
+def _weight(module: Any, apart: bool = False) -> Tensor:
+    """[out, in] as the layer multiplies, with what an adapter adds to it unless that is kept apart."""
     if isinstance(module, LoraLinear):
-        return module.whole()
+        return _weight(module.base) if apart and _is_plain(module) else module.whole()
     if isinstance(module, QuantisedLinear):
         return module.rebuilt(torch.float32)
     weight: Tensor = module.weight.detach()
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _linear(modules: Sequence[Any]) -> Linear:
+def _is_plain(module: Any) -> bool:
+    """Whether what it adds is scale x B A."""
+    return type(module).forward is LoraLinear.forward
+
+
+def _linear(modules: Sequence[Any], apart: bool) -> Linear:
     """Of layers that read the same: what they give, one after another."""
     for module in modules:
         base = module.base if isinstance(module, LoraLinear) else module
         if type(base) not in (nn.Linear, Conv1D) and not isinstance(base, QuantisedLinear):
             raise Unlike(f"has layers of a kind of their own ({type(base).__name__})")
+    widths = [_weight(module).shape[0] for module in modules]
     biases = [module.bias for module in modules]
     bias_N = None
     if any(one is not None for one in biases):
         bias_N = torch.cat(
-            [torch.zeros(_weight(module).shape[0]) if one is None else one.detach().float()
-             for module, one in zip(modules, biases)]
-        )  # fmt: skip
-    return Linear(lambda: torch.cat([_weight(module) for module in modules]), bias_N)
+            [torch.zeros(width) if one is None else one.detach().float() for width, one in zip(widths, biases)]
+        )
+    lows = partial(_lows, modules, widths) if apart else tuple
+    return Linear(lambda: torch.cat([_weight(module, apart) for module in modules]), bias_N, lows)
 
 
-def _qkv(attention: Any) -> Linear:
+def _lows(modules: Sequence[Any], widths: Sequence[int]) -> list[Low]:
+    found, start = [], 0
+    for module, width in zip(modules, widths):
+        if isinstance(module, LoraLinear) and _is_plain(module):
+            found.append(Low(start, start + width, module.lora_a.detach(), module.lora_b.detach() * module.scale))
+        start += width
+    return found
+
+
+def _qkv(attention: Any) -> list[Any]:
     for name in ("qkv_proj", "c_attn"):
         if hasattr(attention, name):
-            return _linear([getattr(attention, name)])
-    return _linear([_part(attention, name) for name in ("q_proj", "k_proj", "v_proj")])
+            return [getattr(attention, name)]
+    return [_part(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
 
 
 def _gated(mlp: Any) -> bool:

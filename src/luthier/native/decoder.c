@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include "lanes.h"
 #include "products.h"
+#include "lowrank.h"
 #include "rowwise.h"
 #include "cached.h"
 
@@ -20,6 +21,7 @@ typedef struct {
     const float *cosine, *sine;     /* [places][turned / 2]; none: no positions here */
     int64_t window;                 /* 0: all */
     uint16_t *keys, *values;        /* [blocks][kv][32 x size] */
+    const LowSet *low_qkv, *low_out, *low_up, *low_down;    /* by adapter; or none */
 } Layer;
 
 typedef struct {
@@ -34,12 +36,14 @@ typedef struct {
 } Decoder;
 
 /* A step: `count` tokens, each with its place in its text and where the table of its text begins; `wanted` of them are to
- * predict the next: their logits, as wide as the head's n, or the likeliest token alone. */
+ * predict the next: their logits, as wide as the head's n, or the likeliest token alone. `adapters`: of each token, or -1;
+ * what they add is `low` wide before B at most. */
 typedef struct {
-    int64_t count, wanted, threads;
+    int64_t count, wanted, threads, low;
     const int32_t *ids, *places, *first, *tables, *rows;
     float *logits;
     int32_t *best;
+    const int32_t *adapters;
 } Step;
 
 /* Where threads wait for one another: awake, for a part takes microseconds. */
@@ -78,7 +82,7 @@ static void *room(Room *held, size_t bytes) {
 }
 
 static __thread Room wide_room, made_room, branch_room, halves_room, bytes_room, scale_room, sums_room, query_room,
-    span_room, score_room, share_room, best_room, place_room;
+    span_room, score_room, share_room, best_room, place_room, low_room;
 
 /* Tokens of a text that follow one another and are attended together. */
 typedef struct { int64_t first, count; } Span;
@@ -204,12 +208,14 @@ int decoder_step(const Decoder *d, const Step *step) {
     uint16_t *share = room(&share_room, (size_t)(threads * QUERIES * blocks * TOKENS) * 2);
     float *most = room(&best_room, (size_t)(threads * wanted * LANE) * 4 + 64);
     int32_t *most_at = room(&place_room, (size_t)(threads * wanted * LANE) * 4 + 64);
-    if (!x || !made || !branch || !halves || !bytes || !scales || !sums || !queries || !spans || !score || !share || !most ||
+    uint16_t *inners = room(&low_room, (size_t)(count * step->low) * 2 + 64);
+    if (!inners || !x || !made || !branch || !halves || !bytes || !scales || !sums || !queries || !spans || !score || !share || !most ||
         !most_at)
         return 1;
     int64_t spans_found = find_spans(step, together, spans);
     Best best = {most, most_at};
     Gate gate = {0};
+    Lows lows = {step->adapters, step->low, inners};
     atomic_long *turns = calloc((size_t)d->layers, sizeof *turns);
     if (!turns) return 1;
     for (int64_t i = 0; i < threads * wanted * LANE; i++) { most[i] = -INFINITY; most_at[i] = 0; }
@@ -218,7 +224,9 @@ int decoder_step(const Decoder *d, const Step *step) {
     {
         int thread = omp_get_thread_num(), all_threads = omp_get_num_threads();
         int64_t from = count * thread / all_threads, to = count * (thread + 1) / all_threads;
-        float *row = aligned_alloc(64, (size_t)((wider(wider(width, inner), mixed) + 63) & ~63) * 4);
+        int64_t longest = (wider(wider(width, inner), mixed) + 63) & ~63;
+        float *row = aligned_alloc(64, (size_t)longest * 6);
+        uint16_t *low_row = (uint16_t *)(row + longest);
         for (int64_t n = from; n < to; n++)
             for (int64_t i = 0; i < width; i += LANE) {
                 vf one = from_halves(d->embedding + step->ids[n] * width + i) * d->embedding_scale;
@@ -230,9 +238,11 @@ int decoder_step(const Decoder *d, const Step *step) {
             for (int64_t n = from; n < to; n++) {
                 normalise(&layer->before_attention, x + n * width, row, width);
                 prepare(&in, layer->qkv.bits, n, row, width);
+                lower(&lows, layer->low_qkv, n, row, width, low_row);
             }
             meet(&gate, all_threads);
             multiply(&layer->qkv, &in, count, made, 0, thread, all_threads);
+            raise_rows(&lows, layer->low_qkv, &layer->qkv, count, made, thread, all_threads);
             meet(&gate, all_threads);
             for (int64_t n = from; n < to; n++)
                 place_token(d, layer, step, n, made + n * layer->qkv.n, queries + n * mixed);
@@ -254,9 +264,13 @@ int decoder_step(const Decoder *d, const Step *step) {
                     attend_span(d, layer, step, cached, spans[one / d->kv], one % d->kv, queries, branch, after);
                 }
             meet(&gate, all_threads);
-            for (int64_t n = from; n < to; n++) prepare(&mix, layer->out.bits, n, branch + n * mixed, mixed);
+            for (int64_t n = from; n < to; n++) {
+                prepare(&mix, layer->out.bits, n, branch + n * mixed, mixed);
+                lower(&lows, layer->low_out, n, branch + n * mixed, mixed, low_row);
+            }
             meet(&gate, all_threads);
             multiply(&layer->out, &mix, count, branch, 0, thread, all_threads);
+            raise_rows(&lows, layer->low_out, &layer->out, count, branch, thread, all_threads);
             meet(&gate, all_threads);
             for (int64_t n = from; n < to; n++) {
                 float *own = x + n * width;
@@ -265,17 +279,21 @@ int decoder_step(const Decoder *d, const Step *step) {
                 add_branch(&layer->after_attention, d->residual, branch + n * layer->out.n, own, width);
                 if (!d->parallel) normalise(&layer->before_mlp, own, row, width);
                 prepare(&into, layer->up.bits, n, row, width);
+                lower(&lows, layer->low_up, n, row, width, low_row);
             }
             meet(&gate, all_threads);
             multiply(&layer->up, &into, count, made, 0, thread, all_threads);
+            raise_rows(&lows, layer->low_up, &layer->up, count, made, thread, all_threads);
             meet(&gate, all_threads);
             for (int64_t n = from; n < to; n++) {
                 float *gate_row = made + n * layer->up.n;
                 activate_row(d->activation, gate_row, d->gated ? gate_row + inner : 0, row, inner);
                 prepare(&low, layer->down.bits, n, row, inner);
+                lower(&lows, layer->low_down, n, row, inner, low_row);
             }
             meet(&gate, all_threads);
             multiply(&layer->down, &low, count, branch, 0, thread, all_threads);
+            raise_rows(&lows, layer->low_down, &layer->down, count, branch, thread, all_threads);
             meet(&gate, all_threads);
             for (int64_t n = from; n < to; n++)
                 add_branch(&layer->after_mlp, d->residual, branch + n * layer->down.n, x + n * width, width);

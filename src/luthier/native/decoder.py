@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.native.build import NoLibrary, load_library
@@ -21,6 +22,7 @@ TOKENS, LANE = 32, 16
 # Bytes of weights that are asked for at once.
 CHUNK = 2**24
 LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+PRODUCTS = ("qkv", "out", "up", "down")
 NORMS = {None: 0, "rms": 1, "layer": 2}
 
 
@@ -33,11 +35,20 @@ class CProduct(ctypes.Structure):
                 ("weight", POINTER), ("scale", POINTER), ("scales", POINTER), ("bias", POINTER))  # fmt: skip
 
 
+class CLow(ctypes.Structure):
+    _fields_ = (("from", LONG), ("to", LONG), ("rank", LONG), ("a", POINTER), ("b", POINTER))
+
+
+class CLowSet(ctypes.Structure):
+    _fields_ = (("parts", LONG), ("part", CLow * 3))
+
+
 class CLayer(ctypes.Structure):
     _fields_ = (
         *((name, CNorm) for name in ("before_attention", "query", "key", "after_attention", "before_mlp", "after_mlp")),
-        *((name, CProduct) for name in ("qkv", "out", "up", "down")),
+        *((name, CProduct) for name in PRODUCTS),
         ("cosine", POINTER), ("sine", POINTER), ("window", LONG), ("keys", POINTER), ("values", POINTER),
+        *((f"low_{name}", POINTER) for name in PRODUCTS),
     )  # fmt: skip
 
 
@@ -53,8 +64,8 @@ class CDecoder(ctypes.Structure):
 
 class CStep(ctypes.Structure):
     _fields_ = (
-        *((name, LONG) for name in ("count", "wanted", "threads")),
-        *((name, POINTER) for name in ("ids", "places", "first", "tables", "rows", "logits", "best")),
+        *((name, LONG) for name in ("count", "wanted", "threads", "low")),
+        *((name, POINTER) for name in ("ids", "places", "first", "tables", "rows", "logits", "best", "adapters")),
     )
 
 
@@ -89,6 +100,8 @@ class Packed:
         self.nbytes = 0
         self._held: list[Any] = []
         self._chunk, self._left = 0, 0
+        self.adapters: list[Adapter] = []
+        self._sets: list[Any] = []
         self._tables: dict[Any, tuple[int, Tensor, Tensor]] = {}
         embedding_VE = self._hold(decoder.embedding_VE.bfloat16())
         places_PE = None if decoder.places_PE is None else self._hold(decoder.places_PE.float())
@@ -96,7 +109,7 @@ class Packed:
         for layer, block in zip(self._layers, decoder.blocks):
             for name in ("before_attention", "query", "key", "after_attention", "before_mlp", "after_mlp"):
                 setattr(layer, name, self._norm(getattr(block, name)))
-            for name in ("qkv", "out", "up", "down"):
+            for name in PRODUCTS:
                 setattr(layer, name, self._product(getattr(block, name), form))
             layer.window = block.window or 0
         head_form: Form = "int8" if form == "int4" else form
@@ -165,6 +178,16 @@ class Packed:
         address = None if scale is None else scale.data_ptr()
         return CProduct(n, k, bits, made, address if bits == 8 else None, address if bits == 4 else None, bias)
 
+    def take_adapters(self, decoders: Sequence[Decoder]) -> None:
+        """What the adapters of these add, each a decoder over this base that keeps its own apart; in place of all before."""
+        self.adapters = [Adapter(decoder) for decoder in decoders]
+        self._sets = []
+        for at, layer in enumerate(self._layers):
+            for name in PRODUCTS:
+                sets = (CLowSet * len(self.adapters))(*(one.sets[at][name] for one in self.adapters))
+                self._sets.append(sets)
+                setattr(layer, f"low_{name}", ctypes.addressof(sets) if self.adapters else None)
+
     def reach(self, places: int) -> None:
         """Make the tables of rotary positions long enough for so many places."""
         for layer, block in zip(self._layers, self.decoder.blocks):
@@ -175,6 +198,36 @@ class Packed:
                 cosine, sine = (one.float().contiguous() for one in block.turns.tables(places))
                 known = self._tables[block.turns] = (places, cosine, sine)
             layer.cosine, layer.sine = known[1].data_ptr(), known[2].data_ptr()
+
+
+class Adapter:
+    """What a decoder's adapter adds, packed: (A, B) of each layer in each product."""
+
+    def __init__(self, decoder: Decoder):
+        self._held: list[Tensor] = []
+        self.width = 0
+        self.sets = [{name: self._set(getattr(block, name)) for name in PRODUCTS} for block in decoder.blocks]
+
+    def _set(self, linear: Linear) -> CLowSet:
+        made, width = CLowSet(), 0
+        for at, low in enumerate(linear.lows()):
+            if low.start % LANE or low.stop % LANE:
+                raise ValueError(f"outputs from {low.start} to {low.stop} are no whole tiles of {LANE}")
+            rank = -(-low.a_RK.shape[0] // LANE) * LANE
+            a_RK = F.pad(low.a_RK.bfloat16(), (0, 0, 0, rank - low.a_RK.shape[0]))
+            b_NR = F.pad(low.b_NR.bfloat16(), (0, rank - low.b_NR.shape[1]))
+            made.part[at] = CLow(low.start // LANE, low.stop // LANE, rank, self._pack(a_RK), self._pack(b_NR))
+            made.parts = at + 1
+            width += rank
+        self.width = max(self.width, width)
+        return made
+
+    def _pack(self, weight_NK: Tensor) -> int:
+        weight_NK = weight_NK.contiguous()
+        packed = torch.empty_like(weight_NK)
+        _library().pack_halves(weight_NK.data_ptr(), packed.data_ptr(), *weight_NK.shape)
+        self._held.append(packed)
+        return packed.data_ptr()
 
 
 class Cached:
@@ -195,8 +248,10 @@ class Cached:
         rows: Sequence[int],
         *,
         likeliest: bool = False,
+        adapters: Sequence[int] | None = None,
     ) -> Tensor:
-        """Read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks of its table.
+        """Read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks of its table, with
+        the adapter of that number for each text, or without one (-1).
         The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R]."""
         packed, count = self.packed, len(ids)
         sizes = np.asarray(lengths)
@@ -204,9 +259,10 @@ class Cached:
         places_N = np.repeat(np.asarray(before) - starts, sizes) + np.arange(count)
         widths = np.asarray([len(table) for table in tables])
         first_N = np.repeat(np.cumsum(widths) - widths, sizes)
+        adapter_N = np.repeat(np.asarray(adapters if adapters and packed.adapters else [-1] * len(sizes)), sizes)
         numbers = [
             np.ascontiguousarray(one, dtype=np.int32)
-            for one in (ids, places_N, first_N, [block for table in tables for block in table], rows)
+            for one in (ids, places_N, first_N, [block for table in tables for block in table], rows, adapter_N)
         ]
         packed.reach(int(places_N.max()) + 1)
         for at, layer in enumerate(packed._layers):
@@ -215,8 +271,9 @@ class Cached:
         logits_RV = None if likeliest else torch.empty(len(rows), packed.c.head.n)
         best_R = torch.zeros(len(rows), dtype=torch.int32) if likeliest else None
         step = CStep(
-            count, len(rows), torch.get_num_threads(), *(one.ctypes.data for one in numbers),
-            None if logits_RV is None else logits_RV.data_ptr(), None if best_R is None else best_R.data_ptr(),
+            count, len(rows), torch.get_num_threads(), max((one.width for one in packed.adapters), default=0),
+            *(one.ctypes.data for one in numbers[:-1]), None if logits_RV is None else logits_RV.data_ptr(),
+            None if best_R is None else best_R.data_ptr(), numbers[-1].ctypes.data if packed.adapters else None,
         )  # fmt: skip
         if _library().decoder_step(ctypes.byref(packed.c), ctypes.byref(step)):
             raise MemoryError(f"no memory for a step of {count} tokens")

@@ -70,7 +70,10 @@ def _norm(norm: Norm | None, x: Tensor) -> Tensor:
 
 def _product(linear: Linear, x: Tensor, form: Form | None) -> Tensor:
     weight_NK = linear.weight().float() if form is None else rounded(linear.weight(), form)
-    return F.linear(x, weight_NK, None if linear.bias_N is None else linear.bias_N.float())
+    y = F.linear(x, weight_NK, None if linear.bias_N is None else linear.bias_N.float())
+    for low in linear.lows():
+        y[:, low.start : low.stop] += x @ low.a_RK.float().T @ low.b_NR.float().T
+    return y
 
 
 def _turn(x_THD: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -23,11 +23,22 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Low:
+    """What an adapter adds to the outputs from `start` to `stop`: B A x, with its scale in B."""
+
+    start: int
+    stop: int
+    a_RK: Tensor
+    b_NR: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Linear:
-    """y = x W.T + b; `weight` gives W [out, in] when it is asked for."""
+    """y = x W.T + b; `weight` gives W [out, in] when it is asked for, and `lows` what an adapter adds that is kept apart."""
 
     weight: Callable[[], Tensor]
     bias_N: Tensor | None = None
+    lows: Callable[[], Sequence[Low]] = tuple
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from decoders import FAMILIES, decoder_model
+from luthier.models.adapters import ADAPTERS
 from luthier.models.decoder import Unlike, describe
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
@@ -82,6 +83,37 @@ def test_a_token_is_the_same_bits_whatever_is_beside_it(family, form):
         for at, token in enumerate(text):
             found = alone.read([token], [table], [at], [1], [0])
         assert torch.equal(found[0], row)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+@pytest.mark.parametrize("family", ["qwen3", "gpt2", "phi3"])
+def test_adapters_kept_apart_add_what_they_add_each_to_its_own_texts(family, form):
+    model, ids = decoder_model(family), some_ids(70)
+    bare = describe(model)
+    decoders, wholes = [], []
+    for rank, seed in ((4, 1), (20, 2)):
+        other = decoder_model(family)
+        ADAPTERS.parse({"kind": "lora", "rank": rank, "alpha": 2 * rank}).apply(other)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in other.network.named_parameters():
+                if "lora_b" in name:
+                    weight.normal_(std=0.05)
+        decoders.append(describe(other, apart=True))
+        wholes.append(describe(other))
+        assert apart(read_plainly(decoders[-1], torch.tensor(ids)), own_logits(other, ids)) < 1e-5
+    packed = Packed(bare, form)
+    packed.take_adapters(decoders)
+    tables = [[0, 1, 2], [5, 4, 3], [6, 7, 8]]
+    rows = list(range(3 * len(ids)))
+    found = Cached(packed, 9).read(ids * 3, tables, [0] * 3, [len(ids)] * 3, rows, adapters=[1, -1, 0]).split(len(ids))
+    limit = 0.02 if form == "bfloat16" else 0.05
+    for logits, right in zip(found, (wholes[1], bare, wholes[0])):
+        plain = read_plainly(right, torch.tensor(ids))
+        assert apart(logits, plain) < limit
+    assert apart(found[0], found[1]) > 3 * limit
+    alone = Cached(packed, 9).read(ids, [[2, 1, 0]], [0], [len(ids)], list(range(len(ids))), adapters=[1])
+    assert torch.equal(alone, found[0])
 
 
 def test_weights_in_whole_numbers_are_as_near_as_their_scales_allow():
