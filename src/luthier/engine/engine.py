@@ -50,9 +50,10 @@ class Engine:
         draw: Callable[[int], float] | None = None,
         priority: int = 0,
         salt: str = "",
+        adapter: int = -1,
     ) -> Request:
         """A text to go on from, which waits until a step takes it up. `draw` gives the number for each place of the answer;
-        without it one is drawn from the sampling's seed, or from chance.
+        without it one is drawn from the sampling's seed, or from chance. `adapter` is one of those beside the packed weights.
 
         Raises DataError for a prompt that leaves no room, and ConfigError for settings that no step can follow.
         """
@@ -72,7 +73,15 @@ class Engine:
                 "all that is kept; set max_tokens lower, or shorten the prompt"
             )
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        request = Request(tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt)
+        if adapter >= 0:
+            held = len(self.model.native.adapters) if self.model.native is not None else 0
+            if adapter >= held:
+                raise ConfigError(f"adapter: there is no adapter {adapter} beside the packed weights; {held} are there")
+            # What a token's keys and values are depends on it.
+            salt = f"{adapter} {salt}"
+        request = Request(
+            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, adapter
+        )
         self._arrived += 1
         self.schedule.waiting.append(request)
         return request
@@ -115,7 +124,7 @@ class Engine:
         requests = [request for request, _ in planned]
         found = self._reader.read(
             ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned], rows,
-            likeliest=all(takes_likeliest(one) for one in ready),
+            likeliest=all(takes_likeliest(one) for one in ready), adapters=[one.adapter for one in requests],
         )  # fmt: skip
         for request, count in planned:
             self.schedule.advance(request, count)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -22,6 +23,8 @@ from luthier.native.shape import Decoder
 
 # Smaller models are read as they are: their products are too small to gain much.
 SMALL = 10_000_000
+# Tokens to write, below which packing the weights takes longer than it saves.
+WORTH = 1024
 # What a form may change on assets/calibration.txt: nats of KL divergence a token on average, and a share of perplexity.
 MOST_KL, MOST_PERPLEXITY = 0.01, 0.01
 # What bf16 and int8 change of the logits at most, relative to their size; a model that computes anything else is far beyond.
@@ -71,14 +74,68 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
     events.choose("engine", f"native {packed.form}", f"{quality}; {packed.nbytes / 1e6:,.0f} MB of weights")
 
 
-def _describe(model: LoadedModel) -> Decoder:
+@contextmanager
+def natively(model: LoadedModel, tokens: int) -> Iterator[None]:
+    """Inside, a model that is tuned is read by the native decoder in bf16, where it computes in bf16 itself and so many tokens
+    are worth the packing. Its adapter is kept apart from the base, so that nothing of what it learned is rounded away."""
+    if model.native is not None or not _gains(model, tokens):
+        yield
+        return
+    try:
+        decoder = _describe(model, apart=True)
+        packed = Packed(decoder, "bfloat16")
+        packed.take_adapters([decoder])
+        if model.packable is None:
+            model.packable = measure(packed, *_own(model)).apart <= MOST_APART
+    except Unlike:
+        model.packable = False
+    if model.packable:
+        model.native = packed
+    try:
+        yield
+    finally:
+        model.native = None
+
+
+def own_adapter(model: LoadedModel) -> int:
+    """The number of the model's own adapter beside its packed base; -1 where it has none there."""
+    return 0 if model.native is not None and model.native.adapters else -1
+
+
+def packed_bytes(model: LoadedModel, tokens: int) -> int:
+    """Bytes that the packed weights take while so many tokens are written `natively`."""
+    if not _gains(model, tokens):
+        return 0
+    network = model.network
+    inside = sum(one.numel() for name, one in network.named_parameters() if one.dim() == 2 and "lora_" not in name)
+    tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    # The table of embeddings is read where it is, the head is packed.
+    return 2 * (inside if tied else inside - network.get_input_embeddings().weight.numel())
+
+
+def _gains(model: LoadedModel, tokens: int) -> bool:
+    parameters = sum(one.numel() for one in model.network.parameters())
+    return (
+        model.packable is not False
+        and tokens >= WORTH
+        and parameters >= SMALL
+        and model.spec.kind == "decoder"
+        and model.device.type == "cpu"
+        and model.network.dtype == torch.bfloat16
+        # Weights that are shared out over processes are whole in none.
+        and not any(hasattr(one, "full_tensor") for one in model.network.parameters())
+        and why_no_decoder() is None
+    )
+
+
+def _describe(model: LoadedModel, apart: bool = False) -> Decoder:
     trouble = why_no_decoder()
     if trouble is not None:
         raise Unlike(trouble)
     if model.device.type != "cpu":
         raise Unlike(f"the model is on {model.device.type}")
     try:
-        return describe(model)
+        return describe(model, apart=apart)
     except Unlike as why:
         raise Unlike(f"a {model.spec.family} model {why}") from None
     except (AttributeError, TypeError, KeyError) as err:
@@ -88,10 +145,15 @@ def _describe(model: LoadedModel) -> Decoder:
 @torch.inference_mode()
 def _own(model: LoadedModel) -> tuple[Tensor, list[int]]:
     """The model's own logits after each token of the calibration text, and its tokens."""
+    training = model.module.training
+    model.module.eval()
     text = (files("luthier") / "assets" / "calibration.txt").read_text(encoding="utf-8")
     ids = list(model.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])[: model.spec.max_length]
-    states_TE = hidden_states(model, torch.tensor(ids), (len(ids),))
-    return head_of(model).logits(states_TE).float(), ids
+    try:
+        states_TE = hidden_states(model, torch.tensor(ids), (len(ids),))
+        return head_of(model).logits(states_TE).float(), ids
+    finally:
+        model.module.train(training)
 
 
 def _choose(
@@ -123,10 +185,11 @@ def _try(model: LoadedModel, decoder: Decoder, form: Form, own_TV: Tensor, ids: 
 
 
 def measure(packed: Packed, own_TV: Tensor, ids: Sequence[int]) -> Quality:
-    """What `packed` changes of these logits."""
+    """What `packed`, with its first adapter if it has any, changes of these logits."""
     blocks = -(-len(ids) // TOKENS)
     cached = Cached(packed, blocks)
-    made_TV = cached.read(ids, [list(range(blocks))], [0], [len(ids)], list(range(len(ids))))
+    adapters = [0 if packed.adapters else -1]
+    made_TV = cached.read(ids, [list(range(blocks))], [0], [len(ids)], list(range(len(ids))), adapters=adapters)
     own_TV, logs_TV = own_TV.log_softmax(-1), made_TV.log_softmax(-1)
     kl = float((own_TV.exp() * (own_TV - logs_TV)).sum(-1).mean())
     next_T1 = torch.tensor(ids[1:])[:, None]

@@ -29,6 +29,7 @@ class Paged:
         rows: Sequence[int],
         *,
         likeliest: bool = False,
+        adapters: Sequence[int] = (),
     ) -> Tensor:
         """Read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks of its table.
         The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R]."""

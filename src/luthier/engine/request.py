@@ -25,6 +25,8 @@ class Request:
     draw: Callable[[int], float]
     priority: int = 0
     salt: str = ""
+    adapter: int = -1
+    """Which of the adapters beside packed weights it is written with."""
     written: list[int] = field(default_factory=list)
     finish: Literal["stop", "length", "abort"] | None = None
     read: int = 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from luthier.engine.generate import engine_for, uses_engine
+from luthier.engine.native import natively, own_adapter
 from luthier.engine.padded import write
 from luthier.engine.sampling import Sampling
 from luthier.models.spec import LoadedModel
@@ -37,12 +38,18 @@ def roll_out(
     sampling = Sampling(max_tokens=max_tokens, beams=beams, temperature=0.0 if numbers_SM is None else temperature)
     if not uses_engine(model, sampling):
         return _roll_out_padded(model, prompts, sampling, numbers_SM)
-    engine = engine_for(model, [len(ids) for ids in prompts], max_tokens, AT_ONCE)
-    requests = [
-        engine.add(ids, sampling, draw=None if numbers_SM is None else numbers_SM[at].__getitem__)
-        for at, ids in enumerate(prompts)
-    ]
-    engine.run()
+    with natively(model, len(prompts) * max_tokens):
+        engine = engine_for(model, [len(ids) for ids in prompts], max_tokens, AT_ONCE)
+        requests = [
+            engine.add(
+                ids,
+                sampling,
+                draw=None if numbers_SM is None else numbers_SM[at].__getitem__,
+                adapter=own_adapter(model),
+            )
+            for at, ids in enumerate(prompts)
+        ]
+        engine.run()
     return [tuple(one.written) for one in requests]
 
 

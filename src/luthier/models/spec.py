@@ -86,6 +86,9 @@ class LoadedModel:
     native: Any = None
     """Its weights packed for the native decoder; None: texts are written by the module itself (`engine.native`)."""
 
+    packable: bool | None = None
+    """Whether the native decoder computes what it computes; None: not tried yet (`engine.native.natively`)."""
+
     head: Any = None
     """Its output layer, and how logits are made with it; None: not read yet (`models.output.head_of`)."""
 

@@ -10,10 +10,12 @@ from luthier.core.events import Events
 from luthier.engine.engine import Engine, numbers_of
 from luthier.engine.generate import choose_engine, generate
 from luthier.engine.native import prepare
+from luthier.engine.rollouts import roll_out
 from luthier.engine.sampling import Sampling
 from luthier.models.adapters import ADAPTERS
 from luthier.models.load import load_model
 from luthier.models.pages import BLOCK
+from luthier.models.precision import cast_weights
 from luthier.native.decoder import TOKENS, Cached, why_no_decoder
 from tiny import tiny_model
 
@@ -96,7 +98,7 @@ def test_logits_that_are_not_the_models_own_are_found_out(monkeypatch):
     turned = type(decoder)(
         **{name: getattr(decoder, name) for name in decoder.__slots__} | {"scale": decoder.scale * 3}
     )
-    monkeypatch.setattr(native, "describe", lambda model: turned)
+    monkeypatch.setattr(native, "describe", lambda model, apart: turned)
     said = []
     prepare(model, "auto", Events(sinks=[lambda event: said.append(event)]))
     assert model.native is None and "gives other logits than its parts" in said[0]["why"]
@@ -135,3 +137,56 @@ def test_what_an_adapter_adds_is_in_the_packed_weights():
     own = [one.ids for one in generate(model, ["The quick brown", "One two"], Sampling(max_tokens=6), raw=True)]
     prepare(model, "bfloat16", Events())
     assert [one.ids for one in generate(model, ["The quick brown", "One two"], Sampling(max_tokens=6), raw=True)] == own
+
+
+def learning(std):
+    model = decoder_model("llama")
+    cast_weights(model, "bfloat16")
+    ADAPTERS.parse({"kind": "lora", "rank": 4, "alpha": 8}).apply(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.network.named_parameters():
+            if "lora_b" in name:
+                weight.normal_(std=std)
+    return model
+
+
+def test_answers_to_learn_from_come_from_the_base_in_bf16_and_its_adapter_apart(monkeypatch):
+    monkeypatch.setattr(native, "WORTH", 1)
+    # So small that bf16 weights would lose most of it.
+    model = learning(1e-4)
+    seen = []
+    read = Cached.read
+    monkeypatch.setattr(
+        Cached, "read", lambda self, *given, **more: seen.append(more.get("adapters")) or read(self, *given, **more)
+    )
+    greedy = roll_out(model, prompts()[:4], 8)
+    assert seen[-1] == [0] * 4 and model.native is None and model.packable
+    with native.natively(model, 10):
+        ids = prompts()[6]
+        with_it, without = (
+            read(Cached(model.native, 2), ids, [[0, 1]], [0], [len(ids)], [len(ids) - 1], adapters=[one])
+            for one in (0, -1)
+        )
+    assert 0 < float((with_it - without).abs().max()) < 0.1
+    monkeypatch.setattr(native, "WORTH", 10**9)
+    same = [one == other for one, other in zip(roll_out(model, prompts()[:4], 8), greedy)]
+    assert sum(same) >= 3
+
+
+def test_an_adapter_that_is_not_there_is_refused():
+    model, _ = made(execution="int8")
+    with pytest.raises(ConfigError, match="no adapter 0 beside the packed weights; 0 are there"):
+        Engine(model, 256).add([5, 6], Sampling(), adapter=0)
+
+
+def test_texts_of_different_adapters_share_nothing_that_was_read():
+    model = learning(0.05)
+    with native.natively(model, 10**6):
+        engine, prompt = Engine(model, 1024), list(range(5, 75))
+        one = engine.add(prompt, Sampling(max_tokens=4), adapter=0)
+        engine.run()
+        other = engine.add(prompt, Sampling(max_tokens=4))
+        again = engine.add(prompt, Sampling(max_tokens=4), adapter=0)
+        engine.run()
+    assert (other.reused, again.reused) == (0, 64) and again.written == one.written != other.written
