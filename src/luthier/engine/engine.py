@@ -13,9 +13,11 @@ from luthier.core.errors import ConfigError, DataError, ModelError
 from luthier.engine.blocks import Blocks
 from luthier.engine.choose import choose
 from luthier.engine.paged import Paged
+from luthier.engine.pieces import stops_here
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.schedule import Schedule
+from luthier.engine.terms import banned_of, check_terms, ends_of
 from luthier.models.pages import BLOCK, writes_by_pages
 from luthier.models.spec import LoadedModel
 
@@ -63,14 +65,19 @@ class Engine:
             raise DataError(
                 f"the prompt has {len(prompt)} tokens, and the context is {self.model.spec.max_length}; shorten it"
             )
+        check_terms(self.model, sampling)
         room = min(sampling.max_tokens, left)
+        if room < sampling.min_tokens:
+            raise DataError(f"min_tokens is {sampling.min_tokens}, and the prompt leaves room for {room}; shorten it")
         if len(prompt) + room > self.blocks.count * BLOCK:
             raise ConfigError(
                 f"a prompt of {len(prompt)} tokens with {room} to write does not fit into {self.blocks.count * BLOCK} tokens, "
                 "all that is kept; set max_tokens lower, or shorten the prompt"
             )
+        ends, banned = ends_of(self.model, sampling), banned_of(self.model, sampling)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        request = Request(tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt)
+        number = self._arrived
+        request = Request(tuple(prompt), sampling, room, number, draw or numbers_of(seed), priority, salt, ends, banned)
         self._arrived += 1
         self.schedule.waiting.append(request)
         return request
@@ -121,23 +128,13 @@ class Engine:
         """Give each text its token, and end those that are complete."""
         for request, token in zip(ready, tokens):
             request.written.append(token)
-            if token in self.model.spec.stop_ids or self._stops(request):
+            if token in request.ends or stops_here(self.model, request.written, request.sampling):
                 request.finish = "stop"
             elif len(request.written) == request.room:
                 request.finish = "length"
             if request.finish is not None:
                 self.schedule.finish(request)
         return ready
-
-    def _stops(self, request: Request) -> bool:
-        """Whether one of its stop texts has just been written."""
-        stops = request.sampling.stop
-        if not stops:
-            return False
-        # A token is a byte at least, a character four at most: so many last ones hold any stop text.
-        longest = max(len(stop.encode()) for stop in stops) + 4
-        text = self.model.renderer.decode(request.written[-longest:])
-        return any(stop in text for stop in stops)
 
 
 def numbers_of(seed: int, *key: object) -> Callable[[int], float]:

@@ -25,6 +25,10 @@ class Request:
     draw: Callable[[int], float]
     priority: int = 0
     salt: str = ""
+    ends: tuple[int, ...] = ()
+    """Tokens that end the answer."""
+    banned: tuple[tuple[int, ...], ...] = ()
+    """Tokens that must not come one after the other."""
     written: list[int] = field(default_factory=list)
     finish: Literal["stop", "length", "abort"] | None = None
     read: int = 0
