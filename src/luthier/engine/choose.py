@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from luthier.core.errors import ConfigError
+from luthier.engine.logs import likelihoods
 from luthier.engine.request import Request
 
 
@@ -16,8 +17,9 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
     """A token for each row of logits (fp32). What a row gets depends on nothing but its logits, its text and its draw.
 
     First what is said of single tokens (`settled`), then the likeliest, or the temperature, the share that is drawn from
-    (`shares_of`), and the draw.
+    (`shares_of`), and the draw. Each text keeps how likely its token was, where that is asked for.
     """
+    raw = {at: logits_RV[at].clone() for at, one in enumerate(requests) if one.sampling.logprobs is not None}
     for at, one in enumerate(requests):
         logits_RV[at] = settled(logits_RV[at], one)
     found: dict[int, int] = {}
@@ -27,6 +29,9 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
     for at, one in enumerate(requests):
         if at not in found:
             found[at] = _drawn(*shares_of(logits_RV[at], one), one)
+    for at, raw_V in raw.items():
+        one = requests[at]
+        one.logs.append(likelihoods(raw_V, _processed(logits_RV[at], one), found[at], one.sampling.logprobs or 0))
     return [found[at] for at in range(len(requests))]
 
 
@@ -71,6 +76,15 @@ def shares_of(scores_V: Tensor, request: Request) -> tuple[Tensor, Tensor | None
     if sampling.typical_p is not None and sampling.typical_p < 1:
         shares_K = _typical(shares_K, sampling.typical_p)
     return shares_K, tokens_K
+
+
+def _processed(scores_V: Tensor, request: Request) -> Tensor:
+    """Scores whose shares are drawn from."""
+    if request.sampling.temperature == 0:
+        return scores_V
+    shares_K, tokens_K = shares_of(scores_V, request)
+    logs_K = shares_K.log()
+    return logs_K if tokens_K is None else torch.full_like(scores_V, -torch.inf).double().index_copy(0, tokens_K, logs_K)
 
 
 def _penalised(scores_V: Tensor, request: Request) -> Tensor:

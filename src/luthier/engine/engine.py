@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from luthier.core.errors import ConfigError, DataError, ModelError
-from luthier.engine.blocks import Blocks
+from luthier.engine.blocks import Blocks, names_of
 from luthier.engine.choose import choose
+from luthier.engine.logs import prompt_logs
 from luthier.engine.paged import Paged
 from luthier.engine.pieces import stops_here
 from luthier.engine.request import Request
@@ -58,6 +59,8 @@ class Engine:
         """
         if sampling.beams > 1:
             raise ConfigError("beams: this engine writes one answer at a time; set beams: 1")
+        if sampling.n > 1:
+            raise ConfigError("n: a text that is added has one answer; add it as often as it is to be answered")
         if not prompt:
             raise DataError("a prompt needs one token at least")
         left = self.model.spec.max_length - len(prompt)
@@ -76,8 +79,10 @@ class Engine:
             )
         ends, banned = ends_of(self.model, sampling), banned_of(self.model, sampling)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        number = self._arrived
-        request = Request(tuple(prompt), sampling, room, number, draw or numbers_of(seed), priority, salt, ends, banned)
+        request = Request(
+            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, ends, banned,
+            tuple(names_of(prompt, salt)),
+        )  # fmt: skip
         self._arrived += 1
         self.schedule.waiting.append(request)
         return request
@@ -110,19 +115,30 @@ class Engine:
     def _read(self, planned: Sequence[tuple[Request, int]]) -> tuple[torch.Tensor, list[Request]]:
         """Put a step through the model: the logits of the texts that are read to their end, and which they are."""
         ids: list[int] = []
-        rows, ready = [], []
+        rows, ready, told = [], [], []
         for request, count in planned:
+            told += [len(ids) + place - request.read for place in request.telling(count)]
             ids += request.ids(request.read, request.read + count)
             if request.read + count == request.length:
                 rows.append(len(ids) - 1)
                 ready.append(request)
         requests = [request for request, _ in planned]
         logits_RV = self._reader.read(
-            ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned], rows
+            ids,
+            [one.table for one in requests],
+            [one.read for one in requests],
+            [count for _, count in planned],
+            [*rows, *told],
         )
+        at = len(rows)
         for request, count in planned:
+            places = request.telling(count)
+            if places:
+                following = request.prompt[places.start + 1 : places.stop + 1]
+                request.prompt_logs += prompt_logs(logits_RV[at : at + len(places)], following)
+                at += len(places)
             self.schedule.advance(request, count)
-        return logits_RV, ready
+        return logits_RV[: len(rows)], ready
 
     def _commit(self, ready: list[Request], tokens: Sequence[int]) -> list[Request]:
         """Give each text its token, and end those that are complete."""

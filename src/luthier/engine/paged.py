@@ -47,3 +47,7 @@ class Paged:
             return next_logits(self.model, states_NE[filled])[: len(rows)]
         finally:
             module.train(training)
+
+    def copy(self, source: int, target: int) -> None:
+        """One block as another."""
+        self._store.copy(source, target)

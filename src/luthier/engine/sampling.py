@@ -78,15 +78,20 @@ class Sampling(Config):
         if self.beams > 1:
             if self.temperature > 0:
                 raise ValueError("beams search for the likeliest text, temperature draws one; choose one of the two")
-            asked = [name for name in ("logprobs", "prompt_logprobs") if getattr(self, name) not in (None, False)]
-            if asked:
-                raise ValueError(f"{asked[0]} are not given for a beam search; set beams: 1")
-        for name in ("stop", "banned"):
-            if any(not text for text in getattr(self, name)):
-                what = "end every answer at once" if name == "stop" else "leave nothing to write"
-                raise ValueError(f"{name} holds an empty text, which would {what}")
+            if self.beyond_text is not None:
+                raise ValueError(f"{self.beyond_text} are not given for a beam search; set beams: 1")
+        if any(not text for text in self.stop):
+            raise ValueError("stop holds an empty text, which would end every answer at once")
+        if any(not text for text in self.banned):
+            raise ValueError("banned holds an empty text, which would leave nothing to write")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}, and max_tokens only {self.max_tokens}")
         if self.min_tokens and self.ignore_stop and not self.stop and not self.stop_ids:
             raise ValueError("min_tokens has no effect with ignore_stop, where nothing ends an answer; set one of the two")
         return self
+
+    @property
+    def beyond_text(self) -> str | None:
+        """The setting that asks for more than one text; None where a text is all."""
+        asked = {"n": self.n > 1, "logprobs": self.logprobs is not None, "prompt_logprobs": self.prompt_logprobs}
+        return next((name for name, held in asked.items() if held), None)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, DataError, LuthierError
@@ -48,6 +48,13 @@ class Evaluate(Config):
     """Where to compute: auto, cpu, cuda ..."""
     name: str | None = None
     """The run's name; by default the verb and the time."""
+
+    @field_validator("sampling")
+    @classmethod
+    def _one_text(cls, sampling: Sampling) -> Sampling:
+        if sampling.beyond_text is not None:
+            raise ValueError(f"{sampling.beyond_text}: one answer to each row is judged, as a text; leave it out")
+        return sampling
 
 
 def evaluate(

@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
             f'{found.model}: this model is made to {model.spec.task} and cannot talk; try luthier generate {found.model} "text"'
         )
     # Kept from turn to turn, so that what was said before is not read again.
-    engine = Engine(model, min(model.spec.max_length, ROOM)) if uses_engine(model, sampling) else None
+    engine = Engine(model, min(model.spec.max_length, ROOM)) if uses_engine(model) else None
     system = [Message("system", found.system)] if found.system else []
     turns: list[Message] = []
     people = sys.stdin.isatty()
