@@ -100,7 +100,7 @@ class _Search:
         self.ended = sorted(self.ended, key=lambda one: -one[0])[: self.beams]
         going = going[: self.beams]
         # A mean may rise yet, but transformers' search ends here too (its `early_stopping` False).
-        if not going or len(self.ended) == self.beams and going[0][0] / length <= self.ended[-1][0]:
+        if not going or (len(self.ended) == self.beams and going[0][0] / length <= self.ended[-1][0]):
             return []
         self.scores = [score for score, _, _ in going]
         return [(which, token) for _, which, token in going]

@@ -84,7 +84,9 @@ def _processed(scores_V: Tensor, request: Request) -> Tensor:
         return scores_V
     shares_K, tokens_K = shares_of(scores_V, request)
     logs_K = shares_K.log()
-    return logs_K if tokens_K is None else torch.full_like(scores_V, -torch.inf).double().index_copy(0, tokens_K, logs_K)
+    return (
+        logs_K if tokens_K is None else torch.full_like(scores_V, -torch.inf).double().index_copy(0, tokens_K, logs_K)
+    )
 
 
 def _penalised(scores_V: Tensor, request: Request) -> Tensor:

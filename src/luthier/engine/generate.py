@@ -116,7 +116,9 @@ def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
     """Say by which way answers come, and why."""
     if uses_engine(model):
         alone = "texts come and go; each is written as if it were alone"
-        events.choose("engine", "paged", alone if sampling.beams == 1 else "the texts of a search share what they have in common")
+        events.choose(
+            "engine", "paged", alone if sampling.beams == 1 else "the texts of a search share what they have in common"
+        )
         return
     why = f"{model.spec.family} models do not read texts laid end to end"
     events.choose("engine", "padded", f"transformers' own loop, side by side with padding: {why}")
@@ -151,7 +153,8 @@ def _completed(model: LoadedModel, request: Request, sampling: Sampling) -> Comp
 def _by_prompt(found: Sequence[Completion], n: int) -> list[Completion]:
     """The first answer to each prompt, which holds the others."""
     return [
-        replace(found[at], others=tuple(found[at + 1 : at + n])) if n > 1 else found[at] for at in range(0, len(found), n)
+        replace(found[at], others=tuple(found[at + 1 : at + n])) if n > 1 else found[at]
+        for at in range(0, len(found), n)
     ]
 
 

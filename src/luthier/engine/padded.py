@@ -61,7 +61,9 @@ def write(
                 attention_mask=mask.to(model.device),
                 generation_config=GenerationConfig(**_settings(model, sampling, room, pad)),
                 stopping_criteria=StoppingCriteriaList(_stops(model, sampling, start)),
-                logits_processor=LogitsProcessorList([*_penalties(sampling, start), *([processor] if processor else [])]),
+                logits_processor=LogitsProcessorList(
+                    [*_penalties(sampling, start), *([processor] if processor else [])]
+                ),
                 streamer=streamer,
             )
     finally:
@@ -130,7 +132,9 @@ def _penalties(sampling: Sampling, start: int) -> list[Callable[[torch.Tensor, t
 
     def penalise(ids_ST: torch.Tensor, scores_SV: torch.Tensor) -> torch.Tensor:
         written_SW = ids_ST[:, start:]
-        counts_SV = torch.zeros_like(scores_SV).scatter_add_(1, written_SW, torch.ones_like(written_SW, dtype=scores_SV.dtype))
+        counts_SV = torch.zeros_like(scores_SV).scatter_add_(
+            1, written_SW, torch.ones_like(written_SW, dtype=scores_SV.dtype)
+        )
         lost_SV = counts_SV * sampling.frequency_penalty + (counts_SV > 0) * sampling.presence_penalty
         return scores_SV - lost_SV
 

@@ -87,7 +87,9 @@ class Sampling(Config):
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens is {self.min_tokens}, and max_tokens only {self.max_tokens}")
         if self.min_tokens and self.ignore_stop and not self.stop and not self.stop_ids:
-            raise ValueError("min_tokens has no effect with ignore_stop, where nothing ends an answer; set one of the two")
+            raise ValueError(
+                "min_tokens has no effect with ignore_stop, where nothing ends an answer; set one of the two"
+            )
         return self
 
     @property

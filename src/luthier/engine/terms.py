@@ -41,7 +41,9 @@ def check_terms(model: LoadedModel, sampling: Sampling) -> None:
     if sampling.logprobs is not None and sampling.logprobs > vocabulary:
         raise ConfigError(f"logprobs: {sampling.logprobs} tokens are asked for, and the vocabulary has {vocabulary}")
     if sampling.min_tokens and not sampling.stop and not ends_of(model, sampling):
-        raise ConfigError("min_tokens has no effect: this model has no end token; name one in stop_ids, or leave it out")
+        raise ConfigError(
+            "min_tokens has no effect: this model has no end token; name one in stop_ids, or leave it out"
+        )
 
 
 def _forms(model: LoadedModel, text: str) -> list[tuple[int, ...]]:

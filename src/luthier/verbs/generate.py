@@ -206,7 +206,9 @@ def _as_answer(found: Completion) -> dict[str, Any]:
 
 def _as_log(log: TokenLog) -> dict[str, Any]:
     """JSON has no infinity: what could not come is null."""
-    shares = {name: None if value == -math.inf else value for name, value in (("raw", log.raw), ("processed", log.processed))}
+    shares = {
+        name: None if value == -math.inf else value for name, value in (("raw", log.raw), ("processed", log.processed))
+    }
     return {"id": log.id, "text": log.text, **shares, **({"top": [_as_log(one) for one in log.top]} if log.top else {})}
 
 

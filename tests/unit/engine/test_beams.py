@@ -14,8 +14,8 @@ from luthier.engine.rollouts import roll_out
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
 from luthier.models.pages import BLOCK
-from writing import endless, prompts
 from tiny import tiny_model
+from writing import endless, prompts
 
 SIZES = (1, 30, 33, 3, 64, 70)
 
@@ -27,7 +27,9 @@ def by_transformers(model, given, sampling):
 
 
 def by_blocks(model, given, sampling, at_once=3):
-    return [complete(model, row, sampling, len(one)) for row, one in zip(search(model, given, sampling, at_once), given)]
+    return [
+        complete(model, row, sampling, len(one)) for row, one in zip(search(model, given, sampling, at_once), given)
+    ]
 
 
 def often_ending(family="llama"):
@@ -43,7 +45,9 @@ def test_answers_are_those_of_transformers(family, width):
     for model, tokens in ((endless(family), 40), (often_ending(family), 40), (often_ending(family), 3)):
         sampling = Sampling(max_tokens=tokens, beams=width)
         assert by_blocks(model, prompts(SIZES), sampling) == by_transformers(model, prompts(SIZES), sampling)
-    lengths = {len(one.ids) for one in by_blocks(often_ending(family), prompts(SIZES), Sampling(max_tokens=40, beams=width))}
+    lengths = {
+        len(one.ids) for one in by_blocks(often_ending(family), prompts(SIZES), Sampling(max_tokens=40, beams=width))
+    }
     assert len(lengths) > 1, "answers of many lengths are compared"
 
 

@@ -106,7 +106,9 @@ def test_all_settings_together_are_applied_in_the_order_of_transformers(monkeypa
     config._eos_token_tensor = torch.tensor(ENDS)
     processors = module._get_logits_processor(config, input_ids_seq_length=len(PROMPT), device="cpu")
     names = [type(one).__name__ for one in processors]
-    assert names.index("SequenceBiasLogitsProcessor") < names.index("RepetitionPenaltyLogitsProcessor") and len(names) == 9
+    assert (
+        names.index("SequenceBiasLogitsProcessor") < names.index("RepetitionPenaltyLogitsProcessor") and len(names) == 9
+    )
     for seed in range(20):
         one = request(
             ((12,), (9, 33)), logit_bias={7: 4, 30: 2.5}, repetition_penalty=1.9, min_tokens=9, temperature=0.6, top_k=30,

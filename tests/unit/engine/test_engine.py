@@ -1,6 +1,5 @@
 """The engine: what each text becomes does not depend on when it came, what is beside it, or how little room there is."""
 
-
 import numpy as np
 import pytest
 import torch

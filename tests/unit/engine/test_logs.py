@@ -11,8 +11,8 @@ from luthier.engine.generate import generate, stream
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
 from luthier.models.pages import BLOCK
-from writing import endless, prompts
 from tiny import tiny_model
+from writing import endless, prompts
 
 
 @torch.no_grad()
@@ -163,7 +163,9 @@ def test_the_likelihood_of_a_prompt_stands_with_its_first_answer():
     assert all(one.prompt_logprobs is None and len(one.logprobs) == 4 for one in found.others)
 
 
-@pytest.mark.parametrize("settings", [{"logprobs": 1}, {"prompt_logprobs": True}, {"n": 2, "temperature": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"logprobs": 1}, {"prompt_logprobs": True}, {"n": 2, "temperature": 1.0}], ids=str
+)
 def test_what_is_no_text_is_not_streamed_nor_given_by_the_padded_way(settings):
     name, sampling = next(iter(settings)), Sampling(max_tokens=4, **settings)
     with pytest.raises(ConfigError, match=f"{name}: a stream is one text alone"):

@@ -41,7 +41,9 @@ def test_both_ways_obey(family, settings):
     assert found != generate(model, texts, Sampling(max_tokens=20), raw=True)
 
 
-@pytest.mark.parametrize("settings", [*OBEYED[:5], {"min_tokens": 9}, {"typical_p": 0.2, "temperature": 1.0, "seed": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [*OBEYED[:5], {"min_tokens": 9}, {"typical_p": 0.2, "temperature": 1.0, "seed": 1}], ids=str
+)
 def test_an_encoder_decoder_obeys(settings):
     model = load_model(str(tiny_model("t5")))
     stops = () if "banned" in settings else tuple(range(5, 45))
@@ -59,7 +61,10 @@ def test_a_banned_text_is_known_with_and_without_a_space_in_front(family):
     model = load_model(str(tiny_model(family)))
     for text in ("fox", " fox", "capital of France"):
         forms = banned_of(model, Sampling(banned=(text,)))
-        shown = {model.renderer.decode([*model.tokenizer("a", add_special_tokens=False)["input_ids"], *form]) for form in forms}
+        shown = {
+            model.renderer.decode([*model.tokenizer("a", add_special_tokens=False)["input_ids"], *form])
+            for form in forms
+        }
         word = text.strip()
         assert {f"a {word}", f"a{word}"} <= shown | ({f"a{word}"} if family == "t5" else set())
         assert all(one.replace(" ", "") == f"a{word}".replace(" ", "") for one in shown)
@@ -97,7 +102,12 @@ def test_a_stop_text_counts_from_the_least_tokens_on_whole_or_in_pieces():
     model = load_model(str(tiny_model("gpt2")))
     ids = model.tokenizer("one END two END three", add_special_tokens=False)["input_ids"]
     ends = [at for at in range(1, len(ids) + 1) if model.renderer.decode(ids[:at]).count("END") == 1]
-    for least, right in ((0, "one "), (ends[0], "one "), (ends[0] + 1, "one END two "), (len(ids), "one END two END three")):
+    for least, right in (
+        (0, "one "),
+        (ends[0], "one "),
+        (ends[0] + 1, "one END two "),
+        (len(ids), "one END two END three"),
+    ):
         sampling = Sampling(stop=("END",), min_tokens=least)
         assert complete(model, ids, sampling, 1).text == right
         assert "".join(pieces(model, ids, sampling)) == right
