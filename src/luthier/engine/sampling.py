@@ -35,7 +35,7 @@ class Sampling(Config):
     """Taken from the score of each token that was written, the prompt aside."""
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     """Taken from the score of each token as often as it was written, the prompt aside."""
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = Field({})
     """Added to the score of a token, by its id."""
     banned: tuple[str, ...] = ()
     """Texts that are not written, as the tokens in which the tokenizer writes them, with and without a space in front."""

@@ -131,7 +131,18 @@ def test_a_drawn_answer_is_the_same_streamed_and_whole():
 
 
 def test_json_shows_how_likely_tokens_were_and_every_answer(capsys):
-    asked = ["generate", str(tiny_model("llama")), "The quick", "--raw", "--max-tokens", "3", "--temperature", "1", "--seed", "1"]
+    asked = [
+        "generate",
+        str(tiny_model("llama")),
+        "The quick",
+        "--raw",
+        "--max-tokens",
+        "3",
+        "--temperature",
+        "1",
+        "--seed",
+        "1",
+    ]
     more = ["--n", "2", "--logprobs", "2", "--top-k", "1", "--set", "sampling.prompt_logprobs=true"]
     assert main([*asked, *more, "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
