@@ -8,14 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from luthier.core.errors import DataError
 from luthier.engine.blocks import Blocks
 from luthier.engine.choose import settled
 from luthier.engine.paged import Paged
 from luthier.engine.pieces import stops_here
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
-from luthier.engine.terms import banned_of, check_terms, ends_of
+from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
 from luthier.models.pages import BLOCK
 from luthier.models.spec import LoadedModel
 
@@ -55,12 +54,7 @@ class _Search:
     """One prompt: the texts that go on, all of one length, the likeliest first, and the answers that ended."""
 
     def __init__(self, model: LoadedModel, prompt: Sequence[int], sampling: Sampling):
-        left = model.spec.max_length - len(prompt)
-        if left < max(1, sampling.min_tokens):
-            raise DataError(
-                f"the prompt has {len(prompt)} tokens, and the context is {model.spec.max_length}; shorten it"
-            )
-        room = min(sampling.max_tokens, left)
+        room = room_of(model, prompt, sampling)
         ends, banned = ends_of(model, sampling), banned_of(model, sampling)
         self.model, self.beams = model, sampling.beams
         # Nothing is drawn.

@@ -21,7 +21,8 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
     """
     raw = {at: logits_RV[at].clone() for at, one in enumerate(requests) if one.sampling.logprobs is not None}
     for at, one in enumerate(requests):
-        logits_RV[at] = settled(logits_RV[at], one)
+        if not untouched(one):
+            logits_RV[at] = settled(logits_RV[at], one)
     found: dict[int, int] = {}
     plain = [at for at, one in enumerate(requests) if one.sampling.temperature == 0]
     if plain:
@@ -33,6 +34,20 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
         one = requests[at]
         one.logs.append(likelihoods(raw_V, _processed(logits_RV[at], one), found[at], one.sampling.logprobs or 0))
     return [found[at] for at in range(len(requests))]
+
+
+def untouched(request: Request) -> bool:
+    """Whether no setting changes the scores of its next token, nor asks for them."""
+    sampling = request.sampling
+    return not (
+        sampling.logit_bias
+        or sampling.repetition_penalty != 1
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+        or request.banned
+        or len(request.written) < sampling.min_tokens
+        or sampling.logprobs is not None
+    )
 
 
 def settled(scores_V: Tensor, request: Request) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from luthier.core.errors import ConfigError, DataError, ModelError
+from luthier.core.errors import ConfigError, ModelError
 from luthier.engine.blocks import Blocks, names_of
 from luthier.engine.choose import choose
 from luthier.engine.logs import prompt_logs
@@ -18,7 +18,7 @@ from luthier.engine.pieces import stops_here
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.schedule import Schedule
-from luthier.engine.terms import banned_of, check_terms, ends_of
+from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
 from luthier.models.pages import BLOCK, writes_by_pages
 from luthier.models.spec import LoadedModel
 
@@ -61,17 +61,8 @@ class Engine:
             raise ConfigError("beams: this engine writes one answer at a time; set beams: 1")
         if sampling.n > 1:
             raise ConfigError("n: a text that is added has one answer; add it as often as it is to be answered")
-        if not prompt:
-            raise DataError("a prompt needs one token at least")
-        left = self.model.spec.max_length - len(prompt)
-        if left < 1:
-            raise DataError(
-                f"the prompt has {len(prompt)} tokens, and the context is {self.model.spec.max_length}; shorten it"
-            )
         check_terms(self.model, sampling)
-        room = min(sampling.max_tokens, left)
-        if room < sampling.min_tokens:
-            raise DataError(f"min_tokens is {sampling.min_tokens}, and the prompt leaves room for {room}; shorten it")
+        room = room_of(self.model, prompt, sampling)
         if len(prompt) + room > self.blocks.count * BLOCK:
             raise ConfigError(
                 f"a prompt of {len(prompt)} tokens with {room} to write does not fit into {self.blocks.count * BLOCK} tokens, "

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from luthier.core.errors import ConfigError, DataError
+from luthier.core.errors import ConfigError
 from luthier.engine.sampling import Sampling
-from luthier.engine.terms import banned_of, check_terms, ends_of
+from luthier.engine.terms import at_least, banned_of, check_terms, ends_of
 from luthier.models.quiet import quiet
 from luthier.models.spec import LoadedModel
 
@@ -44,9 +44,7 @@ def write(
         place = slice(width - len(row), width) if left else slice(0, len(row))
         ids[at, place] = torch.tensor(row)
         mask[at, place] = 1
-    room = max(1, min(sampling.max_tokens, spec.max_length - width if left else spec.max_length))
-    if room < sampling.min_tokens:
-        raise DataError(f"min_tokens is {sampling.min_tokens}, and the prompt leaves room for {room}; shorten it")
+    room = at_least(max(1, min(sampling.max_tokens, spec.max_length - width if left else spec.max_length)), sampling)
     start = width if left else 1
     training, own = module.training, module.generation_config
     forced, ending = own.forced_eos_token_id, own.eos_token_id

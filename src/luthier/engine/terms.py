@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from luthier.core.errors import ConfigError
+from collections.abc import Sequence
+
+from luthier.core.errors import ConfigError, DataError
 from luthier.engine.sampling import Sampling
 from luthier.models.spec import LoadedModel
 
@@ -44,6 +46,23 @@ def check_terms(model: LoadedModel, sampling: Sampling) -> None:
         raise ConfigError(
             "min_tokens has no effect: this model has no end token; name one in stop_ids, or leave it out"
         )
+
+
+def room_of(model: LoadedModel, prompt: Sequence[int], sampling: Sampling) -> int:
+    """Most tokens of the answer to a prompt. Raises DataError for one that leaves no room."""
+    if not prompt:
+        raise DataError("a prompt needs one token at least")
+    left = model.spec.max_length - len(prompt)
+    if left < 1:
+        raise DataError(f"the prompt has {len(prompt)} tokens, and the context is {model.spec.max_length}; shorten it")
+    return at_least(min(sampling.max_tokens, left), sampling)
+
+
+def at_least(room: int, sampling: Sampling) -> int:
+    """The room itself. Raises DataError where the least tokens do not fit into it."""
+    if room < sampling.min_tokens:
+        raise DataError(f"min_tokens is {sampling.min_tokens}, and the prompt leaves room for {room}; shorten it")
+    return room
 
 
 def _forms(model: LoadedModel, text: str) -> list[tuple[int, ...]]:

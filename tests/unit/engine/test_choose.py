@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from transformers.generation import logits_process as theirs
 
 from luthier.core.errors import ConfigError
-from luthier.engine.choose import choose, settled, shares_of
+from luthier.engine.choose import choose, settled, shares_of, untouched
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 
@@ -171,3 +171,16 @@ def test_what_cannot_be_is_refused(settings, said):
 def test_settings_come_from_text_and_files_too():
     made = Sampling.make({"logit_bias": {"5": "2"}, "banned": ["a"], "stop_ids": [1, 2]})
     assert made == Sampling(logit_bias={5: 2.0}, banned=("a",), stop_ids=(1, 2))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"logit_bias": {4: 1.0}}, {"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"frequency_penalty": 0.1},
+        {"banned": ((5,),)}, {"min_tokens": 5}, {"logprobs": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_touches_the_scores_is_known(settings):
+    assert not untouched(request(**settings)) and untouched(request()) and untouched(request(temperature=1.0, top_k=3))
+    assert untouched(request(min_tokens=4)), "as many are written"

@@ -173,3 +173,26 @@ def test_what_is_no_text_is_not_streamed_nor_given_by_the_padded_way(settings):
     if name != "n":
         with pytest.raises(ConfigError, match=f"{name}: t5 models are written by transformers' own loop"):
             generate(load_model(str(tiny_model("t5"))), ["x"], sampling)
+
+
+def test_one_text_alone_is_given_where_nothing_else_can_be():
+    from luthier.verbs.generate import inference, load
+
+    model, tokenizer = load(str(tiny_model("llama")))
+    with pytest.raises(ConfigError, match="n: this gives one text alone"):
+        inference(model, tokenizer, "x", n=2, temperature=1.0, max_tokens=2)
+
+
+def test_texts_that_begin_alike_wait_for_the_one_that_reads_and_no_longer():
+    model, sampling = endless(), Sampling(max_tokens=3)
+    (start,) = prompts((4 * BLOCK - 60,))
+    start = start[: 2 * BLOCK + 1]
+    engine = Engine(model, 4096, tokens=BLOCK)
+    first, second = engine.add(start, sampling), engine.add(start, sampling)
+    other = engine.add(prompts((BLOCK + 5,), seed=3)[0], sampling)
+    engine.step()
+    assert first.read == BLOCK and second.read == 0
+    engine.abort(first)
+    engine.run()
+    assert second.reused == BLOCK and second.finish == other.finish == "length"
+    assert engine.blocks.used == 0
