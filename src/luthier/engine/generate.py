@@ -138,7 +138,7 @@ def room_for(model: LoadedModel, lengths: Sequence[int], max_tokens: int, stream
 def _add(engine: Engine, ids: Sequence[int], sampling: Sampling, key: object, which: int = 0) -> Request:
     """One of the answers to a prompt. What is said of the prompt itself the first finds out."""
     one = sampling.model_copy(update={"n": 1, "prompt_logprobs": sampling.prompt_logprobs and which == 0})
-    # The first draws as it would alone.
+    # The first keeps the numbers that a seed gives to a single answer.
     draw = None if sampling.seed is None else numbers_of(sampling.seed, key, *([which] if which else []))
     return engine.add(ids, one, draw=draw)
 

@@ -151,6 +151,11 @@ def test_several_answers_come_with_each_prompt(family):
         assert all(answer.others == () for answer in found.others)
     if family == "llama":
         assert [found.ids for found in many] == [found.ids for found in one], "the first is that of a draw alone"
+        engine = Engine(model, 512)
+        ids = model.renderer.prompt(texts[1], raw=True)
+        alone = engine.add(ids, Sampling(max_tokens=12, temperature=1.5), draw=numbers_of(4, 1))
+        engine.run()
+        assert tuple(alone.written)[: len(one[1].ids)] == one[1].ids
         two = generate(model, texts, Sampling(max_tokens=12, temperature=1.5, seed=4, n=2), raw=True)
         assert [found.others for found in two] == [found.others[:1] for found in many]
 
