@@ -166,10 +166,32 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLog:
+    """A token of an answer and how likely it was, in nats: `raw` by the model, `processed` by what was drawn from, after all
+    settings (-inf: it could not come; at temperature 0, where nothing is drawn, after bias, penalties and bans).
+
+    `text` is what it adds to the text before it. `top` holds the likeliest tokens in its place by `raw`, the likeliest first.
+    """
+
+    id: int
+    text: str
+    raw: float
+    processed: float
+    top: tuple[TokenLog, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """The answer to one generation request. `finish` is "stop" (a stop token or string) or "length"."""
+    """The answer to one generation request. `finish` is "stop" (a stop token or string) or "length".
+
+    `logprobs` has one entry for each of `ids`, and `prompt_logprobs` one for each token of the prompt but the first (in
+    nats, by the model), where they were asked for. `others` are further answers to the same prompt.
+    """
 
     text: str
     ids: tuple[int, ...]
     finish: Literal["stop", "length"]
     prompt_tokens: int
+    logprobs: tuple[TokenLog, ...] | None = None
+    prompt_logprobs: tuple[float, ...] | None = None
+    others: tuple[Completion, ...] = ()

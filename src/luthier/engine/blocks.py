@@ -46,6 +46,11 @@ class Blocks:
         self._holders[block] = 1
         return block
 
+    def share(self, block: int) -> int:
+        """One text more holds it."""
+        self._holders[block] += 1
+        return block
+
     def drop(self, block: int) -> None:
         """One text less holds it."""
         self._holders[block] -= 1
@@ -64,6 +69,10 @@ class Blocks:
         self._idle.pop(block, None)
         self._holders[block] += 1
         return block
+
+    def knows(self, name: Name) -> bool:
+        """Whether a block has that name."""
+        return name in self._known
 
     def name(self, block: int, name: Name) -> None:
         """What a full block holds; the first of a name keeps it."""

@@ -2,48 +2,90 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from luthier.core.errors import ConfigError
+from luthier.engine.logs import likelihoods
 from luthier.engine.request import Request
 
 
 def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
-    """A token for each row of logits (fp32). What a row gets depends on nothing but its logits, its text and its draw."""
-    plain = [at for at, one in enumerate(requests) if one.sampling.temperature == 0]
-    found: dict[int, int] = {}
+    """A token for each row of logits (fp32). What a row gets depends on nothing but its logits, its text and its draw.
+
+    First what is said of single tokens (`settled`), then the likeliest, or the temperature, the share that is drawn from
+    (`shares_of`), and the draw. Each text keeps how likely its token was, where that is asked for.
+    """
+    raw = {at: logits_RV[at].clone() for at, one in enumerate(requests) if one.sampling.logprobs is not None}
     for at, one in enumerate(requests):
-        if one.sampling.repetition_penalty != 1:
-            logits_RV[at] = _penalised(logits_RV[at], one)
+        if not untouched(one):
+            logits_RV[at] = settled(logits_RV[at], one)
+    found: dict[int, int] = {}
+    plain = [at for at, one in enumerate(requests) if one.sampling.temperature == 0]
     if plain:
         found.update(zip(plain, logits_RV[plain].argmax(-1).tolist()))
     for at, one in enumerate(requests):
         if at not in found:
-            found[at] = _drawn(logits_RV[at], one)
+            found[at] = _drawn(*shares_of(logits_RV[at], one), one)
+    for at, raw_V in raw.items():
+        one = requests[at]
+        one.logs.append(likelihoods(raw_V, _processed(logits_RV[at], one), found[at], one.sampling.logprobs or 0))
     return [found[at] for at in range(len(requests))]
 
 
 def takes_likeliest(request: Request) -> bool:
     """Whether its next token is the likeliest of the model's own logits."""
-    return request.sampling.temperature == 0 and request.sampling.repetition_penalty == 1
+    return request.sampling.temperature == 0 and untouched(request)
 
 
-def _penalised(logits_V: Tensor, request: Request) -> Tensor:
-    """Keskar et al. 2019 (arXiv:1909.05858): what occurred in prompt or answer is divided, or multiplied below zero."""
-    seen = torch.tensor(sorted({*request.prompt, *request.written}), device=logits_V.device)
-    values = logits_V[seen]
-    penalty = request.sampling.repetition_penalty
-    return logits_V.index_copy(0, seen, torch.where(values < 0, values * penalty, values / penalty))
-
-
-def _drawn(logits_V: Tensor, request: Request) -> int:
-    """The token on which the draw falls, in the order of the vocabulary; among the likeliest alone, in falling order."""
+def untouched(request: Request) -> bool:
+    """Whether no setting changes the scores of its next token, nor asks for them."""
     sampling = request.sampling
-    values_K, tokens_K = logits_V / sampling.temperature, None
+    return not (
+        sampling.logit_bias
+        or sampling.repetition_penalty != 1
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+        or request.banned
+        or len(request.written) < sampling.min_tokens
+        or sampling.logprobs is not None
+    )
+
+
+def settled(scores_V: Tensor, request: Request) -> Tensor:
+    """The scores of the next token after bias, penalties and bans: what holds whether it is drawn or not.
+
+    Raises ConfigError where nothing is left to write.
+    """
+    sampling = request.sampling
+    if sampling.logit_bias:
+        scores_V = scores_V.index_add(0, *_pair(scores_V, sampling.logit_bias))
+    if sampling.repetition_penalty != 1:
+        scores_V = _penalised(scores_V, request)
+    if (sampling.presence_penalty or sampling.frequency_penalty) and request.written:
+        counts = Counter(request.written)
+        lost = {
+            token: -sampling.presence_penalty - sampling.frequency_penalty * count for token, count in counts.items()
+        }
+        scores_V = scores_V.index_add(0, *_pair(scores_V, lost))
+    never = _never(request)
+    if never:
+        scores_V = scores_V.index_fill(0, torch.tensor(never, device=scores_V.device), -torch.inf)
+        if scores_V.max() == -torch.inf:
+            raise ConfigError("banned and min_tokens leave no token that may come; ban less")
+    return scores_V
+
+
+def shares_of(scores_V: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+    """What is drawn from at a temperature: the share of each token, in the order of the vocabulary, or of the likeliest
+    alone with the tokens that they are, in falling order. Shares need not add up to 1."""
+    sampling = request.sampling
+    values_K, tokens_K = scores_V / sampling.temperature, None
     if sampling.top_k is not None or sampling.top_p is not None:
-        values_K, tokens_K = values_K.topk(min(sampling.top_k or len(logits_V), len(logits_V)))
+        values_K, tokens_K = values_K.topk(min(sampling.top_k or len(scores_V), len(scores_V)))
     shares_K = values_K.double().softmax(-1)
     if sampling.top_p is not None:
         # The smallest set that holds so much: a token stays while those before it hold less.
@@ -51,8 +93,60 @@ def _drawn(logits_V: Tensor, request: Request) -> int:
         shares_K = torch.where(before_K < sampling.top_p, shares_K, 0.0)
     if sampling.min_p is not None:
         shares_K = torch.where(shares_K >= sampling.min_p * shares_K.max(), shares_K, 0.0)
+    if sampling.typical_p is not None and sampling.typical_p < 1:
+        shares_K = _typical(shares_K, sampling.typical_p)
+    return shares_K, tokens_K
+
+
+def _processed(scores_V: Tensor, request: Request) -> Tensor:
+    """Scores whose shares are drawn from."""
+    if request.sampling.temperature == 0:
+        return scores_V
+    shares_K, tokens_K = shares_of(scores_V, request)
+    logs_K = shares_K.log()
+    return (
+        logs_K if tokens_K is None else torch.full_like(scores_V, -torch.inf).double().index_copy(0, tokens_K, logs_K)
+    )
+
+
+def _penalised(scores_V: Tensor, request: Request) -> Tensor:
+    """Keskar et al. 2019 (arXiv:1909.05858): what occurred in prompt or answer is divided, or multiplied below zero."""
+    seen = torch.tensor(sorted({*request.prompt, *request.written}), device=scores_V.device)
+    values = scores_V[seen]
+    penalty = request.sampling.repetition_penalty
+    return scores_V.index_copy(0, seen, torch.where(values < 0, values * penalty, values / penalty))
+
+
+def _never(request: Request) -> list[int]:
+    """Tokens that must not come: the last of a banned text whose others stand there, and end tokens that come too early."""
+    found = list(request.ends) if len(request.written) < request.sampling.min_tokens else []
+    for form in request.banned:
+        head = len(form) - 1
+        if head <= request.length and request.ids(request.length - head, request.length) == list(form[:-1]):
+            found.append(form[-1])
+    return found
+
+
+def _typical(shares_K: Tensor, mass: float) -> Tensor:
+    """Meister et al. 2023 (arXiv:2202.00666): those nearest to the entropy stay, so many that they hold `mass`."""
+    shares_K = shares_K / shares_K.sum()
+    logs_K = shares_K.log()
+    apart_K = (logs_K - (shares_K * logs_K).nansum()).abs()
+    sorted_K, order_K = apart_K.sort(stable=True)
+    last = int((shares_K[order_K].cumsum(-1) < mass).sum())
+    return torch.where(apart_K <= sorted_K[min(last, len(sorted_K) - 1)], shares_K, 0.0)
+
+
+def _drawn(shares_K: Tensor, tokens_K: Tensor | None, request: Request) -> int:
+    """The token on which the draw falls."""
     sums_K = shares_K.cumsum(-1)
     number = sums_K[-1:] * request.draw(len(request.written))
     # Strictly below the last sum, so that a token that cannot come is never chosen.
     at = int(torch.searchsorted(sums_K, torch.minimum(number, sums_K[-1:] * (1 - 1e-12)), right=True))
     return at if tokens_K is None else int(tokens_K[at])
+
+
+def _pair(scores_V: Tensor, added: dict[int, float]) -> tuple[Tensor, Tensor]:
+    """Tokens, and what is added to the score of each."""
+    tokens = torch.tensor(list(added), device=scores_V.device)
+    return tokens, torch.tensor(list(added.values()), device=scores_V.device, dtype=scores_V.dtype)

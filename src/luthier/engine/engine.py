@@ -9,16 +9,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from luthier.core.errors import ConfigError, DataError, ModelError
-from luthier.engine.blocks import Blocks
+from luthier.core.errors import ConfigError, ModelError
+from luthier.engine.blocks import Blocks, names_of
 from luthier.engine.choose import choose, takes_likeliest
-from luthier.engine.paged import Paged
+from luthier.engine.logs import prompt_logs
+from luthier.engine.pieces import stops_here
+from luthier.engine.readers import reader_for
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.schedule import Schedule
+from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
 from luthier.models.pages import BLOCK, writes_by_pages
 from luthier.models.spec import LoadedModel
-from luthier.native.decoder import Cached
 
 # Texts that run at once, and tokens that go through the model at once, where nobody says.
 STREAMS, TOKENS = 32, 512
@@ -38,8 +40,7 @@ class Engine:
             raise ModelError(f"{model.spec.source}: {model.spec.family} models do not write text by text side by side")
         self.model, self._arrived = model, 0
         blocks = -(-room // BLOCK)
-        self._reader = Paged(model, blocks) if model.native is None else Cached(model.native, blocks)
-        self.blocks = Blocks(blocks)
+        self._reader, self.blocks = reader_for(model, blocks), Blocks(blocks)
         self.schedule = Schedule(self.blocks, streams, tokens)
 
     def add(
@@ -59,19 +60,16 @@ class Engine:
         """
         if sampling.beams > 1:
             raise ConfigError("beams: this engine writes one answer at a time; set beams: 1")
-        if not prompt:
-            raise DataError("a prompt needs one token at least")
-        left = self.model.spec.max_length - len(prompt)
-        if left < 1:
-            raise DataError(
-                f"the prompt has {len(prompt)} tokens, and the context is {self.model.spec.max_length}; shorten it"
-            )
-        room = min(sampling.max_tokens, left)
+        if sampling.n > 1:
+            raise ConfigError("n: a text that is added has one answer; add it as often as it is to be answered")
+        check_terms(self.model, sampling)
+        room = room_of(self.model, prompt, sampling)
         if len(prompt) + room > self.blocks.count * BLOCK:
             raise ConfigError(
                 f"a prompt of {len(prompt)} tokens with {room} to write does not fit into {self.blocks.count * BLOCK} tokens, "
                 "all that is kept; set max_tokens lower, or shorten the prompt"
             )
+        ends, banned = ends_of(self.model, sampling), banned_of(self.model, sampling)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         if adapter >= 0:
             held = len(self.model.native.adapters) if self.model.native is not None else 0
@@ -80,8 +78,9 @@ class Engine:
             # What a token's keys and values are depends on it.
             salt = f"{adapter} {salt}"
         request = Request(
-            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, adapter
-        )
+            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, adapter, ends, banned,
+            tuple(names_of(prompt, salt)),
+        )  # fmt: skip
         self._arrived += 1
         self.schedule.waiting.append(request)
         return request
@@ -115,42 +114,40 @@ class Engine:
         """Put a step through the model: the logits of the texts that are read to their end, and which they are. Where no
         setting changes what is likeliest and that is asked for, the likeliest tokens alone."""
         ids: list[int] = []
-        rows, ready = [], []
+        rows, ready, told = [], [], []
         for request, count in planned:
+            told += [len(ids) + place - request.read for place in request.telling(count)]
             ids += request.ids(request.read, request.read + count)
             if request.read + count == request.length:
                 rows.append(len(ids) - 1)
                 ready.append(request)
         requests = [request for request, _ in planned]
+        likeliest = not told and all(takes_likeliest(one) for one in ready)
         found = self._reader.read(
-            ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned], rows,
-            likeliest=all(takes_likeliest(one) for one in ready), adapters=[one.adapter for one in requests],
+            ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned],
+            [*rows, *told], likeliest=likeliest, adapters=[one.adapter for one in requests],
         )  # fmt: skip
+        at = len(rows)
         for request, count in planned:
+            places = request.telling(count)
+            if places:
+                following = request.prompt[places.start + 1 : places.stop + 1]
+                request.prompt_logs += prompt_logs(found[at : at + len(places)], following)
+                at += len(places)
             self.schedule.advance(request, count)
-        return found, ready
+        return found[: len(rows)], ready
 
     def _commit(self, ready: list[Request], tokens: Sequence[int]) -> list[Request]:
         """Give each text its token, and end those that are complete."""
         for request, token in zip(ready, tokens):
             request.written.append(token)
-            if token in self.model.spec.stop_ids or self._stops(request):
+            if token in request.ends or stops_here(self.model, request.written, request.sampling):
                 request.finish = "stop"
             elif len(request.written) == request.room:
                 request.finish = "length"
             if request.finish is not None:
                 self.schedule.finish(request)
         return ready
-
-    def _stops(self, request: Request) -> bool:
-        """Whether one of its stop texts has just been written."""
-        stops = request.sampling.stop
-        if not stops:
-            return False
-        # A token is a byte at least, a character four at most: so many last ones hold any stop text.
-        longest = max(len(stop.encode()) for stop in stops) + 4
-        text = self.model.renderer.decode(request.written[-longest:])
-        return any(stop in text for stop in stops)
 
 
 def numbers_of(seed: int, *key: object) -> Callable[[int], float]:

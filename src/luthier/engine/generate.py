@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ import torch
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.events import Events
 from luthier.core.types import Completion, Message
+from luthier.engine.beams import search
 from luthier.engine.engine import STREAMS, Engine, numbers_of
+from luthier.engine.logs import logs_of
 from luthier.engine.native import Execution, prepare
-from luthier.engine.padded import write, write_on
+from luthier.engine.padded import refuse_logprobs, write, write_on
 from luthier.engine.pieces import complete, pieces
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
@@ -31,24 +34,30 @@ def generate(
     tools: Sequence[Sequence[dict[str, Any]]] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
-    """One completion for each prompt (a text, or messages), in order; `batch_size` of them at once.
+    """One completion for each prompt (a text, or messages), in order; `batch_size` texts at once. Where several answers to a
+    prompt are asked for (`n`), the first holds the others.
 
     `raw` goes on from the text as it stands, without the chat template; `tools` are what each prompt may call. By the
-    engine an answer is that of its prompt alone, and one that is drawn depends on the seed and its key (by default its
-    place among the prompts). Beams, encoder-decoders and families that it cannot read are padded side by side
-    (`engine.padded`): the same greedy answers, slower, and drawn ones repeat for the same batch only. Raises ModelError
-    for models that write no text.
+    engine an answer is that of its prompt alone, and one that is drawn depends on the seed, its key (by default its place
+    among the prompts) and which of the `n` it is. Encoder-decoders and families that it cannot read are padded side by
+    side (`engine.padded`): the same greedy answers, slower, and drawn ones repeat for the same batch only. Raises
+    ModelError for models that write no text.
     """
     sampling = sampling or Sampling()
     _check(model)
     held = tools or [()] * len(prompts)
     encoded = [model.renderer.prompt(prompt, own, raw=raw) for prompt, own in zip(prompts, held, strict=True)]
-    if not uses_engine(model, sampling):
+    if not uses_engine(model):
         return _generate_padded(model, encoded, sampling, batch_size, on_progress)
-    engine = engine_for(model, [len(ids) for ids in encoded], sampling.max_tokens, batch_size)
+    if sampling.beams > 1:
+        found = search(model, encoded, sampling, max(1, batch_size // sampling.beams), on_progress)
+        return [complete(model, ids, sampling, len(prompt)) for ids, prompt in zip(found, encoded)]
+    lengths = [len(ids) for ids in encoded for _ in range(sampling.n)]
+    engine = engine_for(model, lengths, sampling.max_tokens, batch_size)
     requests = [
-        engine.add(ids, sampling, draw=None if sampling.seed is None else numbers_of(sampling.seed, key))
-        for key, ids in zip(range(len(encoded)) if keys is None else keys, encoded)
+        _add(engine, ids, sampling, key, which)
+        for key, ids in zip(range(len(encoded)) if keys is None else keys, encoded, strict=True)
+        for which in range(sampling.n)
     ]
     done = 0
 
@@ -60,7 +69,7 @@ def generate(
             on_progress(done, len(requests))
 
     engine.run(count)
-    return [complete(model, one.written, sampling, len(one.prompt)) for one in requests]
+    return _by_prompt([_completed(model, one, sampling) for one in requests], sampling.n)
 
 
 def stream(
@@ -74,15 +83,15 @@ def stream(
     """The answer in pieces as it is written: whole characters only, and nothing of a stop text.
 
     Leaving the iterator ends the writing at the next token. `engine` is used in place of one made for this answer, so that
-    a prompt that begins like an earlier one is not read again. Raises ConfigError for beam search, which has no order to
-    stream in.
+    a prompt that begins like an earlier one is not read again. Raises ConfigError for what is not one text that grows.
     """
     sampling = sampling or Sampling()
     _check(model)
-    if sampling.beams > 1:
-        raise ConfigError("beam search knows its answer only at the end and cannot be streamed; set beams: 1")
+    trouble = why_not_streamed(sampling)
+    if trouble is not None:
+        raise ConfigError(trouble)
     ids = model.renderer.prompt(prompt, raw=raw)
-    if not uses_engine(model, sampling):
+    if not uses_engine(model):
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
         yield from pieces(model, write_on(model, ids, sampling), sampling)
@@ -91,30 +100,37 @@ def stream(
     yield from pieces(model, _tokens(engine, ids, sampling), sampling)
 
 
-def uses_engine(model: LoadedModel, sampling: Sampling) -> bool:
+def why_not_streamed(sampling: Sampling) -> str | None:
+    """Why an answer cannot be shown as it is written; None where it can."""
+    if sampling.beams > 1:
+        return "beam search knows its answer only at the end and cannot be streamed; set beams: 1"
+    beyond = sampling.beyond_text
+    return f"{beyond}: a stream is one text alone; leave it out" if beyond else None
+
+
+def uses_engine(model: LoadedModel) -> bool:
     """Whether answers come from the engine, not from transformers' own loop."""
-    return sampling.beams == 1 and writes_by_pages(model)
+    return writes_by_pages(model)
 
 
 def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, events: Events) -> None:
     """Make a loaded model ready to write, and say by which way answers come, and why. Raises ConfigError as `prepare` does."""
-    if uses_engine(model, sampling):
+    if uses_engine(model):
         prepare(model, execution, events)
     tell_engine(model, sampling, events)
 
 
 def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
     """Say by which way answers come, and why."""
-    if uses_engine(model, sampling):
+    if uses_engine(model):
         if model.native is not None:  # said when it was chosen
             return
-        events.choose("engine", "paged", "texts come and go; each is written as if it were alone")
+        alone = "texts come and go; each is written as if it were alone"
+        events.choose(
+            "engine", "paged", alone if sampling.beams == 1 else "the texts of a search share what they have in common"
+        )
         return
-    why = (
-        f"{model.spec.family} models do not read texts laid end to end"
-        if sampling.beams == 1
-        else "beams are searched there"
-    )
+    why = f"{model.spec.family} models do not read texts laid end to end"
     events.choose("engine", "padded", f"transformers' own loop, side by side with padding: {why}")
 
 
@@ -129,9 +145,31 @@ def room_for(model: LoadedModel, lengths: Sequence[int], max_tokens: int, stream
     return sum(whole[:streams]) or BLOCK
 
 
+def _add(engine: Engine, ids: Sequence[int], sampling: Sampling, key: object, which: int = 0) -> Request:
+    """One of the answers to a prompt. What is said of the prompt itself the first finds out."""
+    one = sampling.model_copy(update={"n": 1, "prompt_logprobs": sampling.prompt_logprobs and which == 0})
+    # The first keeps the numbers that a seed gives to a single answer.
+    draw = None if sampling.seed is None else numbers_of(sampling.seed, key, *([which] if which else []))
+    return engine.add(ids, one, draw=draw)
+
+
+def _completed(model: LoadedModel, request: Request, sampling: Sampling) -> Completion:
+    found = complete(model, request.written, sampling, len(request.prompt))
+    if sampling.logprobs is not None:
+        found = replace(found, logprobs=logs_of(model, request, len(found.ids)))
+    return replace(found, prompt_logprobs=tuple(request.prompt_logs)) if request.sampling.prompt_logprobs else found
+
+
+def _by_prompt(found: Sequence[Completion], n: int) -> list[Completion]:
+    """The first answer to each prompt, which holds the others."""
+    return [
+        replace(found[at], others=tuple(found[at + 1 : at + n])) if n > 1 else found[at]
+        for at in range(0, len(found), n)
+    ]
+
+
 def _tokens(engine: Engine, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
-    draw = None if sampling.seed is None else numbers_of(sampling.seed, 0)
-    request, seen = engine.add(ids, sampling, draw=draw), 0
+    request, seen = _add(engine, ids, sampling, 0), 0
     try:
         while request.finish is None:
             engine.step()
@@ -149,6 +187,8 @@ def _generate_padded(
     on_progress: Callable[[int, int], None] | None,
 ) -> list[Completion]:
     """Prompts of like length share a batch, padded on the left with the mask set."""
+    refuse_logprobs(model, sampling)
+    encoded = [ids for ids in encoded for _ in range(sampling.n)]
     order = sorted(range(len(encoded)), key=lambda at: len(encoded[at]))
     found: dict[int, Completion] = {}
     if sampling.seed is not None:
@@ -159,7 +199,7 @@ def _generate_padded(
             found[at] = complete(model, ids, sampling, len(encoded[at]))
         if on_progress is not None:
             on_progress(min(start + batch_size, len(order)), len(order))
-    return [found[at] for at in range(len(encoded))]
+    return _by_prompt([found[at] for at in range(len(encoded))], sampling.n)
 
 
 def _check(model: LoadedModel) -> None:

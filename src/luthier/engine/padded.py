@@ -1,5 +1,5 @@
-"""Answers by transformers' own `generate`, side by side with padding: for beams, for encoder-decoders, and for families that
-the engine cannot read; and the reference for it."""
+"""Answers by transformers' own `generate`, side by side with padding: for encoder-decoders, and for families that the engine
+cannot read; and the reference for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from luthier.core.errors import ConfigError
 from luthier.engine.sampling import Sampling
+from luthier.engine.terms import at_least, banned_of, check_terms, ends_of
 from luthier.models.quiet import quiet
 from luthier.models.spec import LoadedModel
 
@@ -25,11 +27,13 @@ def write(
 ) -> list[list[int]]:
     """New ids of each row, from the model's own `generate`; after a row's stop token anything may follow.
 
-    `processor` makes the scores [S, V] of the next token anew, given the ids [S, T] so far.
+    `processor` makes the scores [S, V] of the next token anew, given the ids [S, T] so far. Raises ConfigError for what
+    transformers' loop does not give.
     """
-    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     module, spec = model.module, model.spec
+    refuse_logprobs(model, sampling)
     width = max(len(row) for row in rows)
     pad = model.tokenizer.pad_token_id
     pad = spec.stop_ids[0] if pad is None and spec.stop_ids else (pad or 0)
@@ -40,15 +44,57 @@ def write(
         place = slice(width - len(row), width) if left else slice(0, len(row))
         ids[at, place] = torch.tensor(row)
         mask[at, place] = 1
-    room = spec.max_length - width if left else spec.max_length
+    room = at_least(max(1, min(sampling.max_tokens, spec.max_length - width if left else spec.max_length)), sampling)
+    start = width if left else 1
+    training, own = module.training, module.generation_config
+    forced, ending = own.forced_eos_token_id, own.eos_token_id
+    module.eval()
+    # BART and Marian write their end token wherever max_tokens cuts: an answer that was cut would look finished. And where
+    # nothing is to end an answer, the model's own end tokens would be taken.
+    own.forced_eos_token_id = own.eos_token_id = None
+    try:
+        with quiet():
+            out = module.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=GenerationConfig(**_settings(model, sampling, room, pad)),
+                stopping_criteria=StoppingCriteriaList(_stops(model, sampling, start)),
+                logits_processor=LogitsProcessorList(
+                    [*_penalties(sampling, start), *([processor] if processor else [])]
+                ),
+                streamer=streamer,
+            )
+    finally:
+        module.train(training)
+        own.forced_eos_token_id, own.eos_token_id = forced, ending
+    return [row.tolist() for row in out[:, start:].cpu()]
+
+
+def refuse_logprobs(model: LoadedModel, sampling: Sampling) -> None:
+    """Raises ConfigError where log-probabilities are asked for."""
+    for name, asked in (("logprobs", sampling.logprobs is not None), ("prompt_logprobs", sampling.prompt_logprobs)):
+        if asked:
+            raise ConfigError(
+                f"{name}: {model.spec.family} models are written by transformers' own loop, which does not give them here; "
+                "leave it out"
+            )
+
+
+def _settings(model: LoadedModel, sampling: Sampling, room: int, pad: int) -> dict[str, Any]:
+    """Of transformers' GenerationConfig."""
+    check_terms(model, sampling)
+    banned = [list(form) for form in banned_of(model, sampling)]
     settings: dict[str, Any] = {
-        "max_new_tokens": max(1, min(sampling.max_tokens, room)),
+        "max_new_tokens": room,
+        "min_new_tokens": sampling.min_tokens or None,
         "do_sample": sampling.temperature > 0,
         "num_beams": sampling.beams,
         "repetition_penalty": sampling.repetition_penalty,
+        "sequence_bias": [[[token], float(added)] for token, added in sampling.logit_bias.items()] or None,
+        "bad_words_ids": banned or None,
         "pad_token_id": pad,
-        "eos_token_id": list(spec.stop_ids) or None,
-        "decoder_start_token_id": getattr(module.config, "decoder_start_token_id", None),
+        "eos_token_id": list(ends_of(model, sampling)) or None,
+        "decoder_start_token_id": getattr(model.module.config, "decoder_start_token_id", None),
         "use_cache": True,
     }
     if sampling.temperature > 0:
@@ -57,26 +103,40 @@ def write(
             "top_k": sampling.top_k or 0,
             "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
             "min_p": sampling.min_p,
+            "typical_p": 1.0 if sampling.typical_p is None else sampling.typical_p,
         }
-    stops = StoppingCriteriaList([StopStringCriteria(model.tokenizer, list(sampling.stop))] if sampling.stop else [])
-    training, forced = module.training, module.generation_config.forced_eos_token_id
-    module.eval()
-    # BART and Marian write their end token wherever max_tokens cuts: an answer that was cut would look finished.
-    module.generation_config.forced_eos_token_id = None
-    try:
-        with quiet():
-            out = module.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=GenerationConfig(**settings),
-                stopping_criteria=stops,
-                logits_processor=LogitsProcessorList([processor] if processor else []),
-                streamer=streamer,
-            )
-    finally:
-        module.train(training)
-        module.generation_config.forced_eos_token_id = forced
-    return [row.tolist() for row in (out[:, width:] if left else out[:, 1:]).cpu()]
+    return settings
+
+
+def _stops(model: LoadedModel, sampling: Sampling, start: int) -> list[Callable[..., torch.Tensor]]:
+    """Stop texts, once the least tokens are written."""
+    from transformers import StopStringCriteria
+
+    if not sampling.stop:
+        return []
+    whole = StopStringCriteria(model.tokenizer, list(sampling.stop))
+
+    def ends(ids_ST: torch.Tensor, scores: Any, **rest: Any) -> torch.Tensor:
+        found_S: torch.Tensor = whole(ids_ST, scores, **rest)
+        return found_S & (ids_ST.shape[1] - start >= sampling.min_tokens)
+
+    return [ends]
+
+
+def _penalties(sampling: Sampling, start: int) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+    """Of presence and frequency, which transformers lacks."""
+    if not sampling.presence_penalty and not sampling.frequency_penalty:
+        return []
+
+    def penalise(ids_ST: torch.Tensor, scores_SV: torch.Tensor) -> torch.Tensor:
+        written_SW = ids_ST[:, start:]
+        counts_SV = torch.zeros_like(scores_SV).scatter_add_(
+            1, written_SW, torch.ones_like(written_SW, dtype=scores_SV.dtype)
+        )
+        lost_SV = counts_SV * sampling.frequency_penalty + (counts_SV > 0) * sampling.presence_penalty
+        return scores_SV - lost_SV
+
+    return [penalise]
 
 
 def write_on(model: LoadedModel, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:

@@ -51,3 +51,7 @@ class Paged:
             return logits_RV.argmax(-1) if likeliest else logits_RV
         finally:
             module.train(training)
+
+    def copy(self, source: int, target: int) -> None:
+        """One block as another."""
+        self._store.copy(source, target)

@@ -6,20 +6,24 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from luthier.core.types import Completion
 from luthier.engine.sampling import Sampling
+from luthier.engine.terms import ends_of
 from luthier.models.spec import LoadedModel
 
 
 def pieces(model: LoadedModel, tokens: Iterable[int], sampling: Sampling) -> Iterator[str]:
     """The text of `tokens` as they come, up to a stop token or a stop text: half a character, or the beginning of a stop
     text, is held back until it is known."""
+    ends = ends_of(model, sampling)
     written: list[int] = []
-    shown = 0
+    shown = early = 0
     for token in tokens:
-        if token in model.spec.stop_ids:
+        if token in ends:
             break
         written.append(token)
         text = model.renderer.decode(written)
-        cut = find_stop(text, sampling.stop)
+        if len(written) < sampling.min_tokens:
+            early = len(text.rstrip("\ufffd"))
+        cut = find_stop(text, sampling.stop, early)
         if cut is not None:
             if cut > shown:
                 yield text[shown:cut]
@@ -35,20 +39,36 @@ def pieces(model: LoadedModel, tokens: Iterable[int], sampling: Sampling) -> Ite
 
 def complete(model: LoadedModel, ids: Sequence[int], sampling: Sampling, prompt_tokens: int) -> Completion:
     """The answer that `ids` make, up to a stop token or a stop text."""
-    end = next((at for at, token in enumerate(ids) if token in model.spec.stop_ids), None)
+    ends = ends_of(model, sampling)
+    end = next((at for at, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[:end]
     text = model.renderer.decode(kept)
-    cut = find_stop(text, sampling.stop)
+    cut = find_stop(text, sampling.stop, _early(model, kept, sampling.min_tokens))
     if cut is not None:
         text = text[:cut]
     finish = "stop" if end is not None or cut is not None else "length"
     return Completion(text, tuple(kept), finish, prompt_tokens)  # type: ignore[arg-type]
 
 
-def find_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop text begins."""
-    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+def find_stop(text: str, stops: Sequence[str], early: int = 0) -> int | None:
+    """Where the first stop text begins; those that are whole within `early` characters came too early to count."""
+    found = [at for at in (text.find(stop, max(0, early - len(stop) + 1)) for stop in stops) if at >= 0]
     return min(found) if found else None
+
+
+def stops_here(model: LoadedModel, written: Sequence[int], sampling: Sampling) -> bool:
+    """Whether the last token makes a stop text whole."""
+    if not sampling.stop or len(written) < sampling.min_tokens:
+        return False
+    # A token is a byte at least, a character four at most: so many last ones hold any stop text.
+    start = max(0, len(written) - max(len(stop.encode()) for stop in sampling.stop) - 4)
+    early = _early(model, written[start:], sampling.min_tokens - start)
+    return find_stop(model.renderer.decode(written[start:]), sampling.stop, early) is not None
+
+
+def _early(model: LoadedModel, ids: Sequence[int], least: int) -> int:
+    """Characters of the tokens after which nothing may end the answer: all but the last of the first `least`."""
+    return len(model.renderer.decode(ids[: least - 1]).rstrip("\ufffd")) if least > 1 else 0
 
 
 def _held(text: str, stops: Sequence[str]) -> int:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from luthier.engine.sampling import Sampling
+
+
+class Likelihoods(NamedTuple):
+    """Of the token that was written, then of the likeliest in its place."""
+
+    tokens: list[int]
+    raw: list[float]
+    processed: list[float]
 
 
 @dataclass(eq=False, slots=True)
@@ -27,6 +35,12 @@ class Request:
     salt: str = ""
     adapter: int = -1
     """Which of the adapters beside packed weights it is written with."""
+    ends: tuple[int, ...] = ()
+    """Tokens that end the answer."""
+    banned: tuple[tuple[int, ...], ...] = ()
+    """Tokens that must not come one after the other."""
+    names: tuple[bytes, ...] = ()
+    """Of the full blocks of its prompt."""
     written: list[int] = field(default_factory=list)
     finish: Literal["stop", "length", "abort"] | None = None
     read: int = 0
@@ -34,6 +48,10 @@ class Request:
     table: list[int] = field(default_factory=list)
     reused: int = 0
     """Tokens of the prompt that another text had read."""
+    logs: list[Likelihoods] = field(default_factory=list)
+    """Of each token that was written, where they are asked for."""
+    prompt_logs: list[float] = field(default_factory=list)
+    """Of each token of the prompt but the first, where they are asked for."""
 
     @property
     def length(self) -> int:
@@ -49,3 +67,16 @@ class Request:
     def order(self) -> tuple[int, int]:
         """Its place among others: what comes first is served first, and let go last."""
         return -self.priority, self.number
+
+    @property
+    def own(self) -> int:
+        """The place from which on it is read for itself: the last token, or the first that must tell what follows it."""
+        if self.sampling.prompt_logprobs and len(self.prompt_logs) < len(self.prompt) - 1:
+            return len(self.prompt_logs)
+        return self.length - 1
+
+    def telling(self, count: int) -> range:
+        """Places, of the next `count` to be read, that must tell how likely the token of the prompt after them is."""
+        if not self.sampling.prompt_logprobs:
+            return range(0)
+        return range(max(self.read, len(self.prompt_logs)), min(self.read + count, len(self.prompt) - 1))

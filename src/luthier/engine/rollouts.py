@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from luthier.engine.beams import search
 from luthier.engine.generate import engine_for, uses_engine
 from luthier.engine.native import natively, own_adapter
 from luthier.engine.padded import write
@@ -36,17 +37,15 @@ def roll_out(
     model is in eval mode meanwhile; a prompt near the end of the context leaves less room.
     """
     sampling = Sampling(max_tokens=max_tokens, beams=beams, temperature=0.0 if numbers_SM is None else temperature)
-    if not uses_engine(model, sampling):
+    if not uses_engine(model):
         return _roll_out_padded(model, prompts, sampling, numbers_SM)
+    if beams > 1:
+        return [tuple(ids) for ids in search(model, prompts, sampling, max(1, AT_ONCE // beams))]
     with natively(model, len(prompts) * max_tokens):
         engine = engine_for(model, [len(ids) for ids in prompts], max_tokens, AT_ONCE)
+        adapter = own_adapter(model)
         requests = [
-            engine.add(
-                ids,
-                sampling,
-                draw=None if numbers_SM is None else numbers_SM[at].__getitem__,
-                adapter=own_adapter(model),
-            )
+            engine.add(ids, sampling, draw=None if numbers_SM is None else numbers_SM[at].__getitem__, adapter=adapter)
             for at, ids in enumerate(prompts)
         ]
         engine.run()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from luthier.engine.blocks import Blocks, names_of
+from luthier.engine.blocks import Blocks, Name, names_of
 from luthier.engine.request import Request
 from luthier.models.pages import BLOCK
 
@@ -11,7 +11,8 @@ class Schedule:
     """Texts that wait and texts that run, over a number of blocks.
 
     A step takes the next token of every running text first, then as much of the prompts as `tokens` at once leave room for:
-    long prompts are read in pieces, between which the others go on. Where blocks run out the last in order gives its up,
+    long prompts are read in pieces, between which the others go on. A text waits while another reads the beginning that
+    both have. Where blocks run out the last in order gives its up,
     and is read anew later. At most `streams` run at once.
     """
 
@@ -33,15 +34,21 @@ class Schedule:
                 planned[request] = count
                 budget -= count
         self.waiting.sort(key=lambda one: one.order)
-        while self.waiting and budget and len(self.running) < self.streams:
-            request = self.waiting[0]
+        coming = {name for one in self.running for name in one.names[one.read // BLOCK :]}
+        for request in list(self.waiting):
+            if not budget or len(self.running) >= self.streams:
+                break
+            if self._awaits(request, coming):
+                continue
             self._recall(request)
             count = min(request.length - request.read, budget)
             # Only what is free: a text that runs is not stopped for one that waits.
             if self._missing(request, request.length - request.read) > self.blocks.free:
                 self.release(request)
                 break
-            self.running.append(self.waiting.pop(0))
+            self.waiting.remove(request)
+            self.running.append(request)
+            coming.update(request.names[request.read // BLOCK :])
             self._hold(request, count, planned)
             planned[request] = count
             budget -= count
@@ -70,9 +77,16 @@ class Schedule:
         request.table.clear()
         request.read = 0
 
+    def _awaits(self, request: Request, coming: set[Name]) -> bool:
+        """Whether another text is about to read what this one would read next."""
+        if request.own < len(request.prompt) - 1:
+            return False
+        names = request.names[: (len(request.prompt) - 1) // BLOCK]
+        return next((name for name in names if not self.blocks.knows(name)), None) in coming
+
     def _recall(self, request: Request) -> None:
-        """Take over what another text has read of the same beginning; its last token is read in any case."""
-        for name in names_of(request.ids(0, request.length - 1), request.salt):
+        """Take over what another text has read of the same beginning; what it must read for itself is left."""
+        for name in names_of(request.ids(0, request.own), request.salt):
             block = self.blocks.find(name)
             if block is None:
                 break

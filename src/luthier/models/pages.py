@@ -39,6 +39,12 @@ class Store:
             self._layers[at] = (k_NKD.new_empty(slots, *k_NKD.shape[1:]), v_NKD.new_empty(slots, *v_NKD.shape[1:]))
         return self._layers[at]
 
+    def copy(self, source: int, target: int) -> None:
+        """One block as another, in every layer."""
+        for pair in self._layers.values():
+            for one in pair:
+                one[target * BLOCK : (target + 1) * BLOCK] = one[source * BLOCK : (source + 1) * BLOCK]
+
     @property
     def nbytes(self) -> int:
         """That it takes once it is full."""

@@ -282,6 +282,14 @@ class Cached:
         assert logits_RV is not None
         return logits_RV[:, : packed.vocabulary]
 
+    def copy(self, source: int, target: int) -> None:
+        """The keys and values of one block to another."""
+        decoder = self.packed.decoder
+        size = TOKENS * decoder.kv * decoder.size * 2
+        for half in range(2 * len(decoder.blocks)):
+            start = self._pages.at + half * self._half
+            ctypes.memmove(start + target * size, start + source * size, size)
+
 
 class Pages:
     """Memory in large pages, given back when nobody holds it."""

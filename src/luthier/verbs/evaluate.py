@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, DataError, LuthierError
@@ -52,6 +52,13 @@ class Evaluate(Config):
     else model; small models always by themselves."""
     name: str | None = None
     """The run's name; by default the verb and the time."""
+
+    @field_validator("sampling")
+    @classmethod
+    def _one_text(cls, sampling: Sampling) -> Sampling:
+        if sampling.beyond_text is not None:
+            raise ValueError(f"{sampling.beyond_text}: one answer to each row is judged, as a text; leave it out")
+        return sampling
 
 
 def evaluate(
@@ -101,7 +108,7 @@ def _judge(run: Run, config: Evaluate) -> None:
         logs, before = read_answers(model, examples, run.events), _read_reference(config, spec, examples, run.events)
         predictions, metrics, details, found = judge_answers(examples, logs, before, refers=before is not None)
     else:
-        if spec.task == "causal" and not config.likelihood and uses_engine(model, config.sampling):
+        if spec.task == "causal" and not config.likelihood and uses_engine(model):
             prepare(model, config.execution, run.events)
         predictions = predict_examples(
             model,

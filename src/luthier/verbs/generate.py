@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from pydantic import Field, model_validator
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events, Sink
-from luthier.core.types import Chat, Labelled, Message, Pair, Prediction, Text
+from luthier.core.types import Chat, Completion, Labelled, Message, Pair, Prediction, Text, TokenLog
 from luthier.engine.sampling import Execution, Sampling
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def generate(
 
     With an output file each answer is appended as soon as its batch is done, and a second call goes on after the last
     whole line; the list then holds what this call added. `on_text` is handed the pieces of a single written answer as
-    they come. Answers of classifiers carry the probability of each class. Raises LuthierError.
+    they come. Answers of classifiers carry the probability of each class; where they are asked for, written ones carry
+    `logprobs` and `prompt_logprobs`, and `others`, further answers to the same prompt. Raises LuthierError.
     """
     from luthier.models.load import load_model
 
@@ -96,7 +98,7 @@ def generate(
         from luthier.engine.generate import choose_engine
 
         choose_engine(model, config.sampling, config.execution, events)
-    if config.prompt is not None and on_text is not None and _writes(model) and config.sampling.beams == 1:
+    if config.prompt is not None and on_text is not None and _writes(model) and _grows(config.sampling):
         from luthier.engine.generate import stream
 
         pieces = []
@@ -167,6 +169,8 @@ def inference(model: Any, tokenizer: Any, text: str | Sequence[str], **sampling:
     config = Generate.make(
         {"model": loaded.spec.source or "model", "sampling": sampling, "raw": not _answers_turns(loaded)}
     )
+    if config.sampling.beyond_text is not None:
+        raise ConfigError(f"{config.sampling.beyond_text}: this gives one text alone; use luthier.generate")
     found = [one["output"] for one in _answer(loaded, [(str(at), one) for at, one in enumerate(texts)], config, ())]
     empty = sum(one == "" for one in found)
     if empty:
@@ -190,10 +194,26 @@ def _answer(
     # A prompt by itself draws what it draws when it is streamed.
     names = None if config.input is None else [name for name, _ in items]
     written = write(model, prompts, config.sampling, raw=config.raw, batch_size=config.batch_size, keys=names)
-    return [
-        {"id": name, "output": one.text, "finish": one.finish, "tokens": len(one.ids)}
-        for (name, _), one in zip(items, written)
-    ]
+    return [{"id": name, **_as_answer(one)} for (name, _), one in zip(items, written)]
+
+
+def _as_answer(found: Completion) -> dict[str, Any]:
+    answer: dict[str, Any] = {"output": found.text, "finish": found.finish, "tokens": len(found.ids)}
+    if found.logprobs is not None:
+        answer["logprobs"] = [_as_log(one) for one in found.logprobs]
+    if found.prompt_logprobs is not None:
+        answer["prompt_logprobs"] = list(found.prompt_logprobs)
+    if found.others:
+        answer["others"] = [_as_answer(one) for one in found.others]
+    return answer
+
+
+def _as_log(log: TokenLog) -> dict[str, Any]:
+    """JSON has no infinity: what could not come is null."""
+    shares = {
+        name: None if value == -math.inf else value for name, value in (("raw", log.raw), ("processed", log.processed))
+    }
+    return {"id": log.id, "text": log.text, **shares, **({"top": [_as_log(one) for one in log.top]} if log.top else {})}
 
 
 def with_shots(
@@ -210,6 +230,12 @@ def with_shots(
     own = (Message("user", prompt),) if isinstance(prompt, str) else prompt
     head = [turn for turn in own if turn.role == "system"]
     return (*head, *turns, *(turn for turn in own if turn.role != "system"))
+
+
+def _grows(sampling: Sampling) -> bool:
+    from luthier.engine.generate import why_not_streamed
+
+    return why_not_streamed(sampling) is None
 
 
 def _writes(model: LoadedModel) -> bool:
@@ -281,7 +307,7 @@ def _load_shots(model: LoadedModel, config: Generate, events: Events) -> list[tu
 
 
 def _warn_empty(answers: Sequence[dict[str, Any]], events: Events) -> None:
-    empty = sum(one["output"] == "" for one in answers)
+    empty = sum(one["output"] == "" for answer in answers for one in (answer, *answer.get("others", ())))
     if empty:
         events.warn(f"answers are {EMPTY}", empty)
 

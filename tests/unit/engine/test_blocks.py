@@ -74,3 +74,13 @@ def test_ten_thousand_moves_lose_no_block():
     for block in held:
         blocks.drop(block)
     assert blocks.used == 0 and len({blocks.take() for _ in range(16)}) == 16
+
+
+def test_a_block_is_shared_by_as_many_as_asked_for_it():
+    blocks = Blocks(2)
+    held = blocks.take()
+    assert blocks.share(held) == held and blocks.used == 1
+    blocks.drop(held)
+    assert blocks.used == 1 and blocks.take() != held
+    blocks.drop(held)
+    assert blocks.take() == held

@@ -1,7 +1,5 @@
 """The engine: what each text becomes does not depend on when it came, what is beside it, or how little room there is."""
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -14,20 +12,10 @@ from luthier.models.adapters import ADAPTERS
 from luthier.models.load import load_model
 from luthier.models.pages import BLOCK, FEWEST
 from tiny import FAMILIES, tiny_model
+from writing import endless, prompts
 
 FAMILIES_BY_PAGES = [family for family in FAMILIES["decoder"] if family != "gpt_neo"]
 SIZES = (1, 5, 17, 3, 33, 8, 64, 40, 2, 31, 32, 50)
-
-
-def endless(family="llama", **options):
-    model = load_model(str(tiny_model(family)), **options)
-    model.spec = model.spec.model_copy(update={"stop_ids": ()})
-    return model
-
-
-def prompts(sizes=SIZES, seed=0):
-    draw = random.Random(seed)
-    return [[draw.randrange(5, 390) for _ in range(size)] for size in sizes]
 
 
 def written(model, given, sampling, *, room=4096, waves=((0, 10**6),), draw=None, **settings):
@@ -49,10 +37,10 @@ def written(model, given, sampling, *, room=4096, waves=((0, 10**6),), draw=None
 @pytest.mark.parametrize("family", FAMILIES_BY_PAGES)
 def test_greedy_tokens_are_those_of_transformers(family):
     model, sampling = endless(family), Sampling(max_tokens=20)
-    right = [write(model, [one], sampling)[0] for one in prompts()]
+    right = [write(model, [one], sampling)[0] for one in prompts(SIZES)]
     waves = ((0, 3), (4, 2), (1, 5), (7, 2))
-    assert written(model, prompts(), sampling, waves=waves)[0] == right
-    assert written(model, prompts(), sampling, waves=waves, tokens=16, streams=3)[0] == right
+    assert written(model, prompts(SIZES), sampling, waves=waves)[0] == right
+    assert written(model, prompts(SIZES), sampling, waves=waves, tokens=16, streams=3)[0] == right
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -62,9 +50,9 @@ def test_drawn_tokens_are_the_same_bits_alone_and_beside_others(dtype, settings)
     draw = lambda at: numbers_of(7, at)  # noqa: E731
     alone = [
         written(model, [one], sampling, draw=lambda _, at=at: numbers_of(7, at))[0][0]
-        for at, one in enumerate(prompts())
+        for at, one in enumerate(prompts(SIZES))
     ]
-    together, engine = written(model, prompts(), sampling, draw=draw, waves=((0, 5), (3, 7)), **settings)
+    together, engine = written(model, prompts(SIZES), sampling, draw=draw, waves=((0, 5), (3, 7)), **settings)
     assert together == alone
     assert (engine.schedule.preempted > 0) == ("room" in settings)
 

@@ -71,7 +71,7 @@ def test_greedy_answers_are_those_of_transformers(family, places):
     together = generate(model, texts, sampling, raw=True)
     right = [tuple(write(model, [model.renderer.prompt(text, raw=True)], sampling)[0]) for text in texts]
     assert [one.ids for one in together] == right
-    assert uses_engine(model, sampling) == (family not in PADDED)
+    assert uses_engine(model) == (family not in PADDED)
 
 
 # Those whose attention the engine's cannot stand in for: biases by distance, or an attention of their own.
@@ -79,4 +79,4 @@ PADDED = {"bloom", "mpt", "stablelm", "nemotron", "falcon"}
 
 
 def test_the_tiny_models_of_other_tests_are_among_them():
-    assert uses_engine(load_model(str(tiny_model("llama"))), Sampling())
+    assert uses_engine(load_model(str(tiny_model("llama"))))

@@ -128,3 +128,33 @@ def test_a_drawn_answer_is_the_same_streamed_and_whole():
     pieces = []
     streamed = generate(on_text=pieces.append, **asked)
     assert generate(**asked)[0]["output"] == streamed[0]["output"] == "".join(pieces)
+
+
+def test_json_shows_how_likely_tokens_were_and_every_answer(capsys):
+    asked = [
+        "generate",
+        str(tiny_model("llama")),
+        "The quick",
+        "--raw",
+        "--max-tokens",
+        "3",
+        "--temperature",
+        "1",
+        "--seed",
+        "1",
+    ]
+    more = ["--n", "2", "--logprobs", "2", "--top-k", "1", "--set", "sampling.prompt_logprobs=true"]
+    assert main([*asked, *more, "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert len(found["logprobs"]) == found["tokens"] and len(found["prompt_logprobs"]) > 1
+    assert [set(one) for one in found["others"]] == [{"output", "finish", "tokens", "logprobs"}]
+    for token in found["logprobs"]:
+        best, second = token["top"]
+        assert token["id"] == best["id"] and token["processed"] == best["processed"] == 0 > best["raw"] > second["raw"]
+        assert second["processed"] is None and "top" not in second
+    assert main([*asked, "--n", "2"]) == 0
+    assert capsys.readouterr().out.count("\n\n") >= 1
+    assert main([*asked, "--logprobs", "0"]) == 2
+    assert "logprobs: numbers do not stand in a text; add --format json" in capsys.readouterr().err
+    assert main(["evaluate", "mini", "--data", "x.jsonl", "--set", "sampling.logprobs=1"]) == 2
+    assert "logprobs: one answer to each row is judged" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
     with show_progress(quiet=not people) as sinks:
         choose_engine(model, sampling, found.execution, Events(sinks=sinks))
     # Kept from turn to turn, so that what was said before is not read again.
-    engine = Engine(model, min(model.spec.max_length, ROOM)) if uses_engine(model, sampling) else None
+    engine = Engine(model, min(model.spec.max_length, ROOM)) if uses_engine(model) else None
     system = [Message("system", found.system)] if found.system else []
     turns: list[Message] = []
     if people:

@@ -11,7 +11,10 @@ from luthier.faces.cli.chinese import say
 from luthier.faces.cli.flags import add_fields, make_parser, read_fields
 from luthier.faces.cli.progress import show_progress
 
-SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "beams", "seed")
+SAMPLING = (
+    "max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "beams", "n", "seed", "logprobs",
+)  # fmt: skip
 
 
 def parser():  # type: ignore[no-untyped-def]
@@ -54,6 +57,8 @@ def run(arguments: Sequence[str]) -> int:
             raise ConfigError("there is nothing to run: standard input is empty")
     asked = read_fields(found, Generate, skip=("model", "prompt", "sampling"), **values)
     config = asked.config
+    if config.format == "text" and config.output is None and config.sampling.beyond_text not in (None, "n"):
+        raise ConfigError(f"{config.sampling.beyond_text}: numbers do not stand in a text; add --format json")
     with show_progress(quiet=config.input is None) as sinks:
         if piped:
             from luthier.verbs.generate import answer_texts
@@ -85,6 +90,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _as_text(answer: dict[str, Any]) -> str:
+    if "others" in answer:
+        return "\n\n".join(map(_as_text, ({"output": answer["output"]}, *answer["others"])))
     output, shares = answer["output"], answer.get("probabilities")
     if isinstance(output, float):
         return f"{output:.4f}"

@@ -1,0 +1,151 @@
+"""Beam search by blocks: texts of one search hold what they have in common once, and copy the block in which they part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from luthier.engine.blocks import Blocks
+from luthier.engine.choose import settled
+from luthier.engine.pieces import stops_here
+from luthier.engine.readers import Reader, reader_for
+from luthier.engine.request import Request
+from luthier.engine.sampling import Sampling
+from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
+from luthier.models.pages import BLOCK
+from luthier.models.spec import LoadedModel
+
+# Tokens of prompts that go through the model at once.
+TOKENS = 512
+
+
+def search(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    at_once: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """The likeliest answer to each prompt that beams find, with its end token: that of transformers' `num_beams`, whose
+    score is the mean log-probability of its tokens. So many searches `at_once`. Raises DataError for a prompt without room."""
+    check_terms(model, sampling)
+    searches = [_Search(model, prompt, sampling) for prompt in prompts]
+    most = sorted((one.blocks for one in searches), reverse=True)[:at_once]
+    reader, blocks = reader_for(model, sum(most)), Blocks(sum(most))
+    waiting, running, done = searches[::-1], list[_Search](), 0
+    with torch.inference_mode():
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(waiting.pop())
+            _step(reader, blocks, running)
+            left = [one for one in running if one.texts]
+            if len(left) < len(running):
+                done += len(running) - len(left)
+                if on_progress is not None:
+                    on_progress(done, len(searches))
+            running = left
+    return [one.best for one in searches]
+
+
+class _Search:
+    """One prompt: the texts that go on, all of one length, the likeliest first, and the answers that ended."""
+
+    def __init__(self, model: LoadedModel, prompt: Sequence[int], sampling: Sampling):
+        room = room_of(model, prompt, sampling)
+        ends, banned = ends_of(model, sampling), banned_of(model, sampling)
+        self.model, self.beams = model, sampling.beams
+        # Nothing is drawn.
+        self.texts = [Request(tuple(prompt), sampling, room, 0, float, ends=ends, banned=banned)]
+        self.scores = [0.0]
+        self.ended: list[tuple[float, list[int]]] = []
+        self.blocks = sampling.beams * -(-(len(prompt) + room) // BLOCK)
+        """That it holds at most."""
+
+    @property
+    def best(self) -> list[int]:
+        """The tokens of the likeliest answer."""
+        return max(self.ended, key=lambda one: one[0])[1]
+
+    def advance(self, logits_BV: Tensor) -> list[tuple[int, int]]:
+        """Take the likeliest next tokens of all texts together: those that end an answer are set aside, of the others as
+        many go on as there are beams; (text, token) of each, none where no better answer can come."""
+        sums = [
+            settled(row_V.log_softmax(-1), text) + score
+            for row_V, text, score in zip(logits_BV, self.texts, self.scores, strict=True)
+        ]
+        sums_N = torch.cat(sums)
+        # So many that as many as there are beams go on, whichever end.
+        most = max(2, 1 + len(self.texts[0].ends)) * self.beams
+        values, places = sums_N.topk(min(most, len(sums_N)))
+        going: list[tuple[float, int, int]] = []
+        length = len(self.texts[0].written) + 1
+        for rank, (score, place) in enumerate(zip(values.tolist(), places.tolist())):
+            if score == -torch.inf:
+                break
+            which, token = divmod(place, logits_BV.shape[1])
+            written = [*self.texts[which].written, token]
+            if not self._ends(self.texts[which], written):
+                going.append((score, which, token))
+            elif rank < self.beams:
+                self.ended.append((score / length, written))
+        self.ended = sorted(self.ended, key=lambda one: -one[0])[: self.beams]
+        going = going[: self.beams]
+        # A mean may rise yet, but transformers' search ends here too (its `early_stopping` False).
+        if not going or (len(self.ended) == self.beams and going[0][0] / length <= self.ended[-1][0]):
+            return []
+        self.scores = [score for score, _, _ in going]
+        return [(which, token) for _, which, token in going]
+
+    def _ends(self, text: Request, written: list[int]) -> bool:
+        if len(written) == text.room or written[-1] in text.ends:
+            return True
+        return stops_here(self.model, written, text.sampling)
+
+    def fork(self, chosen: Sequence[tuple[int, int]], reader: Reader, blocks: Blocks) -> None:
+        """Go on with these: the first child of a text takes its blocks over, each other one shares those that are full."""
+        parents = {which for which, _ in chosen}
+        for which, text in enumerate(self.texts):
+            if which not in parents:
+                for block in text.table:
+                    blocks.drop(block)
+        texts: list[Request] = []
+        for which, token in chosen:
+            text, table = self.texts[which], self.texts[which].table
+            if which in parents:
+                parents.discard(which)
+            else:
+                table = [blocks.share(block) for block in table[: text.read // BLOCK]]
+                if text.read % BLOCK:
+                    table.append(blocks.take())
+                    reader.copy(text.table[-1], table[-1])
+            texts.append(replace(text, written=[*text.written, token], table=table))
+        self.texts = texts
+
+
+def _step(reader: Reader, blocks: Blocks, running: Sequence[_Search]) -> None:
+    """Read one token more of every text that is searched for, and as much of prompts as there is room for."""
+    budget = TOKENS
+    planned: list[tuple[Request, int]] = []
+    for text in sorted((text for one in running for text in one.texts), key=lambda text: text.length - text.read > 1):
+        count = min(text.length - text.read, max(budget, 0 if planned else 1))
+        if count:
+            text.table += [blocks.take() for _ in range(-(-(text.read + count) // BLOCK) - len(text.table))]
+            planned.append((text, count))
+            budget -= count
+    ids: list[int] = []
+    rows: dict[Request, int] = {}
+    for text, count in planned:
+        ids += text.ids(text.read, text.read + count)
+        if text.read + count == text.length:
+            rows[text] = len(ids) - 1
+    tables, before = [text.table for text, _ in planned], [text.read for text, _ in planned]
+    logits_RV = reader.read(ids, tables, before, [count for _, count in planned], list(rows.values()))
+    for text, count in planned:
+        text.read += count
+    order = {text: at for at, text in enumerate(rows)}
+    for one in running:
+        if all(text in order for text in one.texts):
+            one.fork(one.advance(logits_RV[[order[text] for text in one.texts]]), reader, blocks)
