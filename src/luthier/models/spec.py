@@ -86,6 +86,9 @@ class LoadedModel:
     native: Any = None
     """Its weights packed for the native decoder; None: texts are written by the module itself (`engine.native`)."""
 
+    learned: Any = None
+    """The rows of its tuning, as `engine.drafts.Learned`: what it writes is guessed from them."""
+
     packable: bool | None = None
     """Whether the native decoder computes what it computes; None: not tried yet (`engine.native.natively`)."""
 
