@@ -185,7 +185,8 @@ class Completion:
     """The answer to one generation request. `finish` is "stop" (a stop token or string) or "length".
 
     `logprobs` has one entry for each of `ids`, and `prompt_logprobs` one for each token of the prompt but the first (in
-    nats, by the model), where they were asked for. `others` are further answers to the same prompt.
+    nats, by the model), where they were asked for. `others` are further answers to the same prompt. Of its tokens `drafted`
+    were guessed before the model read them, and `accepted` guessed right.
     """
 
     text: str
@@ -195,3 +196,5 @@ class Completion:
     logprobs: tuple[TokenLog, ...] | None = None
     prompt_logprobs: tuple[float, ...] | None = None
     others: tuple[Completion, ...] = ()
+    drafted: int = 0
+    accepted: int = 0

@@ -8,12 +8,14 @@ that it learned.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from luthier.core.errors import ModelError
+from luthier.models.sources import resolve_source
+from luthier.models.spec import LoadedModel
 
 # Last tokens that must have occurred before, in the text itself and in rows that were learned.
 ALIKE, ALIKE_LEARNED = 3, 4
@@ -22,6 +24,8 @@ MOST, FIRST, PAUSE = 15, 4, 8
 MISSES = 3
 # Places of the learned rows that are looked at for what follows.
 LOOKED_AT = 64
+# In the artefacts of a run.
+FILE = "learned.npy"
 # What stands between two rows.
 BETWEEN = -1
 # Tokens of learned rows that are kept.
@@ -102,7 +106,7 @@ class Learned:
         return [int(one) for one in (row[: ends[0]] if len(ends) else row)]
 
 
-def write_learned(path: Path, rows: Sequence[Sequence[int]]) -> None:
+def write_learned(path: Path, rows: Iterable[Sequence[int]]) -> None:
     """Keep the rows that a model learned, as far as there is room for them."""
     kept: list[int] = []
     for row in rows:
@@ -120,6 +124,15 @@ def read_learned(path: Path) -> Learned:
         raise ModelError(
             f"{path}: cannot be read as learned rows ({err}); delete it, it only makes writing faster"
         ) from None
+
+
+def remember(model: LoadedModel) -> None:
+    """Let what a run's model writes be guessed from the rows that it learned, if the run kept them."""
+    if model.spec.source.startswith("run:"):
+        place = resolve_source(model.spec.source)
+        path = Path(place).parent / FILE
+        if path.is_file():
+            model.learned = read_learned(path)
 
 
 def _hash_all(ids: np.ndarray, count: int) -> np.ndarray:

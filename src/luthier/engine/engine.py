@@ -25,8 +25,8 @@ from luthier.models.spec import LoadedModel
 
 # Texts that run at once, and tokens that go through the model at once, where nobody says.
 STREAMS, TOKENS = 32, 512
-# Texts at once up to which guessing pays: with more, the rows of a step keep the processor busy without.
-GUESSED = 8
+# Tokens that are guessed for a step, of all texts together: more rows than that keep the processor busy for longer.
+GUESSED = 32
 
 
 class Engine:
@@ -35,7 +35,7 @@ class Engine:
     `room` is how many tokens of all texts together are kept at most; what is read of a prompt is kept for others that
     begin alike. A step is: plan, read, write one token more of every text that is read to its end. On a CPU what a text
     becomes does not depend on the texts beside it, bit for bit. Raises ModelError for a model that cannot write so
-    (`models.pages.writes_by_pages`). While no more than `guessed` texts run, their next tokens are guessed (`engine.drafts`).
+    (`models.pages.writes_by_pages`). Of what comes next, `guessed` tokens of all texts are guessed for a step (`engine.drafts`).
     """
 
     def __init__(
@@ -147,12 +147,11 @@ class Engine:
         return found[: len(rows)], ready
 
     def _guess(self) -> None:
-        """Give the texts that are about to write guesses at what that will be, if they are few."""
-        if len(self.schedule.running) > self._guessed:
-            return
+        """Give the texts that are about to write guesses at what that will be."""
+        most = self._guessed // max(1, len(self.schedule.running))
         for request in self.schedule.running:
             if request.guesser is not None and request.length - request.read == 1:
-                left = request.room - len(request.written) - 1
+                left = min(most, request.room - len(request.written) - 1)
                 request.drafts = request.guesser.guess(request.written, len(request.prompt), left)
 
     def _commit(self, found: torch.Tensor, ready: list[Request]) -> None:

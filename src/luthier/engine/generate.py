@@ -12,6 +12,7 @@ from luthier.core.errors import ConfigError, ModelError
 from luthier.core.events import Events
 from luthier.core.types import Completion, Message
 from luthier.engine.beams import search
+from luthier.engine.drafts import remember
 from luthier.engine.engine import STREAMS, Engine, numbers_of
 from luthier.engine.logs import logs_of
 from luthier.engine.native import Execution, prepare
@@ -117,6 +118,7 @@ def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, 
     """Make a loaded model ready to write, and say by which way answers come, and why. Raises ConfigError as `prepare` does."""
     if uses_engine(model):
         prepare(model, execution, events)
+        remember(model)
     tell_engine(model, sampling, events)
 
 
@@ -132,6 +134,15 @@ def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
         return
     why = f"{model.spec.family} models do not read texts laid end to end"
     events.choose("engine", "padded", f"transformers' own loop, side by side with padding: {why}")
+
+
+def tell_guesses(written: Sequence[Completion], events: Events) -> None:
+    """Say how much of what was written had been guessed right, and how many tokens a pass gave a text."""
+    drafted, accepted = sum(one.drafted for one in written), sum(one.accepted for one in written)
+    tokens = sum(len(one.ids) for one in written)
+    if accepted:
+        a_pass = tokens / max(1, tokens - accepted)
+        events.choose("guesses", f"{accepted} of {drafted} right", f"{a_pass:.2f} tokens a pass")
 
 
 def engine_for(model: LoadedModel, lengths: Sequence[int], max_tokens: int, streams: int = STREAMS) -> Engine:
@@ -155,6 +166,7 @@ def _add(engine: Engine, ids: Sequence[int], sampling: Sampling, key: object, wh
 
 def _completed(model: LoadedModel, request: Request, sampling: Sampling) -> Completion:
     found = complete(model, request.written, sampling, len(request.prompt))
+    found = replace(found, drafted=request.drafted, accepted=request.accepted)
     if sampling.logprobs is not None:
         found = replace(found, logprobs=logs_of(model, request, len(found.ids)))
     return replace(found, prompt_logprobs=tuple(request.prompt_logs)) if request.sampling.prompt_logprobs else found

@@ -44,7 +44,7 @@ def predict_examples(
     Classifiers and regressors read labelled rows. Language models score plain text by likelihood; of conversations
     and pairs they write the last answer, or, with `likelihood`, score it. Raises DataError for rows that do not fit.
     """
-    from luthier.engine.generate import generate, tell_engine
+    from luthier.engine.generate import generate, tell_engine, tell_guesses
     from luthier.engine.pooled import predict
 
     def tell(done: int, total: int) -> None:
@@ -79,6 +79,8 @@ def predict_examples(
     if events is not None:
         tell_engine(model, sampling or Sampling(), events)
     written = generate(model, prompts, sampling, batch_size=batch_size, tools=tools, on_progress=tell)
+    if events is not None:
+        tell_guesses(written, events)
     endless = sum(one.finish == "length" for one in written)
     if endless and events is not None:
         events.warn(f"of {len(written)} answers reached max_tokens without an end of their own", endless)

@@ -66,7 +66,14 @@ def keep_model(work: Work, run: Run) -> None:
     shutil.rmtree(final, ignore_errors=True)
     side.rename(final)
     work.model.spec = work.model.spec.model_copy(update={"source": f"run:{run.id}"})
-    run.update(artefacts={**run.record.artefacts, "model": "artefacts/model"})
+    artefacts = {**run.record.artefacts, "model": "artefacts/model"}
+    if work.model.spec.kind == "decoder" and work.model.spec.learned == "sft":
+        from luthier.engine.drafts import FILE, write_learned
+
+        # Beside the model, not in it: whoever is given the model is not given the rows.
+        write_learned(run.artefacts / FILE, (row.ids for row in work.rows))
+        artefacts["learned"] = f"artefacts/{FILE}"
+    run.update(artefacts=artefacts)
 
 
 def _check_saved(work: Work, run: Run, path: Path) -> None:

@@ -85,6 +85,7 @@ def evaluate(
 
 
 def _judge(run: Run, config: Evaluate) -> None:
+    from luthier.engine.drafts import remember
     from luthier.engine.generate import uses_engine
     from luthier.engine.native import prepare
     from luthier.evals.baselines import baselines_for
@@ -110,6 +111,7 @@ def _judge(run: Run, config: Evaluate) -> None:
     else:
         if spec.task == "causal" and not config.likelihood and uses_engine(model):
             prepare(model, config.execution, run.events)
+            remember(model)
         predictions = predict_examples(
             model,
             examples,

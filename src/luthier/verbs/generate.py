@@ -203,6 +203,8 @@ def _as_answer(found: Completion) -> dict[str, Any]:
         answer["logprobs"] = [_as_log(one) for one in found.logprobs]
     if found.prompt_logprobs is not None:
         answer["prompt_logprobs"] = list(found.prompt_logprobs)
+    if found.drafted:
+        answer["guessed"] = {"drafted": found.drafted, "accepted": found.accepted}
     if found.others:
         answer["others"] = [_as_answer(one) for one in found.others]
     return answer

@@ -61,7 +61,7 @@ def test_what_is_written_is_the_same_with_guesses(sampling, settings):
     plain, _ = written(model, sampling, guessed=0, **settings)
     # What it will write, so that guesses are right, and other rows, so that some are wrong.
     model.learned = learned([[*one.prompt, *one.written] for one in plain[:2]] + prompts())
-    guessed, _ = written(model, sampling, guessed=8, **settings)
+    guessed, _ = written(model, sampling, guessed=64, **settings)
     assert [one.written for one in guessed] == [one.written for one in plain]
     assert [one.logs for one in guessed] == [one.logs for one in plain]
     assert sum(one.accepted for one in guessed) > 10
@@ -75,7 +75,7 @@ def test_right_guesses_save_steps():
     model = endless()
     plain, steps = written(model, SAMPLINGS["greedy"], guessed=0)
     model.learned = learned([[*one.prompt, *one.written] for one in plain])
-    assert written(model, SAMPLINGS["greedy"], guessed=8)[1] < steps / 3
+    assert written(model, SAMPLINGS["greedy"], guessed=64)[1] < steps / 3
 
 
 def test_an_end_inside_a_guess_ends_the_text():
@@ -85,7 +85,7 @@ def test_an_end_inside_a_guess_ends_the_text():
     end = plain[0].written[9]
     ended = Sampling(max_tokens=40, stop_ids=(end,))
     without, _ = written(model, ended, guessed=0)
-    found, _ = written(model, ended, guessed=8)
+    found, _ = written(model, ended, guessed=64)
     assert [(one.written, one.finish) for one in found] == [(one.written, one.finish) for one in without]
     assert found[0].finish == "stop" and found[0].written[-1] == end
 
