@@ -2,11 +2,15 @@
 
     python benchmarks/writing.py [--quick] [--shape 15m|135m|0.6b] [--repeats N]
 
+Ours in each way it can execute: the native decoder with weights in int8, int4 and bf16, and the module itself (`model`).
+
 A model of a known shape with random weights in bf16, 32 prompts of 64 to 256 tokens, 64 to 192 tokens to write for each,
 greedy, no stop tokens. Tokens are those that were asked for: what `generate` writes beyond a request, because another one
 of its batch is longer, counts for nothing. The peer gets all 32 at once, padded, as its batches are made. In turn in one
 process, medians of the repeats, after one that warms up. `alone` is one request of 128 + 128 tokens, tokens a second while
-writing. Writes benchmarks/results/writing-<shape>.json; the last line printed is the same object.
+writing; `prefill` is tokens a second of a prompt of 1,024, `share` what part of the machine's bandwidth one request
+moves in weights, `first_step` seconds of packing the weights.
+Writes benchmarks/results/writing-<shape>.json; the last line printed is the same object.
 """
 
 from __future__ import annotations
@@ -15,7 +19,10 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,13 +31,16 @@ from shapes import make_model
 from luthier.engine.engine import Engine
 from luthier.engine.padded import write
 from luthier.engine.sampling import Sampling
+from luthier.models.decoder import describe
 from luthier.models.fuse import fuse
 from luthier.models.load import load_model
 from luthier.models.memory import keep_freed_memory
 from luthier.models.pages import BLOCK
 from luthier.models.spec import LoadedModel
+from luthier.native.decoder import Packed
 
 HERE = Path(__file__).parent
+FORMS = ("int8", "int4", "bfloat16")
 
 
 def ask(count: int) -> list[tuple[list[int], int]]:
@@ -44,7 +54,7 @@ def ask(count: int) -> list[tuple[list[int], int]]:
 def run_ours(model: LoadedModel, asked: list[tuple[list[int], int]]) -> float:
     """Seconds for all."""
     started = time.perf_counter()
-    engine = Engine(model, sum(len(prompt) + room + BLOCK for prompt, room in asked))
+    engine = Engine(model, sum(len(prompt) + room + BLOCK for prompt, room in asked), tokens=1024)
     requests = [engine.add(prompt, Sampling(max_tokens=room)) for prompt, room in asked]
     engine.run()
     assert all(len(one.written) == room for one, (_, room) in zip(requests, asked))
@@ -54,6 +64,19 @@ def run_ours(model: LoadedModel, asked: list[tuple[list[int], int]]) -> float:
 def run_padded(model: LoadedModel, asked: list[tuple[list[int], int]]) -> float:
     started = time.perf_counter()
     write(model, [prompt for prompt, _ in asked], Sampling(max_tokens=max(room for _, room in asked)))
+    return time.perf_counter() - started
+
+
+def measure_bandwidth() -> float:
+    """Bytes a second that the machine reads: the best of several sums of 512 MB."""
+    many = torch.ones(2**26, dtype=torch.int64)
+    best = min(_timed(lambda: many.sum()) for _ in range(8))
+    return many.nbytes / best
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
     return time.perf_counter() - started
 
 
@@ -71,18 +94,31 @@ def main() -> None:
     for model in (plain, ours):
         model.spec = model.spec.model_copy(update={"stop_ids": ()})
     fuse(ours)
-    asked, alone = ask(32), [(ask(1)[0][0] * 2, 128)]
-    alone = [(alone[0][0][:128], 128)]
+    ways = {"model": ours}
+    first_step, weights = {}, {}
+    for form in FORMS:
+        started = time.perf_counter()
+        ways[form] = replace(ours, native=Packed(describe(plain), form))
+        first_step[form], weights[form] = round(time.perf_counter() - started, 2), ways[form].native.nbytes
+    asked, ids = ask(32), [token for prompt, _ in ask(32) for token in prompt]
+    alone, long = [(ids[:128], 128)], [(ids[:1024], 1)]
     wanted = sum(room for _, room in asked)
-    rates: dict[str, list[float]] = {"ours": [], "peer": []}
-    single: dict[str, list[float]] = {"ours": [], "peer": []}
+    systems = {**{name: (model, run_ours) for name, model in ways.items()}, "peer": (plain, run_padded)}
+    rates: dict[str, dict[str, list[float]]] = {name: {"many": [], "alone": [], "prefill": []} for name in systems}
     for at in range(repeats + 1):
-        for name, model, run in (("ours", ours, run_ours), ("peer", plain, run_padded)):
-            many, one = wanted / run(model, asked), 128 / run(model, alone)
+        for name, (model, run) in systems.items():
+            found = {"many": wanted / run(model, asked), "prefill": 1024 / run(model, long)}
+            begun = run(model, [(alone[0][0], 1)])
+            found["alone"] = 127 / (run(model, alone) - begun)
+            print(name, {key: round(one) for key, one in found.items()}, file=sys.stderr, flush=True)
             if at:
-                rates[name].append(many)
-                single[name].append(one)
-    medians = {name: round(statistics.median(found), 1) for name, found in rates.items()}
+                for key, one in found.items():
+                    rates[name][key].append(one)
+    medians = {
+        name: {key: round(statistics.median(one), 1) for key, one in found.items()} for name, found in rates.items()
+    }
+    bandwidth = measure_bandwidth()
+    peer = medians.pop("peer")
     result = {
         "benchmark": "writing",
         "shape": shape,
@@ -90,10 +126,13 @@ def main() -> None:
         "tokens": wanted,
         "repeats": repeats,
         "threads": torch.get_num_threads(),
-        "peer_is": "transformers' generate, padded, all 32 at once",
-        **medians,
-        "ratio": round(medians["ours"] / medians["peer"], 2),
-        "alone": {name: round(statistics.median(found), 1) for name, found in single.items()},
+        "peer_is": "transformers' generate, padded, all 32 at once, bf16",
+        "first_step": first_step,
+        "bandwidth_gb": round(bandwidth / 1e9, 1),
+        "share": {form: round(medians[form]["alone"] * weights[form] / bandwidth, 2) for form in FORMS},
+        "ours": medians,
+        "peer": peer,
+        "ratio": {name: {key: round(one[key] / peer[key], 2) for key in one} for name, one in medians.items()},
     }
     if not options.quick:
         path = HERE / "results" / f"writing-{shape}.json"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from luthier.engine.blocks import Blocks
 from luthier.engine.choose import settled
-from luthier.engine.paged import Paged
 from luthier.engine.pieces import stops_here
+from luthier.engine.readers import Reader, reader_for
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
@@ -34,7 +34,7 @@ def search(
     check_terms(model, sampling)
     searches = [_Search(model, prompt, sampling) for prompt in prompts]
     most = sorted((one.blocks for one in searches), reverse=True)[:at_once]
-    reader, blocks = Paged(model, sum(most)), Blocks(sum(most))
+    reader, blocks = reader_for(model, sum(most)), Blocks(sum(most))
     waiting, running, done = searches[::-1], list[_Search](), 0
     with torch.inference_mode():
         while waiting or running:
@@ -104,7 +104,7 @@ class _Search:
             return True
         return stops_here(self.model, written, text.sampling)
 
-    def fork(self, chosen: Sequence[tuple[int, int]], reader: Paged, blocks: Blocks) -> None:
+    def fork(self, chosen: Sequence[tuple[int, int]], reader: Reader, blocks: Blocks) -> None:
         """Go on with these: the first child of a text takes its blocks over, each other one shares those that are full."""
         parents = {which for which, _ in chosen}
         for which, text in enumerate(self.texts):
@@ -125,7 +125,7 @@ class _Search:
         self.texts = texts
 
 
-def _step(reader: Paged, blocks: Blocks, running: Sequence[_Search]) -> None:
+def _step(reader: Reader, blocks: Blocks, running: Sequence[_Search]) -> None:
     """Read one token more of every text that is searched for, and as much of prompts as there is room for."""
     budget = TOKENS
     planned: list[tuple[Request, int]] = []

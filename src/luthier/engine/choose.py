@@ -36,6 +36,11 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
     return [found[at] for at in range(len(requests))]
 
 
+def takes_likeliest(request: Request) -> bool:
+    """Whether its next token is the likeliest of the model's own logits."""
+    return request.sampling.temperature == 0 and untouched(request)
+
+
 def untouched(request: Request) -> bool:
     """Whether no setting changes the scores of its next token, nor asks for them."""
     sampling = request.sampling

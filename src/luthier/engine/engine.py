@@ -11,10 +11,11 @@ import torch
 
 from luthier.core.errors import ConfigError, ModelError
 from luthier.engine.blocks import Blocks, names_of
-from luthier.engine.choose import choose
+from luthier.engine.choose import choose, takes_likeliest
+from luthier.engine.drafts import Guesser
 from luthier.engine.logs import prompt_logs
-from luthier.engine.paged import Paged
 from luthier.engine.pieces import stops_here
+from luthier.engine.readers import reader_for
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.schedule import Schedule
@@ -24,6 +25,8 @@ from luthier.models.spec import LoadedModel
 
 # Texts that run at once, and tokens that go through the model at once, where nobody says.
 STREAMS, TOKENS = 32, 512
+# Texts at once up to which guessing pays: with more, the rows of a step keep the processor busy without.
+GUESSED = 8
 
 
 class Engine:
@@ -32,16 +35,18 @@ class Engine:
     `room` is how many tokens of all texts together are kept at most; what is read of a prompt is kept for others that
     begin alike. A step is: plan, read, write one token more of every text that is read to its end. On a CPU what a text
     becomes does not depend on the texts beside it, bit for bit. Raises ModelError for a model that cannot write so
-    (`models.pages.writes_by_pages`).
+    (`models.pages.writes_by_pages`). While no more than `guessed` texts run, their next tokens are guessed (`engine.drafts`).
     """
 
-    def __init__(self, model: LoadedModel, room: int, *, streams: int = STREAMS, tokens: int = TOKENS):
+    def __init__(
+        self, model: LoadedModel, room: int, *, streams: int = STREAMS, tokens: int = TOKENS, guessed: int = GUESSED
+    ):
         if not writes_by_pages(model):
             raise ModelError(f"{model.spec.source}: {model.spec.family} models do not write text by text side by side")
         self.model, self._arrived = model, 0
         blocks = -(-room // BLOCK)
-        self._reader, self.blocks = Paged(model, blocks), Blocks(blocks)
-        self.schedule = Schedule(self.blocks, streams, tokens)
+        self._reader, self.blocks = reader_for(model, blocks), Blocks(blocks)
+        self.schedule, self._guessed = Schedule(self.blocks, streams, tokens), guessed
 
     def add(
         self,
@@ -51,9 +56,10 @@ class Engine:
         draw: Callable[[int], float] | None = None,
         priority: int = 0,
         salt: str = "",
+        adapter: int = -1,
     ) -> Request:
         """A text to go on from, which waits until a step takes it up. `draw` gives the number for each place of the answer;
-        without it one is drawn from the sampling's seed, or from chance.
+        without it one is drawn from the sampling's seed, or from chance. `adapter` is one of those beside the packed weights.
 
         Raises DataError for a prompt that leaves no room, and ConfigError for settings that no step can follow.
         """
@@ -70,10 +76,18 @@ class Engine:
             )
         ends, banned = ends_of(self.model, sampling), banned_of(self.model, sampling)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        if adapter >= 0:
+            held = len(self.model.native.adapters) if self.model.native is not None else 0
+            if adapter >= held:
+                raise ConfigError(f"adapter: there is no adapter {adapter} beside the packed weights; {held} are there")
+            # What a token's keys and values are depends on it.
+            salt = f"{adapter} {salt}"
         request = Request(
-            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, ends, banned,
+            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, adapter, ends, banned,
             tuple(names_of(prompt, salt)),
         )  # fmt: skip
+        if self._guessed and not sampling.prompt_logprobs:
+            request.guesser = Guesser(prompt, self.model.learned)
         self._arrived += 1
         self.schedule.waiting.append(request)
         return request
@@ -92,9 +106,11 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[Request]:
         """The texts that have one token more."""
+        self._guess()
         planned = self.schedule.plan()
-        logits_RV, ready = self._read(planned)
-        return self._commit(ready, choose(logits_RV, ready)) if ready else []
+        found, ready = self._read(planned)
+        self._commit(found, ready)
+        return ready
 
     def run(self, on_progress: Callable[[list[Request]], None] | None = None) -> None:
         """Step until every text is finished."""
@@ -104,44 +120,76 @@ class Engine:
                 on_progress(found)
 
     def _read(self, planned: Sequence[tuple[Request, int]]) -> tuple[torch.Tensor, list[Request]]:
-        """Put a step through the model: the logits of the texts that are read to their end, and which they are."""
+        """Put a step through the model: the logits of the texts that are read to their end, and which they are. Where no
+        setting changes what is likeliest and that is asked for, the likeliest tokens alone."""
         ids: list[int] = []
         rows, ready, told = [], [], []
         for request, count in planned:
             told += [len(ids) + place - request.read for place in request.telling(count)]
-            ids += request.ids(request.read, request.read + count)
-            if request.read + count == request.length:
-                rows.append(len(ids) - 1)
+            ids += request.ids(request.read, request.read + count - len(request.drafts)) + request.drafts
+            if request.read + count == request.length + len(request.drafts):
+                rows += range(len(ids) - 1 - len(request.drafts), len(ids))
                 ready.append(request)
         requests = [request for request, _ in planned]
-        logits_RV = self._reader.read(
-            ids,
-            [one.table for one in requests],
-            [one.read for one in requests],
-            [count for _, count in planned],
-            [*rows, *told],
-        )
+        likeliest = not told and all(takes_likeliest(one) for one in ready)
+        found = self._reader.read(
+            ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned],
+            [*rows, *told], likeliest=likeliest, adapters=[one.adapter for one in requests],
+        )  # fmt: skip
         at = len(rows)
         for request, count in planned:
             places = request.telling(count)
             if places:
                 following = request.prompt[places.start + 1 : places.stop + 1]
-                request.prompt_logs += prompt_logs(logits_RV[at : at + len(places)], following)
+                request.prompt_logs += prompt_logs(found[at : at + len(places)], following)
                 at += len(places)
-            self.schedule.advance(request, count)
-        return logits_RV[: len(rows)], ready
+            self.schedule.advance(request, count - len(request.drafts))
+        return found[: len(rows)], ready
 
-    def _commit(self, ready: list[Request], tokens: Sequence[int]) -> list[Request]:
-        """Give each text its token, and end those that are complete."""
-        for request, token in zip(ready, tokens):
-            request.written.append(token)
-            if token in request.ends or stops_here(self.model, request.written, request.sampling):
-                request.finish = "stop"
-            elif len(request.written) == request.room:
-                request.finish = "length"
+    def _guess(self) -> None:
+        """Give the texts that are about to write guesses at what that will be, if they are few."""
+        if len(self.schedule.running) > self._guessed:
+            return
+        for request in self.schedule.running:
+            if request.guesser is not None and request.length - request.read == 1:
+                left = request.room - len(request.written) - 1
+                request.drafts = request.guesser.guess(request.written, len(request.prompt), left)
+
+    def _commit(self, found: torch.Tensor, ready: list[Request]) -> None:
+        """Give each text its next token, and those after it as long as they were guessed; end those that are complete.
+
+        `found` has a row (or the likeliest token) for the end of each text and for each of its drafts, in order.
+        """
+        first, at = {}, 0
+        for request in ready:
+            first[request] = at
+            at += 1 + len(request.drafts)
+        going, depth = ready, 0
+        while going:
+            rows = found if at == len(ready) else found[[first[request] + depth for request in going]]
+            for request, token in zip(going, rows.tolist() if rows.dim() == 1 else choose(rows, going)):
+                self._write(request, token)
+            going = [one for one in going if one.finish is None and one.drafts[depth : depth + 1] == one.written[-1:]]
+            depth += 1
+        for request in ready:
+            if request.drafts:
+                # All that is new but the last token was guessed, and read with the guess.
+                right = request.length - request.read - 1
+                self.schedule.advance(request, right)
+                if request.guesser is not None:
+                    request.guesser.learn(len(request.drafts), right)
+                request.drafted += len(request.drafts)
+                request.accepted += right
+                request.drafts = []
             if request.finish is not None:
                 self.schedule.finish(request)
-        return ready
+
+    def _write(self, request: Request, token: int) -> None:
+        request.written.append(token)
+        if token in request.ends or stops_here(self.model, request.written, request.sampling):
+            request.finish = "stop"
+        elif len(request.written) == request.room:
+            request.finish = "length"
 
 
 def numbers_of(seed: int, *key: object) -> Callable[[int], float]:

@@ -14,6 +14,7 @@ from luthier.core.types import Completion, Message
 from luthier.engine.beams import search
 from luthier.engine.engine import STREAMS, Engine, numbers_of
 from luthier.engine.logs import logs_of
+from luthier.engine.native import Execution, prepare
 from luthier.engine.padded import refuse_logprobs, write, write_on
 from luthier.engine.pieces import complete, pieces
 from luthier.engine.request import Request
@@ -112,9 +113,18 @@ def uses_engine(model: LoadedModel) -> bool:
     return writes_by_pages(model)
 
 
+def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, events: Events) -> None:
+    """Make a loaded model ready to write, and say by which way answers come, and why. Raises ConfigError as `prepare` does."""
+    if uses_engine(model):
+        prepare(model, execution, events)
+    tell_engine(model, sampling, events)
+
+
 def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
     """Say by which way answers come, and why."""
     if uses_engine(model):
+        if model.native is not None:  # said when it was chosen
+            return
         alone = "texts come and go; each is written as if it were alone"
         events.choose(
             "engine", "paged", alone if sampling.beams == 1 else "the texts of a search share what they have in common"

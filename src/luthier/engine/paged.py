@@ -27,9 +27,12 @@ class Paged:
         before: Sequence[int],
         lengths: Sequence[int],
         rows: Sequence[int],
+        *,
+        likeliest: bool = False,
+        adapters: Sequence[int] = (),
     ) -> Tensor:
-        """[R, V] in fp32: read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks
-        of its table, and give the logits after those at `rows`."""
+        """Read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks of its table.
+        The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R]."""
         short = max(0, self._fewest - len(ids))
         if short:
             ids, lengths = [*ids, *[0] * short], [*lengths, short]
@@ -44,7 +47,8 @@ class Paged:
                 return states_NE[:0]
             # Like a step, the head is given no fewer rows than round like many.
             filled = [*rows, *[rows[0]] * (self._fewest - len(rows))]
-            return next_logits(self.model, states_NE[filled])[: len(rows)]
+            logits_RV = next_logits(self.model, states_NE[filled])[: len(rows)]
+            return logits_RV.argmax(-1) if likeliest else logits_RV
         finally:
             module.train(training)
 

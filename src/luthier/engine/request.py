@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from luthier.engine.drafts import Guesser
 from luthier.engine.sampling import Sampling
 
 
@@ -33,6 +34,8 @@ class Request:
     draw: Callable[[int], float]
     priority: int = 0
     salt: str = ""
+    adapter: int = -1
+    """Which of the adapters beside packed weights it is written with."""
     ends: tuple[int, ...] = ()
     """Tokens that end the answer."""
     banned: tuple[tuple[int, ...], ...] = ()
@@ -46,6 +49,13 @@ class Request:
     table: list[int] = field(default_factory=list)
     reused: int = 0
     """Tokens of the prompt that another text had read."""
+    guesser: Guesser | None = None
+    """Where guesses at its next tokens come from."""
+    drafts: list[int] = field(default_factory=list)
+    """Such a guess, to be read after its own tokens in the next step."""
+    drafted: int = 0
+    accepted: int = 0
+    """Tokens that were guessed, and that were guessed right."""
     logs: list[Likelihoods] = field(default_factory=list)
     """Of each token that was written, where they are asked for."""
     prompt_logs: list[float] = field(default_factory=list)

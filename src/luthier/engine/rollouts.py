@@ -11,6 +11,7 @@ from torch import Tensor
 
 from luthier.engine.beams import search
 from luthier.engine.generate import engine_for, uses_engine
+from luthier.engine.native import natively, own_adapter
 from luthier.engine.padded import write
 from luthier.engine.sampling import Sampling
 from luthier.models.spec import LoadedModel
@@ -40,12 +41,14 @@ def roll_out(
         return _roll_out_padded(model, prompts, sampling, numbers_SM)
     if beams > 1:
         return [tuple(ids) for ids in search(model, prompts, sampling, max(1, AT_ONCE // beams))]
-    engine = engine_for(model, [len(ids) for ids in prompts], max_tokens, AT_ONCE)
-    requests = [
-        engine.add(ids, sampling, draw=None if numbers_SM is None else numbers_SM[at].__getitem__)
-        for at, ids in enumerate(prompts)
-    ]
-    engine.run()
+    with natively(model, len(prompts) * max_tokens):
+        engine = engine_for(model, [len(ids) for ids in prompts], max_tokens, AT_ONCE)
+        adapter = own_adapter(model)
+        requests = [
+            engine.add(ids, sampling, draw=None if numbers_SM is None else numbers_SM[at].__getitem__, adapter=adapter)
+            for at, ids in enumerate(prompts)
+        ]
+        engine.run()
     return [tuple(one.written) for one in requests]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
 from luthier.core.config import Config
 
+Execution: TypeAlias = Literal["auto", "model", "bfloat16", "int8", "int4"]
 TokenId = Annotated[int, Field(ge=0)]
 
 

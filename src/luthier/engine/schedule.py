@@ -31,6 +31,7 @@ class Schedule:
                 continue
             count = min(request.length - request.read, budget)
             if count and self._hold(request, count, planned):
+                count += self._hold_drafts(request, budget - count)
                 planned[request] = count
                 budget -= count
         self.waiting.sort(key=lambda one: one.order)
@@ -75,6 +76,7 @@ class Schedule:
         for block in reversed(request.table):
             self.blocks.drop(block)
         request.table.clear()
+        request.drafts.clear()
         request.read = 0
 
     def _awaits(self, request: Request, coming: set[Name]) -> bool:
@@ -93,6 +95,15 @@ class Schedule:
             request.table.append(block)
         request.read = len(request.table) * BLOCK
         request.reused = min(request.read, len(request.prompt))
+
+    def _hold_drafts(self, request: Request, budget: int) -> int:
+        """How many of its drafts it has room for, without taking any from others."""
+        if request.drafts:
+            room = (len(request.table) + self.blocks.free) * BLOCK - request.length
+            del request.drafts[max(0, min(budget, room)) :]
+            missing = -(-(request.length + len(request.drafts)) // BLOCK) - len(request.table)
+            request.table += [self.blocks.take() for _ in range(missing)]
+        return len(request.drafts)
 
     def _missing(self, request: Request, count: int) -> int:
         return -(-(request.read + count) // BLOCK) - len(request.table)

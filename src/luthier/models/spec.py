@@ -83,6 +83,15 @@ class LoadedModel:
     """Bytes of keys and values that a token takes where it writes with what came before in blocks, 0 where it cannot; None:
     not tried yet (`models.pages.writes_by_pages`)."""
 
+    native: Any = None
+    """Its weights packed for the native decoder; None: texts are written by the module itself (`engine.native`)."""
+
+    learned: Any = None
+    """The rows of its tuning, as `engine.drafts.Learned`: what it writes is guessed from them."""
+
+    packable: bool | None = None
+    """Whether the native decoder computes what it computes; None: not tried yet (`engine.native.natively`)."""
+
     head: Any = None
     """Its output layer, and how logits are made with it; None: not read yet (`models.output.head_of`)."""
 

@@ -13,9 +13,11 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# What -ffast-math would add beyond these breaks non-finite numbers, which must stay visible.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
-         "-fassociative-math", "-fno-signed-zeros", "-freciprocal-math", "-fno-semantic-interposition")  # fmt: skip
+         "-fno-semantic-interposition", "-Wno-psabi")  # fmt: skip
+# Sums in any order, for loops that the compiler makes vectors of; what -ffast-math would add beyond these breaks
+# non-finite numbers, which must stay visible. The decoder's sums run in the order that is written down.
+MORE = {"kernels": ("-fassociative-math", "-fno-signed-zeros", "-freciprocal-math"), "decoder": ()}
 SECONDS = 120
 
 
@@ -24,20 +26,20 @@ class NoLibrary(Exception):
 
 
 @cache
-def load_library() -> ctypes.CDLL:
-    """The library, compiled if need be. Raises NoLibrary: switched off, no compiler, or it failed."""
+def load_library(name: str = "kernels") -> ctypes.CDLL:
+    """The library of that name, compiled if need be. Raises NoLibrary: switched off, no compiler, or it failed."""
     if os.environ.get("LUTHIER_NATIVE") == "off":
         raise NoLibrary("switched off by LUTHIER_NATIVE=off")
     compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
     if compiler is None or shutil.which(compiler) is None:
         raise NoLibrary("there is no C compiler; install gcc or clang")
-    sources = sorted([*HERE.glob("*.c"), *HERE.glob("*.h")])
-    digest = hashlib.sha256(" ".join((compiler, *FLAGS, _processor())).encode())
-    for source in sources:
+    flags = (*FLAGS, *MORE[name])
+    digest = hashlib.sha256(" ".join((compiler, *flags, _processor())).encode())
+    for source in sorted([HERE / f"{name}.c", *HERE.glob("*.h")]):
         digest.update(source.read_bytes())
-    path = cache_directory() / f"kernels-{digest.hexdigest()[:16]}.so"
+    path = cache_directory() / f"{name}-{digest.hexdigest()[:16]}.so"
     if not path.exists():
-        _compile(compiler, [str(one) for one in sources if one.suffix == ".c"], path)
+        _compile([compiler, *flags, str(HERE / f"{name}.c")], path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as err:
@@ -51,17 +53,17 @@ def cache_directory() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "luthier"
 
 
-def _compile(compiler: str, sources: list[str], path: Path) -> None:
+def _compile(command: list[str], path: Path) -> None:
     """Compile to the side and rename, so that several processes may do it at once."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             side = Path(folder) / path.name
-            command = [compiler, *FLAGS, *sources, "-o", str(side), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+            whole = [*command, "-o", str(side), "-lm"]
+            done = subprocess.run(whole, capture_output=True, text=True, timeout=SECONDS, check=False)
             if done.returncode != 0:
                 lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-                raise NoLibrary(f"{compiler} failed: {lines[0] if lines else 'no reason given'}")
+                raise NoLibrary(f"{command[0]} failed: {lines[0] if lines else 'no reason given'}")
             os.replace(side, path)
     except (OSError, subprocess.TimeoutExpired) as err:
         raise NoLibrary(f"the kernels could not be compiled ({err})") from None

@@ -17,7 +17,7 @@ from luthier.core.types import Example, Labelled
 from luthier.data.load import Data, fingerprint_examples, load_examples
 from luthier.data.preferences import holds_answers
 from luthier.data.profile import profile_examples
-from luthier.engine.sampling import Sampling
+from luthier.engine.sampling import Execution, Sampling
 
 if TYPE_CHECKING:
     from luthier.models.spec import ModelSpec
@@ -46,6 +46,10 @@ class Evaluate(Config):
     """Answers written at a time."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda ..."""
+    execution: Execution = "auto"
+    """How a language model is read while it writes, on a CPU: by itself (model), or by the native decoder with its weights
+    in bfloat16, int8 or int4. auto: int8 where it changes next to nothing (measured at loading, and said), else bfloat16,
+    else model; small models always by themselves."""
     name: str | None = None
     """The run's name; by default the verb and the time."""
 
@@ -81,6 +85,8 @@ def evaluate(
 
 
 def _judge(run: Run, config: Evaluate) -> None:
+    from luthier.engine.generate import uses_engine
+    from luthier.engine.native import prepare
     from luthier.evals.baselines import baselines_for
     from luthier.evals.judge import judge
     from luthier.evals.predict import predict_examples
@@ -102,6 +108,8 @@ def _judge(run: Run, config: Evaluate) -> None:
         logs, before = read_answers(model, examples, run.events), _read_reference(config, spec, examples, run.events)
         predictions, metrics, details, found = judge_answers(examples, logs, before, refers=before is not None)
     else:
+        if spec.task == "causal" and not config.likelihood and uses_engine(model):
+            prepare(model, config.execution, run.events)
         predictions = predict_examples(
             model,
             examples,

@@ -75,18 +75,25 @@ def largest_held_out(work: Work, tokens: int) -> Sequence[Encoded]:
 
 
 def largest_writing(work: Work) -> int:
-    """Bytes of the keys and values that the most answers written at once take, between steps or in a validation."""
+    """Bytes that the most answers written at once take, between steps or in a validation: of keys and values, and of packed
+    weights."""
     from luthier.engine.generate import room_for
+    from luthier.engine.native import packed_bytes
     from luthier.engine.rollouts import AT_ONCE
     from luthier.models.pages import writes_by_pages
 
     if not work.objective.draws or not writes_by_pages(work.model):
         return 0
-    tokens = 0
+    tokens, written = 0, 0
     share = -(-work.settings.batch_size // work.world.size)
     for rows, most in ((work.rows, share), (work.validation, AT_ONCE)):
         lengths = np.asarray(lengths_of(rows))
         longest = np.argsort(-lengths, kind="stable")[:most]
         before, more = work.objective.prompts([rows[int(at)] for at in longest])
         tokens = max(tokens, room_for(work.model, before, more, AT_ONCE) if before else 0)
-    return tokens * int(work.model.pages or 0)
+        # A validation writes for all its rows, AT_ONCE of them at a time.
+        written = max(
+            written,
+            more * len(before) * (len(rows) if rows is work.validation else len(longest)) // max(1, len(longest)),
+        )
+    return tokens * int(work.model.pages or 0) + packed_bytes(work.model, written)

@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from luthier.core.errors import LuthierError, ModelError, did_you_mean
+from luthier.core.events import Events
 from luthier.core.types import Message
+from luthier.engine.sampling import Execution
 from luthier.faces.cli.chinese import say
 from luthier.faces.cli.flags import make_parser
+from luthier.faces.cli.progress import show_progress
 
 # Tokens of a talk that are kept at most.
 ROOM = 32768
@@ -29,29 +32,37 @@ def parser():  # type: ignore[no-untyped-def]
     made.add_argument("--temperature", type=float, default=0.7, metavar="X", help="0: always the likeliest token")
     made.add_argument("--top-p", type=float, metavar="X", help="draw among the likeliest tokens that hold this share")
     made.add_argument("--seed", type=int, metavar="N", help="seed of the draw")
+    made.add_argument(
+        "--execution",
+        default="auto",
+        choices=get_args(Execution),
+        help="how the model is read (luthier schema generate)",
+    )
     return made
 
 
 def run(arguments: Sequence[str]) -> int:
     found = parser().parse(arguments)
     from luthier.engine.engine import Engine
-    from luthier.engine.generate import stream, uses_engine
+    from luthier.engine.generate import choose_engine, stream, uses_engine
     from luthier.engine.sampling import Sampling
     from luthier.models.load import load_model
 
     settings: dict[str, Any] = {"max_tokens": found.max_tokens, "temperature": found.temperature}
     settings |= {name: getattr(found, name) for name in ("top_p", "seed") if getattr(found, name) is not None}
     sampling = Sampling.make(settings, where="chat")
+    people = sys.stdin.isatty()
     model = load_model(found.model)
     if model.spec.task != "causal":
         raise ModelError(
             f'{found.model}: this model is made to {model.spec.task} and cannot talk; try luthier generate {found.model} "text"'
         )
+    with show_progress(quiet=not people) as sinks:
+        choose_engine(model, sampling, found.execution, Events(sinks=sinks))
     # Kept from turn to turn, so that what was said before is not read again.
     engine = Engine(model, min(model.spec.max_length, ROOM)) if uses_engine(model) else None
     system = [Message("system", found.system)] if found.system else []
     turns: list[Message] = []
-    people = sys.stdin.isatty()
     if people:
         print(say(f"{found.model}. /help for commands."))
     while True:

@@ -1,0 +1,199 @@
+"""The native decoder as a reader of the engine: whether a model can take it, in which form, and what that costs in quality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+
+import torch
+from torch import Tensor
+
+from luthier.core.errors import ConfigError
+from luthier.core.events import Events
+from luthier.engine.sampling import Execution
+from luthier.models.decoder import Unlike, describe
+from luthier.models.output import head_of
+from luthier.models.packed import hidden_states
+from luthier.models.spec import LoadedModel
+from luthier.native.decoder import TOKENS, Cached, Packed, why_no_decoder
+from luthier.native.forms import Form
+from luthier.native.shape import Decoder
+
+# Smaller models are read as they are: their products are too small to gain much.
+SMALL = 10_000_000
+# Tokens to write, below which packing the weights takes longer than it saves.
+WORTH = 1024
+# What a form may change on assets/calibration.txt: nats of KL divergence a token on average, and a share of perplexity.
+MOST_KL, MOST_PERPLEXITY = 0.01, 0.01
+# What bf16 and int8 change of the logits at most, relative to their size; a model that computes anything else is far beyond.
+MOST_APART = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """What a form changes of a model's predictions on the calibration text."""
+
+    kl: float
+    """KL divergence from the model's own, nats a token."""
+    perplexity: float
+    """Change of perplexity, as a share."""
+    apart: float
+    """Distance of the centred logits, relative to their size."""
+
+    def __str__(self) -> str:
+        return f"KL {self.kl:.4f} nats a token, perplexity {self.perplexity:+.2%}"
+
+
+def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
+    """Choose how `model` is read when it writes, put the packed weights into it, and say so.
+
+    auto: int8 if the model is not small and stays what it is within the limits above, else bf16 if that does, else as it is. A
+    form that is asked for is taken, and what it changes is said. Raises ConfigError for one that this model or machine cannot
+    take.
+    """
+    if execution == "model" or model.native is not None:
+        return
+    parameters = sum(one.numel() for one in model.network.parameters())
+    if execution == "auto" and parameters < SMALL:
+        return
+    try:
+        decoder = _describe(model)
+        own_TV, ids = _own(model)
+        chosen = _choose(model, decoder, own_TV, ids, execution)
+    except Unlike as why:
+        if execution != "auto":
+            raise ConfigError(
+                f"execution: {execution} needs the native decoder, and {why}; set execution: auto"
+            ) from None
+        events.choose("native", "no", f"{why}; the module itself reads")
+        return
+    packed, quality = chosen
+    model.native = packed
+    events.choose("engine", f"native {packed.form}", f"{quality}; {packed.nbytes / 1e6:,.0f} MB of weights")
+
+
+@contextmanager
+def natively(model: LoadedModel, tokens: int) -> Iterator[None]:
+    """Inside, a model that is tuned is read by the native decoder in bf16, where it computes in bf16 itself and so many tokens
+    are worth the packing. Its adapter is kept apart from the base, so that nothing of what it learned is rounded away."""
+    if model.native is not None or not _gains(model, tokens):
+        yield
+        return
+    try:
+        decoder = _describe(model, apart=True)
+        packed = Packed(decoder, "bfloat16")
+        packed.take_adapters([decoder])
+        if model.packable is None:
+            model.packable = measure(packed, *_own(model)).apart <= MOST_APART
+    except Unlike:
+        model.packable = False
+    if model.packable:
+        model.native = packed
+    try:
+        yield
+    finally:
+        model.native = None
+
+
+def own_adapter(model: LoadedModel) -> int:
+    """The number of the model's own adapter beside its packed base; -1 where it has none there."""
+    return 0 if model.native is not None and model.native.adapters else -1
+
+
+def packed_bytes(model: LoadedModel, tokens: int) -> int:
+    """Bytes that the packed weights take while so many tokens are written `natively`."""
+    if not _gains(model, tokens):
+        return 0
+    network = model.network
+    inside = sum(one.numel() for name, one in network.named_parameters() if one.dim() == 2 and "lora_" not in name)
+    tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    # The table of embeddings is read where it is, the head is packed.
+    return 2 * (inside if tied else inside - network.get_input_embeddings().weight.numel())
+
+
+def _gains(model: LoadedModel, tokens: int) -> bool:
+    parameters = sum(one.numel() for one in model.network.parameters())
+    return (
+        model.packable is not False
+        and tokens >= WORTH
+        and parameters >= SMALL
+        and model.spec.kind == "decoder"
+        and model.device.type == "cpu"
+        and model.network.dtype == torch.bfloat16
+        # Weights that are shared out over processes are whole in none.
+        and not any(hasattr(one, "full_tensor") for one in model.network.parameters())
+        and why_no_decoder() is None
+    )
+
+
+def _describe(model: LoadedModel, apart: bool = False) -> Decoder:
+    trouble = why_no_decoder()
+    if trouble is not None:
+        raise Unlike(trouble)
+    if model.device.type != "cpu":
+        raise Unlike(f"the model is on {model.device.type}")
+    try:
+        return describe(model, apart=apart)
+    except Unlike as why:
+        raise Unlike(f"a {model.spec.family} model {why}") from None
+    except (AttributeError, TypeError, KeyError) as err:
+        raise Unlike(f"a {model.spec.family} model is built otherwise ({err})") from None
+
+
+@torch.inference_mode()
+def _own(model: LoadedModel) -> tuple[Tensor, list[int]]:
+    """The model's own logits after each token of the calibration text, and its tokens."""
+    training = model.module.training
+    model.module.eval()
+    text = (files("luthier") / "assets" / "calibration.txt").read_text(encoding="utf-8")
+    ids = list(model.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])[: model.spec.max_length]
+    try:
+        states_TE = hidden_states(model, torch.tensor(ids), (len(ids),))
+        return head_of(model).logits(states_TE).float(), ids
+    finally:
+        model.module.train(training)
+
+
+def _choose(
+    model: LoadedModel, decoder: Decoder, own_TV: Tensor, ids: list[int], execution: Execution
+) -> tuple[Packed, Quality]:
+    if execution in ("bfloat16", "int8"):
+        return _try(model, decoder, execution, own_TV, ids)
+    packed, quality = _try(model, decoder, "int8", own_TV, ids)
+    if execution == "int4":
+        packed = Packed(decoder, "int4")
+        return packed, measure(packed, own_TV, ids)
+    if quality.kl <= MOST_KL and quality.perplexity <= MOST_PERPLEXITY:
+        return packed, quality
+    whole, other = _try(model, decoder, "bfloat16", own_TV, ids)
+    if other.kl <= MOST_KL and other.perplexity <= MOST_PERPLEXITY:
+        return whole, other
+    raise Unlike(f"int8 changes too much ({quality}), and so does bf16 ({other})")
+
+
+def _try(model: LoadedModel, decoder: Decoder, form: Form, own_TV: Tensor, ids: list[int]) -> tuple[Packed, Quality]:
+    """Pack, and compare. Raises Unlike where it gives other logits: the model does something that was not read off it."""
+    packed = Packed(decoder, form)
+    quality = measure(packed, own_TV, ids)
+    if not quality.apart <= MOST_APART:
+        raise Unlike(
+            f"a {model.spec.family} model gives other logits than its parts in {form} ({quality.apart:.2f} apart)"
+        )
+    return packed, quality
+
+
+def measure(packed: Packed, own_TV: Tensor, ids: Sequence[int]) -> Quality:
+    """What `packed`, with its first adapter if it has any, changes of these logits."""
+    blocks = -(-len(ids) // TOKENS)
+    cached = Cached(packed, blocks)
+    adapters = [0 if packed.adapters else -1]
+    made_TV = cached.read(ids, [list(range(blocks))], [0], [len(ids)], list(range(len(ids))), adapters=adapters)
+    own_TV, logs_TV = own_TV.log_softmax(-1), made_TV.log_softmax(-1)
+    kl = float((own_TV.exp() * (own_TV - logs_TV)).sum(-1).mean())
+    next_T1 = torch.tensor(ids[1:])[:, None]
+    more = float((own_TV[:-1].gather(1, next_T1) - logs_TV[:-1].gather(1, next_T1)).mean())
+    centred_TV = own_TV - own_TV.mean(-1, keepdim=True)
+    apart = float((logs_TV - logs_TV.mean(-1, keepdim=True) - centred_TV).norm() / centred_TV.norm())
+    return Quality(kl, float(torch.tensor(more).exp()) - 1, apart)

@@ -1,0 +1,131 @@
+/* Attention over keys and values in blocks of 32 tokens, in bf16, as the dot instruction reads them.
+ *
+ * A block holds for every head of keys [size / 2][32][2], and of values [16][size][2]. A few queries that see the same
+ * keys are worked on together: the heads of a group, and tokens that follow one another in a text. Scores, softmax and sums
+ * of a query go in one order whatever is beside it; what it does not see counts nothing, exactly. */
+
+#define TOKENS 32
+#if defined(__AVX512F__)
+#define QUERIES 8
+#else
+#define QUERIES 2
+#endif
+/* Lower than any score, and what becomes of it. */
+#define UNSEEN -1e30f
+
+typedef struct {
+    const uint16_t *keys, *values;  /* of this layer */
+    const int32_t *table;
+    int64_t heads, head, size;      /* of keys; which one; its width, a multiple of 16 */
+    float softcap;
+    float *score;                   /* room for QUERIES x the places of a text */
+    uint16_t *share;                /* the same */
+} Cached;
+
+INLINE const uint8_t *block_of(const Cached *c, const uint16_t *from, int64_t at) {
+    return (const uint8_t *)(from + ((int64_t)c->table[at] * c->heads + c->head) * TOKENS * c->size);
+}
+
+/* N queries (bf16, scaled; `step` apart), which see the places from[i] to seen[i]; blocks from `first` to `last` hold all
+ * of these. Writes out[i] (`step` apart). `after` is fetched meanwhile for whoever is next. */
+INLINE void attend_some(const Cached *c, const int N, const uint16_t *const *query, const int64_t *from,
+                        const int64_t *seen, int64_t first, int64_t last, float *const *out, const uint8_t *after) {
+    int64_t size = c->size, room = (last - first) * TOKENS;
+    vf scale[QUERIES];
+    for (int64_t at = first; at < last; at++) {
+        const uint8_t *keys = block_of(c, c->keys, at);
+        const uint8_t *next = at + 1 < last ? block_of(c, c->keys, at + 1) : block_of(c, c->values, first);
+        vf sum[QUERIES][2];
+        UNROLL for (int i = 0; i < N; i++) { sum[i][0] = all(0); sum[i][1] = all(0); }
+        for (int64_t d = 0; d < size / 2; d++) {
+            vi one = load_words(keys + d * 128), two = load_words(keys + d * 128 + 64);
+            fetch(next + d * 128);
+            fetch(next + d * 128 + 64);
+            UNROLL for (int i = 0; i < N; i++) {
+                int32_t pair;
+                memcpy(&pair, query[i] + d * 2, 4);
+                vi q = all_words(pair);
+                sum[i][0] = dot_halves(sum[i][0], one, q);
+                sum[i][1] = dot_halves(sum[i][1], two, q);
+            }
+        }
+        UNROLL for (int i = 0; i < N; i++) {
+            float *to = c->score + i * room + (at - first) * TOKENS;
+            store(to, sum[i][0]);
+            store(to + LANE, sum[i][1]);
+        }
+    }
+    for (int i = 0; i < N; i++) {
+        float *score = c->score + i * room;
+        uint16_t *share = c->share + i * room;
+        if (c->softcap > 0)
+            for (int64_t t = 0; t < room; t += LANE) {
+                /* tanh(x) = 1 - 2 / (e^2x + 1) */
+                vf twice = exp_of(load(score + t) * (2.0f / c->softcap));
+                store(score + t, c->softcap * (1.0f - 2.0f / (twice + 1.0f)));
+            }
+        for (int64_t t = 0; t < from[i] - first * TOKENS; t++) score[t] = UNSEEN;
+        for (int64_t t = seen[i] - first * TOKENS; t < room; t++) score[t] = UNSEEN;
+        vf high = all(UNSEEN), mass = all(0);
+        for (int64_t t = 0; t < room; t += LANE) high = larger(high, load(score + t));
+        high = all(most_of(high));
+        for (int64_t t = 0; t < room; t += LANE) {
+            vf x = load(score + t);
+            vf e = pick(x > all(UNSEEN * 0.5f), exp_of(x - high), all(0));
+            mass += e;
+            store_halves(share + t, e);
+        }
+        scale[i] = all(1.0f / sum_of(mass));
+    }
+    /* As many columns at once as there are registers for. */
+    const int wide = N > 5 ? 2 : 4;
+    for (int64_t d = 0; d < size; d += wide * LANE) {
+        int columns = size - d >= wide * LANE ? wide : (int)((size - d) / LANE);
+        vf sum[QUERIES][4];
+        UNROLL for (int i = 0; i < N; i++) UNROLL for (int r = 0; r < wide; r++) sum[i][r] = all(0);
+        for (int64_t at = first; at < last; at++) {
+            const uint8_t *values = block_of(c, c->values, at) + d * 4;
+            const uint8_t *next = at + 1 < last ? block_of(c, c->values, at + 1) + d * 4 : after;
+            if (columns == wide)
+                for (int64_t t = 0; t < TOKENS / 2; t++) {
+                    vi word[4];
+                    UNROLL for (int r = 0; r < wide; r++) word[r] = load_words(values + t * size * 4 + r * 64);
+                    if (next) UNROLL for (int r = 0; r < wide; r++) fetch(next + t * size * 4 + r * 64);
+                    UNROLL for (int i = 0; i < N; i++) {
+                        int32_t pair;
+                        memcpy(&pair, c->share + i * room + (at - first) * TOKENS + t * 2, 4);
+                        vi p = all_words(pair);
+                        UNROLL for (int r = 0; r < wide; r++) sum[i][r] = dot_halves(sum[i][r], word[r], p);
+                    }
+                }
+            else
+                for (int64_t t = 0; t < TOKENS / 2; t++)
+                    for (int r = 0; r < columns; r++) {
+                        vi word = load_words(values + t * size * 4 + r * 64);
+                        UNROLL for (int i = 0; i < N; i++) {
+                            int32_t pair;
+                            memcpy(&pair, c->share + i * room + (at - first) * TOKENS + t * 2, 4);
+                            sum[i][r] = dot_halves(sum[i][r], word, all_words(pair));
+                        }
+                    }
+        }
+        for (int i = 0; i < N; i++)
+            for (int r = 0; r < columns; r++) store(out[i] + d + r * LANE, sum[i][r] * scale[i]);
+    }
+}
+
+static void attend(const Cached *c, int count, const uint16_t *const *query, const int64_t *from, const int64_t *seen,
+                   int64_t first, int64_t last, float *const *out, const uint8_t *after) {
+    switch (count) {
+    case 1: attend_some(c, 1, query, from, seen, first, last, out, after); break;
+#if QUERIES > 2
+    case 2: attend_some(c, 2, query, from, seen, first, last, out, after); break;
+    case 3: attend_some(c, 3, query, from, seen, first, last, out, after); break;
+    case 4: attend_some(c, 4, query, from, seen, first, last, out, after); break;
+    case 5: attend_some(c, 5, query, from, seen, first, last, out, after); break;
+    case 6: attend_some(c, 6, query, from, seen, first, last, out, after); break;
+    case 7: attend_some(c, 7, query, from, seen, first, last, out, after); break;
+#endif
+    default: attend_some(c, QUERIES, query, from, seen, first, last, out, after);
+    }
+}

@@ -1,0 +1,332 @@
+/* One step of a decoder: new tokens of several texts through all layers, in one region of threads that wait for one
+ * another between its parts. No headers but the compiler's own.
+ *
+ * Sums of a token run in one order whatever is beside it, so what a text becomes does not depend on the others. Weights are
+ * packed (products.h); the residual stream, norms and softmax are fp32, keys and values bf16. */
+#define _GNU_SOURCE
+#include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include "lanes.h"
+#include "products.h"
+#include "lowrank.h"
+#include "rowwise.h"
+#include "cached.h"
+
+typedef struct {
+    Norm before_attention, query, key, after_attention, before_mlp, after_mlp;
+    Product qkv, out, up, down;
+    const float *cosine, *sine;     /* [places][turned / 2]; none: no positions here */
+    int64_t window;                 /* 0: all */
+    uint16_t *keys, *values;        /* [blocks][kv][32 x size] */
+    const LowSet *low_qkv, *low_out, *low_up, *low_down;    /* by adapter; or none */
+} Layer;
+
+typedef struct {
+    int64_t width, heads, kv, size, turned, inner, layers, gated, activation, parallel;
+    float scale, softcap, residual, embedding_scale;
+    const uint16_t *embedding;      /* [V, width] in bf16 */
+    const float *places;            /* [places, width], learned; or none */
+    Norm last;
+    Product head;
+    float head_scale, head_softcap;
+    const Layer *layer;
+} Decoder;
+
+/* A step: `count` tokens, each with its place in its text and where the table of its text begins; `wanted` of them are to
+ * predict the next: their logits, as wide as the head's n, or the likeliest token alone. `adapters`: of each token, or -1;
+ * what they add is `low` wide before B at most. */
+typedef struct {
+    int64_t count, wanted, threads, low;
+    const int32_t *ids, *places, *first, *tables, *rows;
+    float *logits;
+    int32_t *best;
+    const int32_t *adapters;
+} Step;
+
+/* Where threads wait for one another: awake, for a part takes microseconds. */
+typedef struct {
+    _Alignas(64) atomic_int here;
+    _Alignas(64) atomic_int round;
+} Gate;
+
+static void meet(Gate *gate, int threads) {
+    if (threads == 1) return;
+    int round = atomic_load_explicit(&gate->round, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&gate->here, 1, memory_order_acq_rel) == threads - 1) {
+        atomic_store_explicit(&gate->here, 0, memory_order_relaxed);
+        atomic_store_explicit(&gate->round, round + 1, memory_order_release);
+        return;
+    }
+    for (int turns = 0; atomic_load_explicit(&gate->round, memory_order_acquire) == round; turns++) {
+#if defined(__x86_64__)
+        _mm_pause();
+#endif
+        if (turns > 20000) { turns = 0; sched_yield(); }
+    }
+}
+
+/* Memory for a step, kept for the next. */
+typedef struct { void *at; size_t bytes; } Room;
+
+static void *room(Room *held, size_t bytes) {
+    if (held->bytes < bytes) {
+        free(held->at);
+        bytes = (bytes + bytes / 4 + 4095) & ~(size_t)4095;
+        held->at = aligned_alloc(64, bytes);
+        held->bytes = held->at ? bytes : 0;
+    }
+    return held->at;
+}
+
+static __thread Room wide_room, made_room, branch_room, halves_room, bytes_room, scale_room, sums_room, query_room,
+    span_room, score_room, share_room, best_room, place_room, low_room;
+
+/* Tokens of a text that follow one another and are attended together. */
+typedef struct { int64_t first, count; } Span;
+
+static int64_t find_spans(const Step *step, int64_t most, Span *spans) {
+    int64_t found = 0;
+    for (int64_t n = 0; n < step->count; n++) {
+        Span *last = spans + found - 1;
+        if (found && last->count < most && step->first[n] == step->first[n - 1] && step->places[n] == step->places[n - 1] + 1)
+            last->count++;
+        else
+            spans[found++] = (Span){n, 1};
+    }
+    return found;
+}
+
+/* The keys and values of a token to their block, and its queries, scaled. */
+static void place_token(const Decoder *d, const Layer *layer, const Step *step, int64_t n, float *made, uint16_t *queries) {
+    int64_t size = d->size, place = step->places[n];
+    int64_t block = step->tables[step->first[n] + place / TOKENS], inside = place % TOKENS;
+    const float *cosine = layer->cosine ? layer->cosine + place * (d->turned / 2) : 0;
+    const float *sine = layer->cosine ? layer->sine + place * (d->turned / 2) : 0;
+    uint16_t halves[512];
+    for (int64_t h = 0; h < d->heads + d->kv; h++) {
+        float *x = made + h * size;
+        const Norm *norm = h < d->heads ? &layer->query : &layer->key;
+        if (norm->kind != NO_NORM) normalise(norm, x, x, size);
+        if (cosine) turn(x, cosine, sine, d->turned);
+        if (h < d->heads) {
+            vf scale = all(d->scale);
+            for (int64_t i = 0; i < size; i += LANE) store_halves(queries + h * size + i, load(x + i) * scale);
+        } else {
+            for (int64_t i = 0; i < size; i += LANE) store_halves(halves + i, load(x + i));
+            uint16_t *to = layer->keys + (block * d->kv + h - d->heads) * TOKENS * size + inside * 2;
+            for (int64_t i = 0; i < size / 2; i++) memcpy(to + i * TOKENS * 2, halves + i * 2, 4);
+        }
+    }
+    for (int64_t h = 0; h < d->kv; h++) {
+        const float *x = made + (d->heads + d->kv + h) * size;
+        for (int64_t i = 0; i < size; i += LANE) store_halves(halves + i, load(x + i));
+        uint16_t *to = layer->values + (block * d->kv + h) * TOKENS * size + (inside / 2) * size * 2 + inside % 2;
+        for (int64_t i = 0; i < size; i++) to[i * 2] = halves[i];
+    }
+}
+
+/* One head of keys for the tokens of a span. */
+static void attend_span(const Decoder *d, const Layer *layer, const Step *step, Cached cached, Span span, int64_t head,
+                        const uint16_t *queries, float *out, const uint8_t *after) {
+    int64_t group = d->heads / d->kv, size = d->size, stride = d->heads * size;
+    const uint16_t *query[QUERIES];
+    float *to[QUERIES];
+    int64_t from[QUERIES], seen[QUERIES];
+    cached.head = head;
+    cached.table = step->tables + step->first[span.first];
+    for (int64_t at = 0, all_of = span.count * group; at < all_of; at += QUERIES) {
+        int count = (int)(all_of - at < QUERIES ? all_of - at : QUERIES);
+        int64_t low = INT64_MAX, high = 0;
+        for (int i = 0; i < count; i++) {
+            int64_t n = span.first + (at + i) / group, h = head * group + (at + i) % group, place = step->places[n];
+            query[i] = queries + n * stride + h * size;
+            to[i] = out + n * stride + h * size;
+            seen[i] = place + 1;
+            from[i] = layer->window && place >= layer->window ? place + 1 - layer->window : 0;
+            low = from[i] < low ? from[i] : low;
+            high = seen[i] > high ? seen[i] : high;
+        }
+        attend(&cached, count, query, from, seen, low / TOKENS, (high + TOKENS - 1) / TOKENS, to, after);
+    }
+}
+
+/* x += branch, after its norm if it has one. */
+static void add_branch(const Norm *norm, float times, float *branch, float *x, int64_t width) {
+    normalise(norm, branch, branch, width);
+    for (int64_t i = 0; i < width; i += LANE) store(x + i, load(x + i) + times * load(branch + i));
+}
+
+/* Logits as the family makes them. */
+static void finish_logits(const Decoder *d, float *logits, int64_t from, int64_t to) {
+    if (d->head_scale == 1.0f && d->head_softcap <= 0) return;
+    for (int64_t i = from; i < to; i++) {
+        float x = logits[i] * d->head_scale;
+        logits[i] = d->head_softcap > 0 ? d->head_softcap * tanhf(x / d->head_softcap) : x;
+    }
+}
+
+/* Of 16 candidates a thread, the highest; the first of equals. */
+static int32_t best_of(const Best *best, int64_t rows, int64_t row, int threads) {
+    float high = -INFINITY;
+    int32_t at = 0;
+    for (int thread = 0; thread < threads; thread++)
+        for (int64_t i = 0; i < LANE; i++) {
+            int64_t lane = (thread * rows + row) * LANE + i;
+            int32_t column = best->at[lane] + (int32_t)i;
+            if (best->value[lane] > high || (best->value[lane] == high && column < at)) {
+                high = best->value[lane];
+                at = column;
+            }
+        }
+    return at;
+}
+
+static int64_t wider(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* 0, or 1 where there is no memory. */
+int decoder_step(const Decoder *d, const Step *step) {
+    int64_t count = step->count, width = d->width, mixed = d->heads * d->size, inner = d->inner, wanted = step->wanted;
+    int64_t group = d->heads / d->kv, together = group >= QUERIES ? 1 : QUERIES / group;
+    int64_t deepest = wider(wider(d->layer[0].qkv.k, d->layer[0].out.k), wider(d->layer[0].down.k, d->head.k));
+    int64_t widest = wider(d->layer[0].qkv.n, d->layer[0].up.n), places = 0;
+    for (int64_t n = 0; n < count; n++) places = wider(places, step->places[n] + 1);
+    int64_t blocks = (places + TOKENS - 1) / TOKENS, threads = step->threads;
+    size_t rows = (size_t)wider(count, wanted);
+    float *x = room(&wide_room, (size_t)(count * width) * 4);
+    float *made = room(&made_room, (size_t)(count * widest) * 4);
+    float *branch = room(&branch_room, (size_t)(count * wider(wider(d->layer[0].out.n, d->layer[0].down.n), mixed)) * 4);
+    uint16_t *halves = room(&halves_room, rows * (size_t)deepest * 2);
+    int8_t *bytes = room(&bytes_room, rows * (size_t)deepest);
+    float *scales = room(&scale_room, rows * 4);
+    int32_t *sums = room(&sums_room, rows * (size_t)(deepest / GROUP + 2) * 4);
+    uint16_t *queries = room(&query_room, (size_t)(count * mixed) * 2);
+    Span *spans = room(&span_room, (size_t)count * sizeof(Span));
+    float *score = room(&score_room, (size_t)(threads * QUERIES * blocks * TOKENS) * 4);
+    uint16_t *share = room(&share_room, (size_t)(threads * QUERIES * blocks * TOKENS) * 2);
+    float *most = room(&best_room, (size_t)(threads * wanted * LANE) * 4 + 64);
+    int32_t *most_at = room(&place_room, (size_t)(threads * wanted * LANE) * 4 + 64);
+    uint16_t *inners = room(&low_room, (size_t)(count * step->low) * 2 + 64);
+    if (!inners || !x || !made || !branch || !halves || !bytes || !scales || !sums || !queries || !spans || !score || !share || !most ||
+        !most_at)
+        return 1;
+    int64_t spans_found = find_spans(step, together, spans);
+    Best best = {most, most_at};
+    Gate gate = {0};
+    Lows lows = {step->adapters, step->low, inners};
+    atomic_long *turns = calloc((size_t)d->layers, sizeof *turns);
+    if (!turns) return 1;
+    for (int64_t i = 0; i < threads * wanted * LANE; i++) { most[i] = -INFINITY; most_at[i] = 0; }
+#define ROWS(product) (Rows){(product).k, halves, bytes, scales, sums}
+#pragma omp parallel num_threads((int)threads)
+    {
+        int thread = omp_get_thread_num(), all_threads = omp_get_num_threads();
+        int64_t from = count * thread / all_threads, to = count * (thread + 1) / all_threads;
+        int64_t longest = (wider(wider(width, inner), mixed) + 63) & ~63;
+        float *row = aligned_alloc(64, (size_t)longest * 6);
+        uint16_t *low_row = (uint16_t *)(row + longest);
+        for (int64_t n = from; n < to; n++)
+            for (int64_t i = 0; i < width; i += LANE) {
+                vf one = from_halves(d->embedding + step->ids[n] * width + i) * d->embedding_scale;
+                store(x + n * width + i, d->places ? one + load(d->places + step->places[n] * width + i) : one);
+            }
+        for (int64_t l = 0; l < d->layers; l++) {
+            const Layer *layer = d->layer + l;
+            Rows in = ROWS(layer->qkv), mix = ROWS(layer->out), into = ROWS(layer->up), low = ROWS(layer->down);
+            for (int64_t n = from; n < to; n++) {
+                normalise(&layer->before_attention, x + n * width, row, width);
+                prepare(&in, layer->qkv.bits, n, row, width);
+                lower(&lows, layer->low_qkv, n, row, width, low_row);
+            }
+            meet(&gate, all_threads);
+            multiply(&layer->qkv, &in, count, made, 0, thread, all_threads);
+            raise_rows(&lows, layer->low_qkv, &layer->qkv, count, made, thread, all_threads);
+            meet(&gate, all_threads);
+            for (int64_t n = from; n < to; n++)
+                place_token(d, layer, step, n, made + n * layer->qkv.n, queries + n * mixed);
+            meet(&gate, all_threads);
+            /* Whoever is free takes the next span, or where there are few, the next head of one. */
+            Cached cached = {layer->keys, layer->values, 0, d->kv, 0, d->size, d->softcap,
+                             score + thread * QUERIES * blocks * TOKENS, share + thread * QUERIES * blocks * TOKENS};
+            int64_t lot = spans_found >= 4 * all_threads ? d->kv : 1, works = spans_found * d->kv;
+            for (int64_t at; (at = atomic_fetch_add_explicit(turns + l, lot, memory_order_relaxed)) < works;)
+                for (int64_t one = at; one < at + lot; one++) {
+                    const uint8_t *after = 0;
+                    if (one + 1 < works) {
+                        const Span *next = spans + (one + 1) / d->kv;
+                        int64_t place = step->places[next->first];
+                        int64_t start = layer->window && place >= layer->window ? (place + 1 - layer->window) / TOKENS : 0;
+                        int64_t block = step->tables[step->first[next->first] + start];
+                        after = (const uint8_t *)(layer->keys + (block * d->kv + (one + 1) % d->kv) * TOKENS * d->size);
+                    }
+                    attend_span(d, layer, step, cached, spans[one / d->kv], one % d->kv, queries, branch, after);
+                }
+            meet(&gate, all_threads);
+            for (int64_t n = from; n < to; n++) {
+                prepare(&mix, layer->out.bits, n, branch + n * mixed, mixed);
+                lower(&lows, layer->low_out, n, branch + n * mixed, mixed, low_row);
+            }
+            meet(&gate, all_threads);
+            multiply(&layer->out, &mix, count, branch, 0, thread, all_threads);
+            raise_rows(&lows, layer->low_out, &layer->out, count, branch, thread, all_threads);
+            meet(&gate, all_threads);
+            for (int64_t n = from; n < to; n++) {
+                float *own = x + n * width;
+                /* Where both branches read the same, the norm of the second is of what the first read. */
+                if (d->parallel) normalise(&layer->before_mlp, own, row, width);
+                add_branch(&layer->after_attention, d->residual, branch + n * layer->out.n, own, width);
+                if (!d->parallel) normalise(&layer->before_mlp, own, row, width);
+                prepare(&into, layer->up.bits, n, row, width);
+                lower(&lows, layer->low_up, n, row, width, low_row);
+            }
+            meet(&gate, all_threads);
+            multiply(&layer->up, &into, count, made, 0, thread, all_threads);
+            raise_rows(&lows, layer->low_up, &layer->up, count, made, thread, all_threads);
+            meet(&gate, all_threads);
+            for (int64_t n = from; n < to; n++) {
+                float *gate_row = made + n * layer->up.n;
+                activate_row(d->activation, gate_row, d->gated ? gate_row + inner : 0, row, inner);
+                prepare(&low, layer->down.bits, n, row, inner);
+                lower(&lows, layer->low_down, n, row, inner, low_row);
+            }
+            meet(&gate, all_threads);
+            multiply(&layer->down, &low, count, branch, 0, thread, all_threads);
+            raise_rows(&lows, layer->low_down, &layer->down, count, branch, thread, all_threads);
+            meet(&gate, all_threads);
+            for (int64_t n = from; n < to; n++)
+                add_branch(&layer->after_mlp, d->residual, branch + n * layer->down.n, x + n * width, width);
+        }
+        meet(&gate, all_threads);
+        Rows ends = ROWS(d->head);
+        for (int64_t r = thread; r < wanted; r += all_threads) {
+            normalise(&d->last, x + step->rows[r] * width, row, width);
+            prepare(&ends, d->head.bits, r, row, width);
+        }
+        meet(&gate, all_threads);
+        Best own = {best.value + thread * wanted * LANE, best.at + thread * wanted * LANE};
+        if (wanted) multiply(&d->head, &ends, wanted, step->logits, step->best ? &own : 0, thread, all_threads);
+        if (step->logits) {
+            int64_t tiles = d->head.n / LANE, low = tiles * thread / all_threads * LANE, high = tiles * (thread + 1) / all_threads * LANE;
+            for (int64_t r = 0; r < wanted; r++) finish_logits(d, step->logits + r * d->head.n, low, high);
+        }
+        free(row);
+    }
+    if (step->best)
+        for (int64_t r = 0; r < wanted; r++) step->best[r] = best_of(&best, wanted, r, (int)threads);
+    free(turns);
+    return 0;
+}
+
+/* Memory in large pages, where the system has any, that only what is written to takes; none where there is none. */
+void *take_pages(size_t bytes) {
+    void *at = mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED) return 0;
+#if defined(MADV_HUGEPAGE)
+    madvise(at, bytes, MADV_HUGEPAGE);
+#endif
+    return at;
+}
+
+void give_pages(void *at, size_t bytes) { munmap(at, bytes); }

@@ -1,0 +1,302 @@
+"""A decoder packed for this processor, and its keys and values in blocks: the C of decoder.c behind a class."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luthier.native.build import NoLibrary, load_library
+from luthier.native.forms import BITS, GROUP, Form, filled, to_int4, to_int8
+from luthier.native.shape import ACTIVATIONS, Decoder, Linear, Norm
+
+# Tokens of a block of keys and values, and the numbers that are worked on at once (TOKENS, LANE in the C files).
+TOKENS, LANE = 32, 16
+# Bytes of weights that are asked for at once.
+CHUNK = 2**24
+LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+PRODUCTS = ("qkv", "out", "up", "down")
+NORMS = {None: 0, "rms": 1, "layer": 2}
+
+
+class CNorm(ctypes.Structure):
+    _fields_ = (("kind", LONG), ("eps", FLOAT), ("weight", POINTER), ("bias", POINTER))
+
+
+class CProduct(ctypes.Structure):
+    _fields_ = (("n", LONG), ("k", LONG), ("bits", LONG),
+                ("weight", POINTER), ("scale", POINTER), ("scales", POINTER), ("bias", POINTER))  # fmt: skip
+
+
+class CLow(ctypes.Structure):
+    _fields_ = (("from", LONG), ("to", LONG), ("rank", LONG), ("a", POINTER), ("b", POINTER))
+
+
+class CLowSet(ctypes.Structure):
+    _fields_ = (("parts", LONG), ("part", CLow * 3))
+
+
+class CLayer(ctypes.Structure):
+    _fields_ = (
+        *((name, CNorm) for name in ("before_attention", "query", "key", "after_attention", "before_mlp", "after_mlp")),
+        *((name, CProduct) for name in PRODUCTS),
+        ("cosine", POINTER), ("sine", POINTER), ("window", LONG), ("keys", POINTER), ("values", POINTER),
+        *((f"low_{name}", POINTER) for name in PRODUCTS),
+    )  # fmt: skip
+
+
+class CDecoder(ctypes.Structure):
+    _fields_ = (
+        *((name, LONG) for name in ("width", "heads", "kv", "size", "turned", "inner", "layers", "gated", "activation",
+                                    "parallel")),
+        *((name, FLOAT) for name in ("scale", "softcap", "residual", "embedding_scale")),
+        ("embedding", POINTER), ("places", POINTER), ("last", CNorm), ("head", CProduct),
+        ("head_scale", FLOAT), ("head_softcap", FLOAT), ("layer", ctypes.POINTER(CLayer)),
+    )  # fmt: skip
+
+
+class CStep(ctypes.Structure):
+    _fields_ = (
+        *((name, LONG) for name in ("count", "wanted", "threads", "low")),
+        *((name, POINTER) for name in ("ids", "places", "first", "tables", "rows", "logits", "best", "adapters")),
+    )
+
+
+@cache
+def _library() -> Any:
+    library = load_library("decoder")
+    library.take_pages.restype, library.take_pages.argtypes = POINTER, (ctypes.c_size_t,)
+    library.give_pages.argtypes = (POINTER, ctypes.c_size_t)
+    for name in ("pack_halves", "pack_bytes", "pack_nibbles"):
+        getattr(library, name).argtypes = (POINTER, POINTER, LONG, LONG)
+    library.decoder_step.argtypes = (ctypes.POINTER(CDecoder), ctypes.POINTER(CStep))
+    return library
+
+
+@cache
+def why_no_decoder() -> str | None:
+    """Why no decoder can be packed here, as a sentence; None where it can."""
+    try:
+        _library()
+    except NoLibrary as why:
+        return str(why)
+    return None
+
+
+class Packed:
+    """The weights of a decoder in one form, as the C code reads them. Takes what it needs besides the decoder's own tensors;
+    the head of int4 is int8, since it decides every token."""
+
+    def __init__(self, decoder: Decoder, form: Form):
+        self.decoder, self.form = decoder, form
+        self.vocabulary = decoder.embedding_VE.shape[0]
+        self.nbytes = 0
+        self._held: list[Any] = []
+        self._chunk, self._left = 0, 0
+        self.adapters: list[Adapter] = []
+        self._sets: list[Any] = []
+        self._tables: dict[Any, tuple[int, Tensor, Tensor]] = {}
+        embedding_VE = self._hold(decoder.embedding_VE.bfloat16())
+        places_PE = None if decoder.places_PE is None else self._hold(decoder.places_PE.float())
+        self._layers = (CLayer * len(decoder.blocks))()
+        for layer, block in zip(self._layers, decoder.blocks):
+            for name in ("before_attention", "query", "key", "after_attention", "before_mlp", "after_mlp"):
+                setattr(layer, name, self._norm(getattr(block, name)))
+            for name in PRODUCTS:
+                setattr(layer, name, self._product(getattr(block, name), form))
+            layer.window = block.window or 0
+        head_form: Form = "int8" if form == "int4" else form
+        inner = self._layers[0].up.n
+        self.c = CDecoder(
+            width=decoder.width, heads=decoder.heads, kv=decoder.kv, size=decoder.size, turned=decoder.turned,
+            inner=decoder.blocks[0].down.weight().shape[1], layers=len(decoder.blocks), gated=int(decoder.gated),
+            activation=ACTIVATIONS.index(decoder.activation), parallel=int(decoder.parallel), scale=decoder.scale,
+            softcap=decoder.softcap or 0.0, residual=decoder.residual, embedding_scale=decoder.embedding_scale,
+            embedding=embedding_VE.data_ptr(), places=None if places_PE is None else places_PE.data_ptr(),
+            last=self._norm(decoder.last), head=self._product(decoder.head, head_form, end=True),
+            head_scale=decoder.head_scale, head_softcap=decoder.head_softcap or 0.0, layer=self._layers,
+        )  # fmt: skip
+        assert inner >= self.c.inner * (1 + self.c.gated)
+
+    def _hold(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        self._held.append(tensor)
+        return tensor
+
+    def _take(self, size: int) -> int:
+        """Room for a weight: one after another, as they are read."""
+        size = -(-size // 64) * 64
+        if size > self._left:
+            pages = Pages(max(size, CHUNK))
+            self._held.append(pages)
+            self._chunk, self._left = pages.at, pages.bytes
+        self._chunk, self._left = self._chunk + size, self._left - size
+        self.nbytes += size
+        return self._chunk - size
+
+    def _norm(self, norm: Norm | None) -> CNorm:
+        if norm is None:
+            return CNorm()
+        weight_E = self._hold(norm.weight_E.float())
+        bias_E = None if norm.bias_E is None else self._hold(norm.bias_E.float())
+        return CNorm(NORMS[norm.kind], norm.eps, weight_E.data_ptr(), None if bias_E is None else bias_E.data_ptr())
+
+    def _product(self, linear: Linear, form: Form, end: bool = False) -> CProduct:
+        weight_NK = linear.weight()
+        rows = weight_NK.shape[0]
+        weight_NK = filled(weight_NK, form)
+        (n, k), bits, library = weight_NK.shape, BITS[form], _library()
+        made, scale = self._take(n * k * bits // 8), None
+        if form == "bfloat16":
+            # Held by a name until it is packed: an address keeps no tensor.
+            from_NK = weight_NK.bfloat16().contiguous()
+            library.pack_halves(from_NK.data_ptr(), made, n, k)
+        elif form == "int8":
+            from_NK, scale_N = to_int8(weight_NK)
+            library.pack_bytes(from_NK.contiguous().data_ptr(), made, n, k)
+            scale = self._hold(scale_N)
+        else:
+            from_NK, scale_NG = to_int4(weight_NK)
+            library.pack_nibbles(from_NK.contiguous().data_ptr(), made, n, k)
+            scale = self._hold(scale_NG.view(n // LANE, LANE, k // GROUP).transpose(1, 2))
+        bias = None
+        if linear.bias_N is not None or (end and n > rows):
+            filled_N = torch.zeros(n)
+            if linear.bias_N is not None:
+                filled_N[:rows] = linear.bias_N.float()
+            if end:
+                # What only fills the last tile up is no token.
+                filled_N[rows:] = -torch.inf
+            bias = self._hold(filled_N).data_ptr()
+        address = None if scale is None else scale.data_ptr()
+        return CProduct(n, k, bits, made, address if bits == 8 else None, address if bits == 4 else None, bias)
+
+    def take_adapters(self, decoders: Sequence[Decoder]) -> None:
+        """What the adapters of these add, each a decoder over this base that keeps its own apart; in place of all before."""
+        self.adapters = [Adapter(decoder) for decoder in decoders]
+        self._sets = []
+        for at, layer in enumerate(self._layers):
+            for name in PRODUCTS:
+                sets = (CLowSet * len(self.adapters))(*(one.sets[at][name] for one in self.adapters))
+                self._sets.append(sets)
+                setattr(layer, f"low_{name}", ctypes.addressof(sets) if self.adapters else None)
+
+    def reach(self, places: int) -> None:
+        """Make the tables of rotary positions long enough for so many places."""
+        for layer, block in zip(self._layers, self.decoder.blocks):
+            if block.turns is None:
+                continue
+            known = self._tables.get(block.turns)
+            if known is None or known[0] < places:
+                cosine, sine = (one.float().contiguous() for one in block.turns.tables(places))
+                known = self._tables[block.turns] = (places, cosine, sine)
+            layer.cosine, layer.sine = known[1].data_ptr(), known[2].data_ptr()
+
+
+class Adapter:
+    """What a decoder's adapter adds, packed: (A, B) of each layer in each product."""
+
+    def __init__(self, decoder: Decoder):
+        self._held: list[Tensor] = []
+        self.width = 0
+        self.sets = [{name: self._set(getattr(block, name)) for name in PRODUCTS} for block in decoder.blocks]
+
+    def _set(self, linear: Linear) -> CLowSet:
+        made, width = CLowSet(), 0
+        for at, low in enumerate(linear.lows()):
+            if low.start % LANE or low.stop % LANE:
+                raise ValueError(f"outputs from {low.start} to {low.stop} are no whole tiles of {LANE}")
+            rank = -(-low.a_RK.shape[0] // LANE) * LANE
+            a_RK = F.pad(low.a_RK.bfloat16(), (0, 0, 0, rank - low.a_RK.shape[0]))
+            b_NR = F.pad(low.b_NR.bfloat16(), (0, rank - low.b_NR.shape[1]))
+            made.part[at] = CLow(low.start // LANE, low.stop // LANE, rank, self._pack(a_RK), self._pack(b_NR))
+            made.parts = at + 1
+            width += rank
+        self.width = max(self.width, width)
+        return made
+
+    def _pack(self, weight_NK: Tensor) -> int:
+        weight_NK = weight_NK.contiguous()
+        packed = torch.empty_like(weight_NK)
+        _library().pack_halves(weight_NK.data_ptr(), packed.data_ptr(), *weight_NK.shape)
+        self._held.append(packed)
+        return packed.data_ptr()
+
+
+class Cached:
+    """Keys and values of `blocks` blocks of tokens, for a packed decoder, and the steps over them."""
+
+    def __init__(self, packed: Packed, blocks: int):
+        decoder = packed.decoder
+        self.packed = packed
+        self._half = blocks * TOKENS * decoder.kv * decoder.size * 2
+        self._pages = Pages(2 * self._half * len(decoder.blocks))
+
+    def read(
+        self,
+        ids: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        before: Sequence[int],
+        lengths: Sequence[int],
+        rows: Sequence[int],
+        *,
+        likeliest: bool = False,
+        adapters: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks of its table, with
+        the adapter of that number for each text, or without one (-1).
+        The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R]."""
+        packed, count = self.packed, len(ids)
+        sizes = np.asarray(lengths)
+        starts = np.cumsum(sizes) - sizes
+        places_N = np.repeat(np.asarray(before) - starts, sizes) + np.arange(count)
+        widths = np.asarray([len(table) for table in tables])
+        first_N = np.repeat(np.cumsum(widths) - widths, sizes)
+        adapter_N = np.repeat(np.asarray(adapters if adapters and packed.adapters else [-1] * len(sizes)), sizes)
+        numbers = [
+            np.ascontiguousarray(one, dtype=np.int32)
+            for one in (ids, places_N, first_N, [block for table in tables for block in table], rows, adapter_N)
+        ]
+        packed.reach(int(places_N.max()) + 1)
+        for at, layer in enumerate(packed._layers):
+            layer.keys = self._pages.at + 2 * at * self._half
+            layer.values = layer.keys + self._half
+        logits_RV = None if likeliest else torch.empty(len(rows), packed.c.head.n)
+        best_R = torch.zeros(len(rows), dtype=torch.int32) if likeliest else None
+        step = CStep(
+            count, len(rows), torch.get_num_threads(), max((one.width for one in packed.adapters), default=0),
+            *(one.ctypes.data for one in numbers[:-1]), None if logits_RV is None else logits_RV.data_ptr(),
+            None if best_R is None else best_R.data_ptr(), numbers[-1].ctypes.data if packed.adapters else None,
+        )  # fmt: skip
+        if _library().decoder_step(ctypes.byref(packed.c), ctypes.byref(step)):
+            raise MemoryError(f"no memory for a step of {count} tokens")
+        if best_R is not None:
+            return best_R
+        assert logits_RV is not None
+        return logits_RV[:, : packed.vocabulary]
+
+    def copy(self, source: int, target: int) -> None:
+        """The keys and values of one block to another."""
+        decoder = self.packed.decoder
+        size = TOKENS * decoder.kv * decoder.size * 2
+        for half in range(2 * len(decoder.blocks)):
+            start = self._pages.at + half * self._half
+            ctypes.memmove(start + target * size, start + source * size, size)
+
+
+class Pages:
+    """Memory in large pages, given back when nobody holds it."""
+
+    def __init__(self, size: int):
+        self.bytes = -(-size // 2**21) * 2**21
+        self.at = _library().take_pages(self.bytes)
+        if not self.at:
+            raise MemoryError(f"no memory for {self.bytes:,} bytes")
+        weakref.finalize(self, _library().give_pages, self.at, self.bytes)

@@ -1,0 +1,213 @@
+/* Products of few rows with a weight that is packed once: bf16, int8 with a scale a row of it, int4 with one for 64.
+ *
+ * A weight [n, k] lies in tiles of 16 of its rows: for every word of 4 bytes along k, the 16 rows' words side by side.
+ * What a row of the result is does not depend on the rows beside it: every sum runs along k in one order. */
+
+/* Tiles and rows at once: as many sums as there are registers for. */
+#if defined(__AVX512F__)
+#define TILES 3
+#define MOST 8
+#define MOST_NIBBLES 4
+#else
+#define TILES 1
+#define MOST 4
+#define MOST_NIBBLES 2
+#endif
+#define GROUP 64
+
+typedef struct {
+    int64_t n, k, bits;         /* n whole tiles; k a multiple of GROUP for bytes, of 2 for halves */
+    const uint8_t *weight;
+    const float *scale;         /* [n], int8 */
+    const uint16_t *scales;     /* [n / 16][k / GROUP][16] in bf16, int4 */
+    const float *bias;          /* [n], or none */
+} Product;
+
+/* Rows to multiply, in the form of the weight: bf16, or bytes with a scale a row and the sums of each GROUP and of all. */
+typedef struct {
+    int64_t k;
+    uint16_t *halves;
+    int8_t *bytes;
+    float *scale;
+    int32_t *sums;
+} Rows;
+
+/* The best of 16 columns' places, of each row. */
+typedef struct {
+    float *value;
+    int32_t *at;
+} Best;
+
+INLINE void keep(const Product *p, int64_t tile, int64_t m, vf x, float *out, int64_t stride, Best *best) {
+    if (p->bias) x += load(p->bias + tile * LANE);
+    if (out) store(out + m * stride + tile * LANE, x);
+    if (best) {
+        float *value = best->value + m * LANE;
+        int32_t *at = best->at + m * LANE;
+        vi above = x > load(value);
+        store(value, pick(above, x, load(value)));
+        *(vi_any *)at = (all_words((int32_t)(tile * LANE)) & above) | (load_words(at) & ~above);
+    }
+}
+
+INLINE void halves_block(const Product *p, int64_t tile, int64_t m, const int MR, const int NR, const Rows *rows,
+                         float *out, int64_t stride, Best *best, const uint8_t *ahead) {
+    int64_t k = p->k, step = k * LANE * 2;
+    const uint8_t *w = p->weight + tile * step;
+    vf sum[MOST][TILES];
+    UNROLL for (int i = 0; i < MR; i++) UNROLL for (int n = 0; n < NR; n++) sum[i][n] = all(0);
+    for (int64_t at = 0; at < k / 2; at++) {
+        vi word[TILES];
+        UNROLL for (int n = 0; n < NR; n++) word[n] = load_words(w + n * step + at * 64);
+        if (ahead) fetch_far(ahead + at * 64);
+        UNROLL for (int i = 0; i < MR; i++) {
+            int32_t pair;
+            memcpy(&pair, rows->halves + (m + i) * rows->k + at * 2, 4);
+            vi a = all_words(pair);
+            UNROLL for (int n = 0; n < NR; n++) sum[i][n] = dot_halves(sum[i][n], word[n], a);
+        }
+    }
+    UNROLL for (int i = 0; i < MR; i++) UNROLL for (int n = 0; n < NR; n++)
+        keep(p, tile + n, m + i, sum[i][n], out, stride, best);
+}
+
+/* Weights are kept 128 higher than they are, as the instruction wants them unsigned; the sum of the row takes it back. */
+INLINE void bytes_block(const Product *p, int64_t tile, int64_t m, const int MR, const int NR, const Rows *rows,
+                        float *out, int64_t stride, Best *best, const uint8_t *ahead) {
+    int64_t k = p->k, step = k * LANE, groups = rows->k / GROUP;
+    const uint8_t *w = p->weight + tile * step;
+    vi sum[MOST][TILES];
+    UNROLL for (int i = 0; i < MR; i++) {
+        vi shift = all_words(-128 * rows->sums[(m + i) * (groups + 1) + groups]);
+        UNROLL for (int n = 0; n < NR; n++) sum[i][n] = shift;
+    }
+    for (int64_t at = 0; at < k / 4; at++) {
+        vi word[TILES];
+        UNROLL for (int n = 0; n < NR; n++) word[n] = load_words(w + n * step + at * 64);
+        if (ahead) fetch_far(ahead + at * 64);
+        UNROLL for (int i = 0; i < MR; i++) {
+            int32_t four;
+            memcpy(&four, rows->bytes + (m + i) * rows->k + at * 4, 4);
+            vi a = all_words(four);
+            UNROLL for (int n = 0; n < NR; n++) sum[i][n] = dot_bytes(sum[i][n], word[n], a);
+        }
+    }
+    UNROLL for (int i = 0; i < MR; i++) {
+        vf scale = all(rows->scale[m + i]);
+        UNROLL for (int n = 0; n < NR; n++)
+            keep(p, tile + n, m + i, from_words(sum[i][n]) * scale * load(p->scale + (tile + n) * LANE), out, stride, best);
+    }
+}
+
+/* A group of 64 along k is 8 words of each row: the low halves of their bytes the first 32, the high ones the rest. */
+INLINE void nibbles_block(const Product *p, int64_t tile, int64_t m, const int MR, const int NR, const Rows *rows,
+                          float *out, int64_t stride, Best *best, const uint8_t *ahead) {
+    int64_t k = p->k, step = k * LANE / 2, groups = rows->k / GROUP;
+    const uint8_t *w = p->weight + tile * step;
+    vf whole[MOST][TILES];
+    UNROLL for (int i = 0; i < MR; i++) UNROLL for (int n = 0; n < NR; n++) whole[i][n] = all(0);
+    for (int64_t g = 0; g < groups; g++) {
+        vi sum[MOST][TILES];
+        UNROLL for (int i = 0; i < MR; i++) {
+            vi shift = all_words(-8 * rows->sums[(m + i) * (groups + 1) + g]);
+            UNROLL for (int n = 0; n < NR; n++) sum[i][n] = shift;
+        }
+        for (int at = 0; at < 8; at++) {
+            vi low[TILES], high[TILES];
+            UNROLL for (int n = 0; n < NR; n++) {
+                vi word = load_words(w + n * step + g * 512 + at * 64);
+                low[n] = word & 0x0f0f0f0f;
+                high[n] = (vi)((vu)word >> 4) & 0x0f0f0f0f;
+            }
+            if (ahead) fetch_far(ahead + g * 512 + at * 64);
+            UNROLL for (int i = 0; i < MR; i++) {
+                int32_t first, second;
+                const int8_t *four = rows->bytes + (m + i) * rows->k + g * GROUP + at * 4;
+                memcpy(&first, four, 4);
+                memcpy(&second, four + 32, 4);
+                vi a = all_words(first), b = all_words(second);
+                UNROLL for (int n = 0; n < NR; n++) {
+                    sum[i][n] = dot_bytes(sum[i][n], low[n], a);
+                    sum[i][n] = dot_bytes(sum[i][n], high[n], b);
+                }
+            }
+        }
+        UNROLL for (int n = 0; n < NR; n++) {
+            vf scale = from_halves(p->scales + ((tile + n) * groups + g) * LANE);
+            UNROLL for (int i = 0; i < MR; i++) whole[i][n] += from_words(sum[i][n]) * scale;
+        }
+    }
+    UNROLL for (int i = 0; i < MR; i++) {
+        vf scale = all(rows->scale[m + i]);
+        UNROLL for (int n = 0; n < NR; n++) keep(p, tile + n, m + i, whole[i][n] * scale, out, stride, best);
+    }
+}
+
+/* All rows by the tiles of one kind: as many rows at once as fit, then fewer. The weights of the next tiles are fetched
+ * while the second to fourth lot of rows is worked on. */
+#define PRODUCT(name, block, most)                                                                                    \
+    static void name(const Product *p, const Rows *rows, int64_t count, float *out, int64_t stride, Best *best,       \
+                     int64_t from, int64_t to, int64_t bytes) {                                                       \
+        for (int64_t tile = from; tile < to;) {                                                                       \
+            int64_t m = 0;                                                                                            \
+            if (to - tile >= TILES) {                                                                                 \
+                for (int lot = 0; m + most <= count; m += most, lot++) {                                              \
+                    const uint8_t *next = p->weight + (tile + TILES + lot - 1) * bytes;                               \
+                    if (lot >= 1 && lot <= 3 && tile + TILES + lot - 1 < to)                                          \
+                        block(p, tile, m, most, TILES, rows, out, stride, best, next);                                \
+                    else                                                                                              \
+                        block(p, tile, m, most, TILES, rows, out, stride, best, 0);                                   \
+                }                                                                                                     \
+                for (; m + most / 2 <= count; m += most / 2)                                                          \
+                    block(p, tile, m, most / 2, TILES, rows, out, stride, best, 0);                                   \
+                for (; m < count; m++) block(p, tile, m, 1, TILES, rows, out, stride, best, 0);                       \
+                tile += TILES;                                                                                        \
+            } else {                                                                                                  \
+                for (; m + most <= count; m += most) block(p, tile, m, most, 1, rows, out, stride, best, 0);          \
+                for (; m < count; m++) block(p, tile, m, 1, 1, rows, out, stride, best, 0);                           \
+                tile++;                                                                                               \
+            }                                                                                                         \
+        }                                                                                                             \
+    }
+
+PRODUCT(multiply_halves, halves_block, MOST)
+PRODUCT(multiply_bytes, bytes_block, MOST)
+PRODUCT(multiply_nibbles, nibbles_block, MOST_NIBBLES)
+
+/* The share of one thread of `threads`. */
+static void multiply(const Product *p, const Rows *rows, int64_t count, float *out, Best *best, int thread, int threads) {
+    int64_t tiles = p->n / LANE, from = tiles * thread / threads, to = tiles * (thread + 1) / threads;
+    if (p->bits == 16) multiply_halves(p, rows, count, out, p->n, best, from, to, p->k * LANE * 2);
+    else if (p->bits == 8) multiply_bytes(p, rows, count, out, p->n, best, from, to, p->k * LANE);
+    else multiply_nibbles(p, rows, count, out, p->n, best, from, to, p->k * LANE / 2);
+}
+
+/* Weights as they come, row after row, to tiles: [n, k] halves; bytes, signed; nibbles 0 to 15, one a byte. */
+void pack_halves(const uint16_t *from, uint16_t *to, int64_t n, int64_t k) {
+#pragma omp parallel for schedule(static)
+    for (int64_t tile = 0; tile < n / LANE; tile++)
+        for (int64_t at = 0; at < k / 2; at++)
+            for (int64_t i = 0; i < LANE; i++)
+                memcpy(to + tile * k * LANE + (at * LANE + i) * 2, from + (tile * LANE + i) * k + at * 2, 4);
+}
+
+void pack_bytes(const int8_t *from, uint8_t *to, int64_t n, int64_t k) {
+#pragma omp parallel for schedule(static)
+    for (int64_t tile = 0; tile < n / LANE; tile++)
+        for (int64_t at = 0; at < k / 4; at++)
+            for (int64_t i = 0; i < LANE; i++)
+                for (int64_t j = 0; j < 4; j++)
+                    to[tile * k * LANE + (at * LANE + i) * 4 + j] = (uint8_t)(from[(tile * LANE + i) * k + at * 4 + j] + 128);
+}
+
+void pack_nibbles(const uint8_t *from, uint8_t *to, int64_t n, int64_t k) {
+#pragma omp parallel for schedule(static)
+    for (int64_t tile = 0; tile < n / LANE; tile++)
+        for (int64_t g = 0; g < k / GROUP; g++)
+            for (int64_t at = 0; at < 8; at++)
+                for (int64_t i = 0; i < LANE; i++)
+                    for (int64_t j = 0; j < 4; j++) {
+                        const uint8_t *row = from + (tile * LANE + i) * k + g * GROUP + at * 4 + j;
+                        to[tile * k * LANE / 2 + g * 512 + at * 64 + i * 4 + j] = (uint8_t)(row[0] | row[32] << 4);
+                    }
+}

@@ -1,0 +1,192 @@
+"""The engine over the native decoder: which models take it and in which form, and what texts become with it."""
+
+import pytest
+import torch
+
+import luthier.engine.native as native
+from decoders import decoder_model
+from luthier.core.errors import ConfigError
+from luthier.core.events import Events
+from luthier.engine.engine import Engine, numbers_of
+from luthier.engine.generate import choose_engine, generate
+from luthier.engine.native import prepare
+from luthier.engine.rollouts import roll_out
+from luthier.engine.sampling import Sampling
+from luthier.models.adapters import ADAPTERS
+from luthier.models.load import load_model
+from luthier.models.pages import BLOCK
+from luthier.models.precision import cast_weights
+from luthier.native.decoder import TOKENS, Cached, why_no_decoder
+from tiny import tiny_model
+
+pytestmark = pytest.mark.skipif(why_no_decoder() is not None, reason=str(why_no_decoder()))
+
+
+@pytest.fixture(autouse=True)
+def none_is_small(monkeypatch):
+    monkeypatch.setattr(native, "SMALL", 0)
+
+
+def opt():
+    return load_model(str(tiny_model("opt")))
+
+
+def made(family="llama", execution="auto"):
+    model, said = opt() if family == "opt" else decoder_model(family), []
+    model.spec = model.spec.model_copy(update={"stop_ids": ()})
+    choose_engine(model, Sampling(), execution, Events(sinks=[lambda event: said.append(event)]))
+    return model, {one["name"]: (one["value"], one["why"]) for one in said if one["event"] == "choice"}
+
+
+def prompts():
+    draw = torch.Generator().manual_seed(0)
+    sizes = (1, 5, 17, 3, 33, 8, 64, 40, 2, 31, 32, 50)
+    return [torch.randint(5, 390, (size,), generator=draw).tolist() for size in sizes]
+
+
+def written(model, sampling, **settings):
+    engine = Engine(model, settings.pop("room", 4096), **settings)
+    requests = [engine.add(one, sampling, draw=numbers_of(3, at)) for at, one in enumerate(prompts())]
+    engine.run()
+    assert engine.blocks.used == 0
+    return [one.written for one in requests]
+
+
+def test_blocks_are_of_one_size():
+    assert BLOCK == TOKENS
+
+
+def test_int8_is_taken_where_it_changes_next_to_nothing_and_said():
+    model, said = made()
+    assert model.native.form == "int8"
+    value, why = said["engine"]
+    assert value == "native int8" and "KL 0.0" in why and "perplexity" in why
+
+
+def test_bfloat16_is_taken_where_int8_changes_too_much(monkeypatch):
+    quality = native.measure
+    monkeypatch.setattr(
+        native, "measure",
+        lambda packed, own, ids: native.Quality(1.0, 0.5, 0.01) if packed.form == "int8" else quality(packed, own, ids),
+    )  # fmt: skip
+    assert made()[0].native.form == "bfloat16"
+
+
+def test_where_both_change_too_much_the_module_reads(monkeypatch):
+    monkeypatch.setattr(native, "MOST_KL", 0.0)
+    model, said = made()
+    assert model.native is None
+    assert said["native"][0] == "no" and "int8 changes too much (KL 0.0" in said["native"][1]
+
+
+def test_small_models_are_read_by_themselves(monkeypatch):
+    monkeypatch.setattr(native, "SMALL", 10**9)
+    assert made()[0].native is None
+    assert made(execution="int8")[0].native.form == "int8"
+
+
+def test_a_family_without_a_native_form_goes_on_by_itself_or_refuses():
+    model, said = made("opt")
+    assert model.native is None and "a opt model" in said["native"][1]
+    with pytest.raises(ConfigError, match="execution: int8 needs the native decoder, and a opt model"):
+        made("opt", "int8")
+
+
+def test_logits_that_are_not_the_models_own_are_found_out(monkeypatch):
+    model = decoder_model("llama")
+    decoder = native.describe(model)
+    turned = type(decoder)(
+        **{name: getattr(decoder, name) for name in decoder.__slots__} | {"scale": decoder.scale * 3}
+    )
+    monkeypatch.setattr(native, "describe", lambda model, apart: turned)
+    said = []
+    prepare(model, "auto", Events(sinks=[lambda event: said.append(event)]))
+    assert model.native is None and "gives other logits than its parts" in said[0]["why"]
+
+
+@pytest.mark.parametrize("execution", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(max_tokens=20), Sampling(max_tokens=20, temperature=1.0, top_p=0.9)], ids=["greedy", "drawn"]
+)
+def test_a_text_is_the_same_alone_beside_others_in_pieces_and_read_anew(execution, sampling):
+    model, _ = made("qwen3", execution)
+    right = written(model, sampling, streams=1)
+    for settings in ({}, {"tokens": 16}, {"streams": 3}, {"room": 160}):
+        assert written(model, sampling, **settings) == right
+
+
+def test_likeliest_tokens_are_those_of_the_logits():
+    model, _ = made("qwen3", "int8")
+    prompt = prompts()[6]
+    found = written(model, Sampling(max_tokens=8))[6]
+    reader, ids = Cached(model.native, 4), prompt
+    for token in found:
+        logits = reader.read(ids, [[0, 1, 2, 3]], [0], [len(ids)], [len(ids) - 1])
+        assert int(logits.argmax()) == token
+        ids = [*ids, token]
+
+
+def test_what_an_adapter_adds_is_in_the_packed_weights():
+    model = decoder_model("llama")
+    ADAPTERS.parse({"kind": "lora", "rank": 4, "alpha": 8}).apply(model)
+    with torch.no_grad():
+        for name, weight in model.network.named_parameters():
+            if "lora_b" in name:
+                weight.normal_(std=0.2)
+    model.spec = model.spec.model_copy(update={"stop_ids": ()})
+    own = [one.ids for one in generate(model, ["The quick brown", "One two"], Sampling(max_tokens=6), raw=True)]
+    prepare(model, "bfloat16", Events())
+    assert [one.ids for one in generate(model, ["The quick brown", "One two"], Sampling(max_tokens=6), raw=True)] == own
+
+
+def learning(std):
+    model = decoder_model("llama")
+    cast_weights(model, "bfloat16")
+    ADAPTERS.parse({"kind": "lora", "rank": 4, "alpha": 8}).apply(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.network.named_parameters():
+            if "lora_b" in name:
+                weight.normal_(std=std)
+    return model
+
+
+def test_answers_to_learn_from_come_from_the_base_in_bf16_and_its_adapter_apart(monkeypatch):
+    monkeypatch.setattr(native, "WORTH", 1)
+    # So small that bf16 weights would lose most of it.
+    model = learning(1e-4)
+    seen = []
+    read = Cached.read
+    monkeypatch.setattr(
+        Cached, "read", lambda self, *given, **more: seen.append(more.get("adapters")) or read(self, *given, **more)
+    )
+    greedy = roll_out(model, prompts()[:4], 8)
+    assert seen[-1] == [0] * 4 and model.native is None and model.packable
+    with native.natively(model, 10):
+        ids = prompts()[6]
+        with_it, without = (
+            read(Cached(model.native, 2), ids, [[0, 1]], [0], [len(ids)], [len(ids) - 1], adapters=[one])
+            for one in (0, -1)
+        )
+    assert 0 < float((with_it - without).abs().max()) < 0.1
+    monkeypatch.setattr(native, "WORTH", 10**9)
+    same = [one == other for one, other in zip(roll_out(model, prompts()[:4], 8), greedy)]
+    assert sum(same) >= 3
+
+
+def test_an_adapter_that_is_not_there_is_refused():
+    model, _ = made(execution="int8")
+    with pytest.raises(ConfigError, match="no adapter 0 beside the packed weights; 0 are there"):
+        Engine(model, 256).add([5, 6], Sampling(), adapter=0)
+
+
+def test_texts_of_different_adapters_share_nothing_that_was_read():
+    model = learning(0.05)
+    with native.natively(model, 10**6):
+        engine, prompt = Engine(model, 1024), list(range(5, 75))
+        one = engine.add(prompt, Sampling(max_tokens=4), adapter=0)
+        engine.run()
+        other = engine.add(prompt, Sampling(max_tokens=4))
+        again = engine.add(prompt, Sampling(max_tokens=4), adapter=0)
+        engine.run()
+    assert (other.reused, again.reused) == (0, 64) and again.written == one.written != other.written
