@@ -130,7 +130,9 @@ def _step(reader: Reader, blocks: Blocks, running: Sequence[_Search]) -> None:
     budget = TOKENS
     planned: list[tuple[Request, int]] = []
     for text in sorted((text for one in running for text in one.texts), key=lambda text: text.length - text.read > 1):
-        count = min(text.length - text.read, max(budget, 0 if planned else 1))
+        left = text.length - text.read
+        # The texts of a search are read in step: none waits for the room that prompts take.
+        count = left if left == 1 else min(left, max(budget, 0 if planned else 1))
         if count:
             text.table += [blocks.take() for _ in range(-(-(text.read + count) // BLOCK) - len(text.table))]
             planned.append((text, count))

@@ -1,5 +1,7 @@
 """The engine over the native decoder: which models take it and in which form, and what texts become with it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import luthier.engine.native as native
 from decoders import decoder_model
 from luthier.core.errors import ConfigError
 from luthier.core.events import Events
+from luthier.engine import beams
 from luthier.engine.engine import Engine, numbers_of
 from luthier.engine.generate import choose_engine, generate
 from luthier.engine.native import prepare
@@ -190,3 +193,40 @@ def test_texts_of_different_adapters_share_nothing_that_was_read():
         again = engine.add(prompt, Sampling(max_tokens=4), adapter=0)
         engine.run()
     assert (other.reused, again.reused) == (0, 64) and again.written == one.written != other.written
+
+
+@pytest.mark.parametrize("execution", ["bfloat16", "int8"])
+def test_beams_share_and_copy_blocks_of_the_native_decoder(execution, monkeypatch):
+    model, _ = made("llama", execution)
+    sampling = Sampling(max_tokens=40, beams=3)
+    found = beams.search(model, prompts(), sampling, 4)
+
+    def read_anew(search, chosen, reader, blocks):
+        for text in search.texts:
+            for block in text.table:
+                blocks.drop(block)
+        search.texts = [
+            replace(search.texts[which], written=[*search.texts[which].written, token], table=[], read=0)
+            for which, token in chosen
+        ]
+
+    monkeypatch.setattr(beams, "TOKENS", 10**6)  # all of a search are read anew in one step
+    monkeypatch.setattr(beams._Search, "fork", read_anew)
+    monkeypatch.setattr(Cached, "copy", None)
+    assert beams.search(model, prompts(), sampling, 4) == found
+
+
+def test_likelihoods_come_from_the_native_decoder_too():
+    model, _ = made("llama", "bfloat16")
+    ids = prompts()[6]
+    engine = Engine(model, 1024, tokens=24)
+    plain = engine.add(ids, Sampling(max_tokens=5))
+    told = engine.add(ids, Sampling(max_tokens=5, logprobs=2, prompt_logprobs=True))
+    engine.run()
+    whole = [*ids, *told.written]
+    rows = list(range(len(whole) - 1))
+    logits_RV = Cached(model.native, 4).read(whole, [[0, 1, 2, 3]], [0], [len(whole)], rows)
+    right = [float(row[token]) for row, token in zip(logits_RV.log_softmax(-1), whole[1:])]
+    assert told.prompt_logs == pytest.approx(right[: len(ids) - 1], abs=1e-5)
+    assert [one.raw[0] for one in told.logs] == pytest.approx(right[len(ids) - 1 :], abs=1e-5)
+    assert plain.written == told.written and plain.logs == []
