@@ -196,5 +196,5 @@ class Completion:
     logprobs: tuple[TokenLog, ...] | None = None
     prompt_logprobs: tuple[float, ...] | None = None
     others: tuple[Completion, ...] = ()
-    drafted: int = 0
-    accepted: int = 0
+    drafted: int = field(default=0, compare=False)
+    accepted: int = field(default=0, compare=False)
