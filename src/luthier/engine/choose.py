@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from luthier.engine.request import Request
+from luthier.engine.structure import restrict
 
 
 def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
     """A token for each row of logits (fp32). What a row gets depends on nothing but its logits, its text and its draw."""
+    restrict(logits_RV, requests)
     plain = [at for at, one in enumerate(requests) if one.sampling.temperature == 0]
     found: dict[int, int] = {}
     for at, one in enumerate(requests):

@@ -16,6 +16,7 @@ from luthier.engine.paged import Paged
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.schedule import Schedule
+from luthier.engine.structure import masks_made, matcher_for
 from luthier.models.pages import BLOCK, writes_by_pages
 from luthier.models.spec import LoadedModel
 
@@ -71,6 +72,8 @@ class Engine:
             )
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         request = Request(tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt)
+        if sampling.structure is not None:
+            request.matcher = matcher_for(self.model, sampling.structure)
         self._arrived += 1
         self.schedule.waiting.append(request)
         return request
@@ -110,9 +113,9 @@ class Engine:
                 rows.append(len(ids) - 1)
                 ready.append(request)
         requests = [request for request, _ in planned]
-        logits_RV = self._reader.read(
-            ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned], rows
-        )
+        tables, before = [one.table for one in requests], [one.read for one in requests]
+        with masks_made(ready):
+            logits_RV = self._reader.read(ids, tables, before, [count for _, count in planned], rows)
         for request, count in planned:
             self.schedule.advance(request, count)
         return logits_RV, ready
@@ -122,6 +125,8 @@ class Engine:
         for request, token in zip(ready, tokens):
             request.written.append(token)
             if token in self.model.spec.stop_ids or self._stops(request):
+                request.finish = "stop"
+            elif request.matcher is not None and request.matcher.take(token):
                 request.finish = "stop"
             elif len(request.written) == request.room:
                 request.finish = "length"

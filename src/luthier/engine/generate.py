@@ -59,7 +59,7 @@ def generate(
             on_progress(done, len(requests))
 
     engine.run(count)
-    return [complete(model, one.written, sampling, len(one.prompt)) for one in requests]
+    return [complete(model, one.written, sampling, len(one.prompt), one.finish == "stop") for one in requests]
 
 
 def stream(

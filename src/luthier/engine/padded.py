@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from luthier.engine.sampling import Sampling
+from luthier.engine.structure import Restrict
 from luthier.models.quiet import quiet
 from luthier.models.spec import LoadedModel
 
@@ -59,6 +60,9 @@ def write(
             "min_p": sampling.min_p,
         }
     stops = StoppingCriteriaList([StopStringCriteria(model.tokenizer, list(sampling.stop))] if sampling.stop else [])
+    processors = LogitsProcessorList([processor] if processor else [])
+    if sampling.structure is not None:
+        processors.insert(0, Restrict(model, sampling.structure, width if left else 1))
     training, forced = module.training, module.generation_config.forced_eos_token_id
     module.eval()
     # BART and Marian write their end token wherever max_tokens cuts: an answer that was cut would look finished.
@@ -70,7 +74,7 @@ def write(
                 attention_mask=mask.to(model.device),
                 generation_config=GenerationConfig(**settings),
                 stopping_criteria=stops,
-                logits_processor=LogitsProcessorList([processor] if processor else []),
+                logits_processor=processors,
                 streamer=streamer,
             )
     finally:

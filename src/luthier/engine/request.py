@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from luthier.engine.sampling import Sampling
+from luthier.engine.structure import Matcher
 
 
 @dataclass(eq=False, slots=True)
@@ -32,6 +33,8 @@ class Request:
     table: list[int] = field(default_factory=list)
     reused: int = 0
     """Tokens of the prompt that another text had read."""
+    matcher: Matcher | None = None
+    """What may come next where the answer has a structure; it has taken what was written."""
 
     @property
     def length(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from luthier.core.config import Config
+from luthier.engine.structure import Structure
 
 
 class Sampling(Config):
@@ -28,6 +29,8 @@ class Sampling(Config):
     """Seed of the draw."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
+    structure: Structure | None = None
+    """The form of the answer: a JSON schema, a regex, choices or a grammar. max_tokens and stop may cut it unfinished."""
 
     @model_validator(mode="after")
     def _check(self) -> Sampling:
@@ -40,6 +43,8 @@ class Sampling(Config):
                 )
         if self.beams > 1 and self.temperature > 0:
             raise ValueError("beams search for the likeliest text, temperature draws one; choose one of the two")
+        if self.beams > 1 and self.structure is not None:
+            raise ValueError("structure and beams do not go together; leave one of the two out")
         if any(not text for text in self.stop):
             raise ValueError("stop holds an empty text, which would end every answer at once")
         return self

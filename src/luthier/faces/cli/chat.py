@@ -11,7 +11,7 @@ from typing import Any
 from luthier.core.errors import LuthierError, ModelError, did_you_mean
 from luthier.core.types import Message
 from luthier.faces.cli.chinese import say
-from luthier.faces.cli.flags import make_parser
+from luthier.faces.cli.flags import add_structure, make_parser, read_structure
 
 # Tokens of a talk that are kept at most.
 ROOM = 32768
@@ -29,6 +29,7 @@ def parser():  # type: ignore[no-untyped-def]
     made.add_argument("--temperature", type=float, default=0.7, metavar="X", help="0: always the likeliest token")
     made.add_argument("--top-p", type=float, metavar="X", help="draw among the likeliest tokens that hold this share")
     made.add_argument("--seed", type=int, metavar="N", help="seed of the draw")
+    add_structure(made)
     return made
 
 
@@ -41,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
 
     settings: dict[str, Any] = {"max_tokens": found.max_tokens, "temperature": found.temperature}
     settings |= {name: getattr(found, name) for name in ("top_p", "seed") if getattr(found, name) is not None}
-    sampling = Sampling.make(settings, where="chat")
+    sampling = Sampling.make(settings | read_structure(found), where="chat")
     model = load_model(found.model)
     if model.spec.task != "causal":
         raise ModelError(
