@@ -196,7 +196,7 @@ def _compiled(model: LoadedModel) -> tuple[Any, Callable[[str], Any]]:
     kept = _TOKENIZERS.setdefault(model.tokenizer, {})
     stops = tuple(model.spec.stop_ids)
     if stops not in kept:
-        library = _library()
+        _library()
         from llguidance.hf import from_tokenizer
 
         try:
@@ -205,8 +205,18 @@ def _compiled(model: LoadedModel) -> tuple[Any, Callable[[str], Any]]:
             raise ModelError(
                 f"{model.spec.source}: its tokenizer cannot be followed ({_first(str(err))}); leave structure out"
             ) from None
-        kept[stops] = tokens, lru_cache(KEPT)(lambda source: library.LLMatcher(tokens, source, log_level=0))
+        kept[stops] = tokens, lru_cache(KEPT)(lambda source: _state(tokens, source))
     return kept[stops]
+
+
+def _state(tokens: Any, source: str) -> Any:
+    """A beginning, of which each answer gets a copy."""
+    state = _library().LLMatcher(tokens, source, log_level=0)
+    first = state.deep_copy()
+    first.compute_bitmask()
+    if first.is_error():
+        raise ConfigError(f"structure: no text can begin so ({_first(first.get_error())}); ask for one that can")
+    return state
 
 
 def _library() -> Any:
