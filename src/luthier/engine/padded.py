@@ -62,7 +62,9 @@ def write(
     stops = StoppingCriteriaList([StopStringCriteria(model.tokenizer, list(sampling.stop))] if sampling.stop else [])
     processors = LogitsProcessorList([processor] if processor else [])
     if sampling.structure is not None:
-        processors.insert(0, Restrict(model, sampling.structure, width if left else 1))
+        # What an encoder-decoder is made to begin with is no part of the answer.
+        forced = module.generation_config.forced_bos_token_id is not None
+        processors.insert(0, Restrict(model, sampling.structure, width if left else 1 + forced))
     training, forced = module.training, module.generation_config.forced_eos_token_id
     module.eval()
     # BART and Marian write their end token wherever max_tokens cuts: an answer that was cut would look finished.

@@ -15,11 +15,17 @@ from luthier.core.errors import ConfigError, did_you_mean
 ONE = ("additionalProperties", "additionalItems")
 MANY = ("allOf", "anyOf", "oneOf", "prefixItems")
 NAMED = ("properties", "patternProperties")
-PLAIN = (
-    "$ref", "const", "enum", "type", "items", "minItems", "maxItems", "required", "minProperties", "maxProperties",
-    "minLength", "maxLength", "pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum",
-    "multipleOf",
+NUMBERS = (
+    "minItems", "maxItems", "minProperties", "maxProperties", "minLength", "maxLength", "minimum", "maximum",
+    "exclusiveMinimum", "exclusiveMaximum", "multipleOf",
 )  # fmt: skip
+PLAIN = ("$ref", "const", "enum", "type", "items", "required", "pattern", "format", *NUMBERS)
+KINDS: dict[str, Any] = {
+    **dict.fromkeys((*MANY, "enum", "required"), list),
+    **dict.fromkeys(NAMED, dict),
+    **dict.fromkeys(("$ref", "pattern", "format"), str),
+    **dict.fromkeys(NUMBERS, int | float),
+}
 # They say something about a value and restrict nothing.
 NOTES = (
     "$schema", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "deprecated",
@@ -146,10 +152,9 @@ def _check(where: str, schema: dict[str, Any], new: bool) -> None:
         if key not in (*ONE, *MANY, *NAMED, *PLAIN, *NOTES) and (not key.startswith("x-") or key == "x-guidance"):
             known = (*ONE, *MANY, *NAMED, *PLAIN)
             raise ConfigError(f"{where}: there is no keyword `{key}` in JSON schemas; {did_you_mean(key, known)}")
-        kinds = {**dict.fromkeys((*MANY, "enum", "required"), list), **dict.fromkeys(NAMED, dict), "$ref": str}
-        if key in kinds and not isinstance(value, kinds[key]):
+        if key in KINDS and (not isinstance(value, KINDS[key]) or (key in NUMBERS and isinstance(value, bool))):
             raise ConfigError(f"{where}: `{key}` has a value of the wrong kind; see json-schema.org")
-        if any(abs(number) > EXACT for number in _numbers(value)) and key in PLAIN:
+        if key in (*NUMBERS, "const", "enum") and any(abs(number) > EXACT for number in _numbers(value)):
             _refuse(where, key, "keep numbers below 2^53")
     if "format" in schema and schema["format"] not in FORMATS:
         raise ConfigError(f"{where}: `format` {schema['format']!r} is not known; {did_you_mean(str(schema['format']), FORMATS)}")

@@ -128,7 +128,7 @@ def masked(logits_SV: Tensor, bits_SW: np.ndarray) -> Tensor:
 
 
 class Restrict:
-    """The same for transformers' own `generate`: each row is followed from the start at every token."""
+    """The same for transformers' own `generate`: each row is followed from its place `start` at every token."""
 
     def __init__(self, model: LoadedModel, structure: Structure, start: int):
         if not model.spec.stop_ids:
@@ -136,6 +136,8 @@ class Restrict:
         self._model, self._structure, self._start = model, structure, start
 
     def __call__(self, ids_ST: Tensor, scores_SV: Tensor) -> Tensor:
+        if ids_ST.shape[1] < self._start:
+            return scores_SV
         for at, row in enumerate(ids_ST[:, self._start :].tolist()):
             if not set(row) & set(self._model.spec.stop_ids):
                 matcher = matcher_for(self._model, self._structure)
