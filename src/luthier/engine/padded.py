@@ -63,8 +63,8 @@ def write(
     processors = LogitsProcessorList([processor] if processor else [])
     if sampling.structure is not None:
         # What an encoder-decoder is made to begin with is no part of the answer.
-        forced = module.generation_config.forced_bos_token_id is not None
-        processors.insert(0, Restrict(model, sampling.structure, width if left else 1 + forced))
+        begun = module.generation_config.forced_bos_token_id is not None
+        processors.insert(0, Restrict(model, sampling.structure, width if left else 1 + begun))
     training, forced = module.training, module.generation_config.forced_eos_token_id
     module.eval()
     # BART and Marian write their end token wherever max_tokens cuts: an answer that was cut would look finished.
