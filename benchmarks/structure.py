@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from decimal import Decimal, getcontext
+from decimal import Decimal, InvalidOperation, getcontext
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,16 @@ def read_suite(path: Path | None) -> Iterator[tuple[str, str, str]]:
     """(draft, where, schema as text) of every case."""
     with tempfile.TemporaryDirectory() as folder:
         if path is None:
-            command = ["download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", folder, "jsonschema"]
+            command = [
+                "download",
+                "--no-deps",
+                "--no-binary",
+                ":all:",
+                "--no-build-isolation",
+                "-d",
+                folder,
+                "jsonschema",
+            ]
             subprocess.run([sys.executable, "-m", "pip", "--quiet", *command], check=True)
             path = next(Path(folder).glob("jsonschema-*.tar.gz"))
         with tarfile.open(path) as archive:
@@ -101,7 +110,7 @@ def judge(model: LoadedModel, draft: str, text: str, walks: int) -> tuple[str, s
             continue
         ended.append(written)
         try:
-            value = json.loads(written, parse_float=Decimal)
+            value = json.loads(written, parse_float=number)
             mistakes = list(validator.iter_errors(value))
         except json.JSONDecodeError as err:
             return "invalid", f"{written!r}: {err}"
@@ -110,6 +119,14 @@ def judge(model: LoadedModel, draft: str, text: str, walks: int) -> tuple[str, s
         if mistakes:
             return "invalid", f"{written!r}: {mistakes[0].message[:200]}"
     return ("valid", ended[-1]) if ended else ("unfinished", "")
+
+
+def number(text: str) -> Decimal | float:
+    """Exactly, but for exponents of twenty digits and more."""
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return float(text)
 
 
 def wander(model: LoadedModel, structure: Structure, draw: random.Random, closing: bool) -> str | None:
@@ -177,7 +194,10 @@ def cost(model: LoadedModel, tokens: int) -> dict[str, float]:
 
     write({"json_schema": RECORD})
     plain = write(None)
-    kept = [(owner, name, timed(owner, name)) for owner, name in ((Matcher, "fill"), (Matcher, "take"), (choose, "restrict"))]
+    kept = [
+        (owner, name, timed(owner, name))
+        for owner, name in ((Matcher, "fill"), (Matcher, "take"), (choose, "restrict"))
+    ]
     whole, steps = write({"json_schema": RECORD})
     for owner, name, own in kept:
         setattr(owner, name, own)

@@ -124,9 +124,11 @@ class Engine:
         """Give each text its token, and end those that are complete."""
         for request, token in zip(ready, tokens):
             request.written.append(token)
-            if token in self.model.spec.stop_ids or self._stops(request):
-                request.finish = "stop"
-            elif request.matcher is not None and request.matcher.take(token):
+            if (
+                token in self.model.spec.stop_ids
+                or self._stops(request)
+                or (request.matcher is not None and request.matcher.take(token))
+            ):
                 request.finish = "stop"
             elif len(request.written) == request.room:
                 request.finish = "length"

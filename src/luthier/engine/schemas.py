@@ -31,7 +31,11 @@ NOTES = (
     "$schema", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "deprecated",
     "readOnly", "writeOnly", "contentMediaType", "contentEncoding", "contentSchema",
 )  # fmt: skip
-CASES, OF_ALL, BY_PATH = "write the cases as anyOf", "say it of every item with items", "point to #/$defs/NAME with $ref"
+CASES, OF_ALL, BY_PATH = (
+    "write the cases as anyOf",
+    "say it of every item with items",
+    "point to #/$defs/NAME with $ref",
+)
 # What cannot be honoured token by token, and what to do.
 INSTEAD = {
     "not": "say what is allowed with enum, type or pattern",
@@ -40,7 +44,9 @@ INSTEAD = {
     "propertyNames": "use patternProperties with additionalProperties: false",
     "unevaluatedProperties": "use additionalProperties where all the properties stand",
     "unevaluatedItems": "use items where all the items stand",
-    **dict.fromkeys(("$id", "id", "$anchor", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor"), BY_PATH),
+    **dict.fromkeys(
+        ("$id", "id", "$anchor", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor"), BY_PATH
+    ),
 }
 OTHERWISE = "leave it out, and check it when the text is written"
 DRAFTS = ("/draft/2020-12/schema", "/draft/2019-09/schema", "/draft-07/schema", "/draft-06/schema")
@@ -157,12 +163,14 @@ def _check(where: str, schema: dict[str, Any], new: bool) -> None:
         if key in (*NUMBERS, "const", "enum") and any(abs(number) > EXACT for number in _numbers(value)):
             _refuse(where, key, "keep numbers below 2^53")
     if "format" in schema and schema["format"] not in FORMATS:
-        raise ConfigError(f"{where}: `format` {schema['format']!r} is not known; {did_you_mean(str(schema['format']), FORMATS)}")
+        raise ConfigError(
+            f"{where}: `format` {schema['format']!r} is not known; {did_you_mean(str(schema['format']), FORMATS)}"
+        )
     # Names that are not listed may come twice in the grammar, and count once.
     least = schema.get("minProperties", 0)
     if isinstance(least, int | float) and least > 1 and least > len(set(schema.get("required", ()))) + 1:
         _refuse(where, "minProperties", "name the properties that have to be there with required")
-    if isinstance(schema.get("items"), list) and (new and "$schema" in schema or "prefixItems" in schema):
+    if isinstance(schema.get("items"), list) and ((new and "$schema" in schema) or "prefixItems" in schema):
         _refuse(where, "items", "write a list of schemas as prefixItems")
     if "prefixItems" in schema and not new:
         _refuse(where, "prefixItems", "write it as a list in items, as drafts before 2020-12 do")

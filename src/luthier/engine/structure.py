@@ -57,9 +57,9 @@ class Structure(Config):
     def _check(self) -> Structure:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
-            said = " and ".join(given) or "none"
+            said = ", ".join(given) or "none"
             raise ValueError(f"set one of json_schema, regex, choices and grammar (got {said})")
-        if self.choices is not None and not all(self.choices) or self.choices == ():
+        if (self.choices is not None and not all(self.choices)) or self.choices == ():
             raise ValueError("choices needs one text at least, and none that is empty")
         source_of(self)
         return self
@@ -77,7 +77,9 @@ class Matcher:
         """Make the bits. Raises ModelError where the structure is too much for the machinery."""
         self._state.unsafe_compute_mask_ptr(self.bits.ctypes.data, self.bits.nbytes)
         if self._state.is_error():
-            raise ModelError(f"structure: the next token cannot be found ({_first(self._state.get_error())}); simplify it")
+            raise ModelError(
+                f"structure: the next token cannot be found ({_first(self._state.get_error())}); simplify it"
+            )
 
     def take(self, token: int) -> bool:
         """Go on by a token that is no stop token; whether nothing more can follow it."""

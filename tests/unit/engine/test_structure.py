@@ -165,7 +165,7 @@ def test_models_that_are_padded_keep_to_it_too(family, temperature):
     ("structure", "said"),
     [
         ({}, r"set one of json_schema, regex, choices and grammar \(got none\)"),
-        ({"regex": "a", "choices": ["b"]}, r"\(got regex and choices\)"),
+        ({"regex": "a", "choices": ["b"]}, r"\(got regex, choices\)"),
         ({"choices": []}, "one text at least"),
         ({"choices": ["a", ""]}, "none that is empty"),
         ({"regex": "a("}, "structure: `regex` cannot be followed"),
@@ -207,8 +207,8 @@ def test_leap_days_are_those_of_the_calendar():
 
     pattern = re.compile(prepare({"format": "date"})["pattern"])
     for year in (1, 4, 100, 400, 1900, 1999, 2000, 2024, 2100, 9996):
-        for month in range(0, 14):
-            for day in range(0, 33):
+        for month in range(14):
+            for day in range(33):
                 try:
                     real = bool(date(year, month, day))
                 except ValueError:

@@ -101,7 +101,9 @@ def read_structure(found: argparse.Namespace) -> dict[str, Any]:
         try:
             given["grammar"] = Path(given["grammar"]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as err:
-            raise ConfigError(f"--grammar {given['grammar']}: cannot be read ({err}); give a file of Lark rules") from None
+            raise ConfigError(
+                f"--grammar {given['grammar']}: cannot be read ({err}); give a file of Lark rules"
+            ) from None
     return {"structure": given} if given else {}
 
 
