@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +26,7 @@ KINDS: dict[str, Any] = {
     **dict.fromkeys(("$ref", "pattern", "format"), str),
     **dict.fromkeys(NUMBERS, int | float),
 }
+LAID = {"$ref", "anyOf", "oneOf", "const", "enum"}
 # They say something about a value and restrict nothing.
 NOTES = (
     "$schema", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "deprecated",
@@ -104,6 +105,7 @@ def prepare(schema: dict[str, Any] | bool) -> dict[str, Any]:
             todo.append((one["$ref"], _target(whole, where, one["$ref"])))
         todo += children(where, one)
         found.append(one)
+    _check_patterns(found)
     for one in found:
         _rewrite(one)
     return whole
@@ -162,6 +164,10 @@ def _check(where: str, schema: dict[str, Any], new: bool) -> None:
             raise ConfigError(f"{where}: `{key}` has a value of the wrong kind; see json-schema.org")
         if key in (*NUMBERS, "const", "enum") and any(abs(number) > EXACT for number in _numbers(value)):
             _refuse(where, key, "keep numbers below 2^53")
+    names = (*schema.get("properties", ()), *schema.get("required", ()))
+    if any(ord(letter) < 32 for name in names for letter in str(name)):
+        # They can be written in two ways, of which llguidance takes one for another name.
+        _refuse(where, "properties", "keep control characters out of the names")
     if "format" in schema and schema["format"] not in FORMATS:
         raise ConfigError(
             f"{where}: `format` {schema['format']!r} is not known; {did_you_mean(str(schema['format']), FORMATS)}"
@@ -174,6 +180,17 @@ def _check(where: str, schema: dict[str, Any], new: bool) -> None:
         _refuse(where, "items", "write a list of schemas as prefixItems")
     if "prefixItems" in schema and not new:
         _refuse(where, "prefixItems", "write it as a list in items, as drafts before 2020-12 do")
+
+
+def _check_patterns(schemas: Sequence[dict[str, Any]]) -> None:
+    """Raises ConfigError where schemas are laid over one another, one of them with patternProperties: llguidance would let
+    through names of the pattern that another one closes out."""
+    laid = [one for one in schemas if "allOf" in one or (LAID & one.keys() and len(one.keys() - {*NOTES, "type"}) > 1)]
+    open_to = [one for one in schemas if one.get("patternProperties")]
+    closed = [one for one in schemas if one.get("additionalProperties", True) not in (True, {})]
+    fixed = any(isinstance(value, dict) for one in schemas for value in (one.get("const"), *one.get("enum", ())))
+    if laid and any(fixed or any(one is not other for other in closed) for one in open_to):
+        _refuse("#", "patternProperties", "use it in a schema without allOf, and without $ref, anyOf, const or enum beside it")
 
 
 def _rewrite(schema: dict[str, Any]) -> None:
