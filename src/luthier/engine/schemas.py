@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,7 +27,6 @@ KINDS: dict[str, Any] = {
     **dict.fromkeys(("$ref", "pattern", "format"), str),
     **dict.fromkeys(NUMBERS, int | float),
 }
-LAID = {"$ref", "anyOf", "oneOf", "const", "enum"}
 # They say something about a value and restrict nothing.
 NOTES = (
     "$schema", "$comment", "$defs", "definitions", "title", "description", "default", "examples", "deprecated",
@@ -60,6 +60,8 @@ _DATE = (
 # Written out, since llguidance has a 29 February in every year, and a 61st second in every minute.
 DATES = {"date": f"^({_DATE})$", "time": f"^{_TIME}$", "date-time": f"^({_DATE})T{_TIME}$"}
 FORMATS = (*DATES, "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+# What is no letter in ASCII may be one to the next reader of the pattern.
+SIGNS = re.compile(r"(?<!\\)(\\\\)*(\\[WD]|\[\^[^\]]*\\[wd])")
 # The grammar counts in float64; beyond this whole numbers are rounded.
 EXACT = 2**53
 
@@ -105,7 +107,6 @@ def prepare(schema: dict[str, Any] | bool) -> dict[str, Any]:
             todo.append((one["$ref"], _target(whole, where, one["$ref"])))
         todo += children(where, one)
         found.append(one)
-    _check_patterns(found)
     for one in found:
         _rewrite(one)
     return whole
@@ -164,10 +165,8 @@ def _check(where: str, schema: dict[str, Any], new: bool) -> None:
             raise ConfigError(f"{where}: `{key}` has a value of the wrong kind; see json-schema.org")
         if key in (*NUMBERS, "const", "enum") and any(abs(number) > EXACT for number in _numbers(value)):
             _refuse(where, key, "keep numbers below 2^53")
-    names = (*schema.get("properties", ()), *schema.get("required", ()))
-    if any(ord(letter) < 32 for name in names for letter in str(name)):
-        # They can be written in two ways, of which llguidance takes one for another name.
-        _refuse(where, "properties", "keep control characters out of the names")
+    if any(SIGNS.search(str(one)) for one in (schema.get("pattern", ""), *schema.get("patternProperties", ()))):
+        _refuse(where, "pattern" if "pattern" in schema else "patternProperties", "write the characters out")
     if "format" in schema and schema["format"] not in FORMATS:
         raise ConfigError(
             f"{where}: `format` {schema['format']!r} is not known; {did_you_mean(str(schema['format']), FORMATS)}"
@@ -180,17 +179,6 @@ def _check(where: str, schema: dict[str, Any], new: bool) -> None:
         _refuse(where, "items", "write a list of schemas as prefixItems")
     if "prefixItems" in schema and not new:
         _refuse(where, "prefixItems", "write it as a list in items, as drafts before 2020-12 do")
-
-
-def _check_patterns(schemas: Sequence[dict[str, Any]]) -> None:
-    """Raises ConfigError where schemas are laid over one another, one of them with patternProperties: llguidance would let
-    through names of the pattern that another one closes out."""
-    laid = [one for one in schemas if "allOf" in one or (LAID & one.keys() and len(one.keys() - {*NOTES, "type"}) > 1)]
-    open_to = [one for one in schemas if one.get("patternProperties")]
-    closed = [one for one in schemas if one.get("additionalProperties", True) not in (True, {})]
-    fixed = any(isinstance(value, dict) for one in schemas for value in (one.get("const"), *one.get("enum", ())))
-    if laid and any(fixed or any(one is not other for other in closed) for one in open_to):
-        _refuse("#", "patternProperties", "use it in a schema without allOf, and without $ref, anyOf, const or enum beside it")
 
 
 def _rewrite(schema: dict[str, Any]) -> None:

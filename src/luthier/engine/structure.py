@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Between the parts of JSON: what json.dumps writes, indented or not. Without a bound a model could go on with blanks.
 BLANKS = r"( |\n[ \t]{0,40})"
+# Without \uXXXX: written so, a name that is in the schema would pass for another one.
+WAYS = {"whitespace_pattern": BLANKS, "json_allowed_escapes": 'nrbtf\\"'}
 KEPT = 64
 
 
@@ -113,20 +115,26 @@ def masks_made(requests: Sequence[Request]) -> Iterator[None]:
 def restrict(logits_RV: Tensor, requests: Sequence[Request]) -> None:
     """Leave the logits of what may come next in each text that has a structure; the others of its row become -inf."""
     rows = [at for at, one in enumerate(requests) if one.matcher is not None]
-    if rows:
-        bits_SW = np.stack([one.matcher.bits for one in requests if one.matcher is not None])
-        logits_RV[rows] = masked(logits_RV[rows], bits_SW)
+    if not rows:
+        return
+    bits_SW = np.stack([one.matcher.bits for one in requests if one.matcher is not None])
+    closed_SV = closed(bits_SW, logits_RV.shape[1], logits_RV.device)
+    if len(rows) == len(requests):
+        logits_RV.masked_fill_(closed_SV, -torch.inf)
+    else:
+        logits_RV[rows] = logits_RV[rows].masked_fill(closed_SV, -torch.inf)
 
 
-def masked(logits_SV: Tensor, bits_SW: np.ndarray) -> Tensor:
-    """The logits where a bit is set, -inf elsewhere; tokens beyond the bits have none."""
-    bytes_SB = torch.from_numpy(bits_SW.view(np.uint8)).to(logits_SV.device)
-    shifts_8 = torch.arange(8, dtype=torch.uint8, device=logits_SV.device)
-    allowed_SN = (bytes_SB.unsqueeze(-1) >> shifts_8 & 1).flatten(1).bool()
-    width = min(allowed_SN.shape[1], logits_SV.shape[1])
-    masked_SV = torch.full_like(logits_SV, -torch.inf)
-    masked_SV[:, :width] = torch.where(allowed_SN[:, :width], logits_SV[:, :width], -torch.inf)
-    return masked_SV
+def closed(bits_SW: np.ndarray, width: int, device: torch.device) -> Tensor:
+    """[S, width]: where no bit is set; tokens beyond the bits have none."""
+    bytes_SB = torch.from_numpy(bits_SW.view(np.uint8)).to(device)
+    closed_SN = ((bytes_SB.unsqueeze(-1) & _powers(device)) == 0).flatten(1)
+    return torch.nn.functional.pad(closed_SN, (0, max(0, width - closed_SN.shape[1])), value=True)[:, :width]
+
+
+@cache
+def _powers(device: torch.device) -> Tensor:
+    return torch.tensor([1 << at for at in range(8)], dtype=torch.uint8, device=device)
 
 
 class Restrict:
@@ -146,7 +154,9 @@ class Restrict:
                 for token in row:
                     matcher.take(token)
                 matcher.fill()
-                scores_SV[at : at + 1] = masked(scores_SV[at : at + 1], matcher.bits[None])
+                scores_SV[at].masked_fill_(
+                    closed(matcher.bits[None], scores_SV.shape[1], scores_SV.device)[0], -torch.inf
+                )
         return scores_SV
 
 
@@ -174,7 +184,7 @@ def _of_schema(text: str) -> str:
     made, schema = _library().LLMatcher, prepare(json.loads(text))
 
     def compile(schema: dict[str, Any]) -> str:
-        return str(made.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": BLANKS}))
+        return str(made.grammar_from_json_schema(json.dumps(schema), overrides=WAYS))
 
     mistake = _mistake(compile(schema))
     if mistake:
@@ -237,4 +247,6 @@ def _thread() -> ThreadPoolExecutor:
 
 
 def _first(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+    """The first line of what llguidance says, which shows the place on further ones."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return line if len(line) < 160 else line[:160] + " ..."

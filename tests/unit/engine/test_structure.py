@@ -13,7 +13,7 @@ from luthier.engine.engine import Engine, numbers_of
 from luthier.engine.generate import generate, stream
 from luthier.engine.sampling import Sampling
 from luthier.engine.schemas import prepare
-from luthier.engine.structure import Matcher, masked
+from luthier.engine.structure import Matcher, Structure, closed, matcher_for
 from luthier.faces.cli.flags import add_structure, make_parser, read_structure
 from luthier.models.load import load_model
 from tiny import tiny_model
@@ -100,8 +100,6 @@ def test_an_answer_that_is_whole_ends_without_a_stop_token():
 def test_greedy_takes_the_likeliest_of_what_may_come():
     model = load_model(str(tiny_model("llama")))
     (request,), _ = ask(model, {"json_schema": PERSON}, [0], temperature=0.0)
-    from luthier.engine.structure import Structure, matcher_for
-
     matcher = matcher_for(model, Structure(json_schema=PERSON))
     ids = list(request.prompt)
     for token in request.written:
@@ -182,6 +180,7 @@ def test_models_that_are_padded_keep_to_it_too(family, temperature):
         ({"json_schema": {"oneOf": [{"type": "integer"}, {"minimum": 2}]}}, "#: `oneOf` cannot be kept to"),
         ({"json_schema": {"items": {"pattern": "(?!a)b"}}}, "#/items: `pattern` cannot be kept to"),
         ({"json_schema": {"const": 2**60}}, "`const` cannot be kept to .* numbers below"),
+        ({"json_schema": {"pattern": r"^\W"}}, "`pattern` cannot be kept to .* write the characters out"),
         ({"json_schema": {"minProperties": 3}}, "`minProperties` cannot .* required"),
         ({"json_schema": False}, "which nothing satisfies"),
     ],
@@ -236,10 +235,9 @@ def test_settings_that_leave_nothing_over_are_an_error():
 def test_tokens_beyond_the_tokenizer_may_never_come():
     matcher = Matcher(None, (), 40)
     matcher.bits[:] = -1
-    found = masked(torch.zeros(1, 100), matcher.bits[None])
-    assert (found[0, :64] == 0).all() and (found[0, 64:] == -torch.inf).all()
+    assert closed(matcher.bits[None], 100, torch.device("cpu"))[0].tolist() == [False] * 64 + [True] * 36
     matcher.bits[:] = (1 << 3, 1)
-    assert masked(torch.zeros(1, 34), matcher.bits[None])[0].isfinite().nonzero().flatten().tolist() == [3, 32]
+    assert (~closed(matcher.bits[None], 34, torch.device("cpu"))[0]).nonzero().flatten().tolist() == [3, 32]
 
 
 def test_flags_take_their_values_as_they_stand(tmp_path):
@@ -256,3 +254,36 @@ def test_flags_take_their_values_as_they_stand(tmp_path):
     assert read_structure(parser.parse([])) == {}
     with pytest.raises(ConfigError, match="give a file of Lark rules"):
         read_structure(parser.parse(["--grammar", "nowhere"]))
+
+
+def test_a_name_of_the_schema_cannot_be_written_in_another_way():
+    model = load_model(str(tiny_model("llama")))
+    schema = {"properties": {"a": {"type": "integer"}, "b\n": {"type": "integer"}}}
+    for text, may in (
+        ('{"a":1,"c\\n":""}', True),
+        ('{"\\u0061":""}', False),
+        ('{"b\\n":1}', True),
+        ('{"b\\u000a":""}', False),
+    ):
+        matcher = matcher_for(model, Structure(json_schema=schema))
+        taken = [
+            matcher._state.consume_token(one) for one in model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ]
+        assert all(taken) == may, text
+
+
+def test_what_patterns_and_other_schemas_close_out_does_not_come():
+    model = load_model(str(tiny_model("llama")))
+    pattern = {"patternProperties": {"^a": {"type": "integer"}}}
+    for schema, texts in (
+        ({"allOf": [pattern, {"additionalProperties": False}]}, {'{"a":1}': False, "{}": True}),
+        ({**pattern, "enum": [{"b": 1}]}, {'{"b":1,"a":1}': False, '{"b":1}': True}),
+        ({"allOf": [pattern, {"additionalProperties": {"minimum": 5}}]}, {'{"a":1}': False, '{"a":7}': True}),
+        ({"minProperties": 2, "required": ["a"]}, {'{"a":1}': False, '{"a":1,"b":1}': True}),
+    ):
+        for text, may in texts.items():
+            matcher = matcher_for(model, Structure(json_schema=schema))
+            ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert (all(matcher._state.consume_token(one) for one in ids) and matcher._state.is_accepting()) == may, (
+                text
+            )
