@@ -62,6 +62,10 @@ DATES = {"date": f"^({_DATE})$", "time": f"^{_TIME}$", "date-time": f"^({_DATE})
 FORMATS = (*DATES, "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 # What is no letter in ASCII may be one to the next reader of the pattern.
 SIGNS = re.compile(r"(?<!\\)(\\\\)*(\\[WD]|\[\^[^\]]*\\[wd])")
+# Without \uXXXX these cannot be written in JSON, and llguidance leaves them out of a text; of a range it leaves the rest.
+HIDDEN = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+ESCAPED = re.compile(r"(?<!\\)(\\\\)*\\(x[01]|x7[fF]|u00[01]|u007[fF]|u\{|0|c)")
+RANGE = re.compile(r"\\x00-\\x1[fF]|\\u0000-\\u001[fF]")
 # The grammar counts in float64; beyond this whole numbers are rounded.
 EXACT = 2**53
 
@@ -165,8 +169,14 @@ def _check(where: str, schema: dict[str, Any], new: bool) -> None:
             raise ConfigError(f"{where}: `{key}` has a value of the wrong kind; see json-schema.org")
         if key in (*NUMBERS, "const", "enum") and any(abs(number) > EXACT for number in _numbers(value)):
             _refuse(where, key, "keep numbers below 2^53")
-    if any(SIGNS.search(str(one)) for one in (schema.get("pattern", ""), *schema.get("patternProperties", ()))):
+    patterns = [schema.get("pattern", ""), *schema.get("patternProperties", ())]
+    if any(SIGNS.search(one) for one in patterns):
         _refuse(where, "pattern" if "pattern" in schema else "patternProperties", "write the characters out")
+    if any(HIDDEN.search(one) or ESCAPED.search(RANGE.sub("", one)) for one in patterns):
+        _refuse(where, "pattern" if "pattern" in schema else "patternProperties", "keep control characters out")
+    for key in ("const", "enum"):
+        if any(HIDDEN.search(one) for one in _texts(schema.get(key))):
+            _refuse(where, key, "keep control characters out")
     if "format" in schema and schema["format"] not in FORMATS:
         raise ConfigError(
             f"{where}: `format` {schema['format']!r} is not known; {did_you_mean(str(schema['format']), FORMATS)}"
@@ -218,6 +228,14 @@ def _numbers(value: Any) -> Iterator[float]:
         for one in value.values() if isinstance(value, dict) else value:
             yield from _numbers(one)
     elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
+    elif isinstance(value, str):
         yield value
 
 

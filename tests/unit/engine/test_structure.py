@@ -181,6 +181,8 @@ def test_models_that_are_padded_keep_to_it_too(family, temperature):
         ({"json_schema": {"items": {"pattern": "(?!a)b"}}}, "#/items: `pattern` cannot be kept to"),
         ({"json_schema": {"const": 2**60}}, "`const` cannot be kept to .* numbers below"),
         ({"json_schema": {"pattern": r"^\W"}}, "`pattern` cannot be kept to .* write the characters out"),
+        ({"json_schema": {"items": {"enum": ["a\x00b"]}}}, "#/items: `enum` cannot be kept to .* control characters"),
+        ({"json_schema": {"pattern": r"a\x01"}}, "`pattern` cannot be kept to .* control characters"),
         ({"json_schema": {"minProperties": 3}}, "`minProperties` cannot .* required"),
         ({"json_schema": False}, "which nothing satisfies"),
     ],
@@ -197,6 +199,7 @@ def test_beams_and_a_structure_do_not_go_together():
 
 def test_what_has_no_effect_is_no_reason_to_refuse():
     schema = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "t", "uniqueItems": False, "x-note": 1}
+    assert prepare({"pattern": r"^[^\x00-\x1f]+$", "const": "a\nb\\0"})
     assert prepare({**schema, "deprecated": True, "properties": {"not": {"type": "null"}}})["properties"]
     Sampling(structure={"json_schema": {**schema, "deprecated": True, "default": {"not": 1}}})
 
