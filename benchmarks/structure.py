@@ -11,7 +11,8 @@ ended and all that ended satisfy it, `unfinished` when none ended, `unjudged` wh
 Python's); `invalid` must be 0, and is an error.
 
 The cost is measured with `mini`, 8 texts at once under a schema of one object, as shares of the time of all steps: `masks`,
-found by a thread while the model reads; `between`, the time in which they are laid over the logits and moved on. Writes
+found by a thread while the model reads; `between`, the time in which they are laid over the logits and moved on; medians of 7
+repeats, in turn with the same texts without a structure. Writes
 benchmarks/results/structure.json; the last line printed is the same object.
 """
 
@@ -21,6 +22,7 @@ import argparse
 import json
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -161,8 +163,9 @@ def closers(model: LoadedModel) -> set[int]:
 _KEPT: dict[str, set[int]] = {}
 
 
-def cost(model: LoadedModel, tokens: int) -> dict[str, float]:
-    """Shares of the time of all steps, and microseconds for one mask of one text."""
+def cost(model: LoadedModel, tokens: int, repeats: int) -> dict[str, float]:
+    """Milliseconds of a step with and without a structure, microseconds of the mask of one text, shares of a step."""
+    model.spec = model.spec.model_copy(update={"stop_ids": ()})
     spent: Counter[str] = Counter()
     calls: Counter[str] = Counter()
 
@@ -178,38 +181,33 @@ def cost(model: LoadedModel, tokens: int) -> dict[str, float]:
                 calls[name] += 1
 
         setattr(owner, name, run)
-        return own
-
-    model.spec = model.spec.model_copy(update={"stop_ids": ()})
-    prompts = [[5 + at, 6, 7, 8] for at in range(8)]
 
     def write(structure: dict[str, Any] | None) -> tuple[float, int]:
         engine = Engine(model, 8192)
-        sampling = Sampling(max_tokens=tokens, temperature=1.0, structure=structure)
-        for at, prompt in enumerate(prompts):
-            engine.add(prompt, sampling, draw=numbers_of(at))
+        for at in range(8):
+            sampling = Sampling(max_tokens=tokens, temperature=1.0, structure=structure)
+            engine.add([5 + at, 6, 7, 8], sampling, draw=numbers_of(at))
         started, steps = time.perf_counter(), 0
         while engine.busy:
             engine.step()
             steps += 1
         return time.perf_counter() - started, steps
 
-    write({"json_schema": RECORD})
-    plain = write(None)
-    kept = [
-        (owner, name, timed(owner, name))
-        for owner, name in ((Matcher, "fill"), (Matcher, "take"), (choose, "restrict"))
-    ]
-    whole, steps = write({"json_schema": RECORD})
-    for owner, name, own in kept:
-        setattr(owner, name, own)
-    return {
-        "step_ms": round(1000 * whole / steps, 3),
-        "plain_step_ms": round(1000 * plain[0] / plain[1], 3),
-        "mask_us": round(1e6 * spent["fill"] / calls["fill"], 1),
-        "masks": round(spent["fill"] / whole, 4),
-        "between": round((spent["take"] + spent["restrict"]) / whole, 4),
-    }
+    for owner, name in ((Matcher, "fill"), (Matcher, "take"), (choose, "restrict")):
+        timed(owner, name)
+    found: dict[str, list[float]] = {name: [] for name in ("step_ms", "plain_step_ms", "mask_us", "masks", "between")}
+    for at in range(repeats + 1):
+        plain, plain_steps = write(None)
+        spent.clear()
+        calls.clear()
+        whole, steps = write({"json_schema": RECORD})
+        if at:
+            found["plain_step_ms"].append(1000 * plain / plain_steps)
+            found["step_ms"].append(1000 * whole / steps)
+            found["mask_us"].append(1e6 * spent["fill"] / calls["fill"])
+            found["masks"].append(spent["fill"] / whole)
+            found["between"].append((spent["take"] + spent["restrict"]) / whole)
+    return {name: float(f"{statistics.median(one):.3g}") for name, one in found.items()}
 
 
 def main() -> None:
@@ -247,7 +245,7 @@ def main() -> None:
         "drafts": {draft: dict(found) for draft, found in counts.items()},
         "refused_for": dict(refused.most_common()),
         "threads": torch.get_num_threads(),
-        "cost": cost(model, 20 if options.quick else 100),
+        "cost": cost(model, 100, 1 if options.quick else 7),
     }
     if not options.quick:
         path = HERE / "results" / "structure.json"

@@ -115,24 +115,25 @@ def masks_made(requests: Sequence[Request]) -> Iterator[None]:
 def restrict(logits_RV: Tensor, requests: Sequence[Request]) -> None:
     """Leave the logits of what may come next in each text that has a structure; the others of its row become -inf."""
     rows = [at for at, one in enumerate(requests) if one.matcher is not None]
-    if not rows:
-        return
-    bits_SW = np.stack([one.matcher.bits for one in requests if one.matcher is not None])
-    # Row by row: on a CPU that is ten times as fast as all at once, where a row is too short to be shared among threads.
-    for at, closed_V in zip(rows, closed(bits_SW, logits_RV.shape[1], logits_RV.device)):
-        logits_RV[at].masked_fill_(closed_V, -torch.inf)
+    if rows:
+        bits_SW = np.stack([one.matcher.bits for one in requests if one.matcher is not None])
+        bias_SV = bias_of(bits_SW, logits_RV.shape[1], logits_RV.device)
+        logits_RV.index_add_(0, torch.tensor(rows, device=logits_RV.device), bias_SV)
 
 
-def closed(bits_SW: np.ndarray, width: int, device: torch.device) -> Tensor:
-    """[S, width]: where no bit is set; tokens beyond the bits have none."""
+def bias_of(bits_SW: np.ndarray, width: int, device: torch.device) -> Tensor:
+    """[S, width]: 0 where a bit is set and -inf elsewhere, tokens beyond the bits included."""
     bytes_SB = torch.from_numpy(bits_SW.view(np.uint8)).to(device)
-    closed_SN = ((bytes_SB.unsqueeze(-1) & _powers(device)) == 0).flatten(1)
-    return torch.nn.functional.pad(closed_SN, (0, max(0, width - closed_SN.shape[1])), value=True)[:, :width]
+    # A sum over a table of bytes: on a CPU many times as fast as masked_fill.
+    bias_SN = torch.nn.functional.embedding(bytes_SB.int(), _table(device)).flatten(1)[:, :width]
+    return torch.nn.functional.pad(bias_SN, (0, width - bias_SN.shape[1]), value=-torch.inf)
 
 
 @cache
-def _powers(device: torch.device) -> Tensor:
-    return torch.tensor([1 << at for at in range(8)], dtype=torch.uint8, device=device)
+def _table(device: torch.device) -> Tensor:
+    """[256, 8]: the bias of the eight tokens of a byte."""
+    bits_B8 = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    return torch.where(bits_B8 == 1, 0.0, -torch.inf).to(device)
 
 
 class Restrict:
@@ -152,9 +153,7 @@ class Restrict:
                 for token in row:
                     matcher.take(token)
                 matcher.fill()
-                scores_SV[at].masked_fill_(
-                    closed(matcher.bits[None], scores_SV.shape[1], scores_SV.device)[0], -torch.inf
-                )
+                scores_SV[at] += bias_of(matcher.bits[None], scores_SV.shape[1], scores_SV.device)[0]
         return scores_SV
 
 
