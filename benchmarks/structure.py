@@ -44,6 +44,7 @@ from luthier.engine.engine import Engine, numbers_of
 from luthier.engine.sampling import Sampling
 from luthier.engine.structure import Matcher, Structure, matcher_for
 from luthier.models.load import load_model
+from luthier.models.memory import keep_freed_memory
 from luthier.models.spec import LoadedModel
 
 HERE = Path(__file__).parent
@@ -221,6 +222,7 @@ def main() -> None:
     except ImportError:
         raise SystemExit("jsonschema judges the texts, and is not installed: pip install jsonschema") from None
     torch.set_grad_enabled(False)
+    keep_freed_memory()
     getcontext().prec = 1000
     model = load_model("mini")
     cases = list(read_suite(options.suite))

@@ -126,7 +126,8 @@ def bias_of(bits_SW: np.ndarray, width: int, device: torch.device) -> Tensor:
     bytes_SB = torch.from_numpy(bits_SW.view(np.uint8)).to(device)
     # A sum over a table of bytes: on a CPU many times as fast as masked_fill.
     bias_SN = torch.nn.functional.embedding(bytes_SB.int(), _table(device)).flatten(1)[:, :width]
-    return torch.nn.functional.pad(bias_SN, (0, width - bias_SN.shape[1]), value=-torch.inf)
+    missing = width - bias_SN.shape[1]
+    return torch.nn.functional.pad(bias_SN, (0, missing), value=-torch.inf) if missing else bias_SN
 
 
 @cache
