@@ -4,11 +4,12 @@ import json
 import random
 import re
 import sys
+import threading
 
 import pytest
 import torch
 
-from luthier.core.errors import ConfigError, MissingExtra
+from luthier.core.errors import ConfigError, MissingExtra, ModelError
 from luthier.engine.engine import Engine, numbers_of
 from luthier.engine.generate import generate, stream
 from luthier.engine.sampling import Sampling
@@ -16,6 +17,7 @@ from luthier.engine.schemas import prepare
 from luthier.engine.structure import Matcher, Structure, bias_of, matcher_for
 from luthier.faces.cli.flags import add_structure, make_parser, read_structure
 from luthier.models.load import load_model
+from luthier.verbs.generate import Generate, answer_texts
 from tiny import tiny_model
 
 llguidance = pytest.importorskip("llguidance")
@@ -291,3 +293,46 @@ def test_what_patterns_and_other_schemas_close_out_does_not_come():
             assert (all(matcher._state.consume_token(one) for one in ids) and matcher._state.is_accepting()) == may, (
                 text
             )
+
+
+def test_masks_are_made_while_the_model_reads(monkeypatch):
+    model = load_model(str(tiny_model("llama")))
+    engine, made, own = Engine(model, 512), threading.Event(), Matcher.fill
+    monkeypatch.setattr(Matcher, "fill", lambda matcher: (own(matcher), made.set())[0])
+    read = engine._reader.read
+
+    def wait_and_read(*given):
+        assert made.wait(20), "no mask came while the model was reading"
+        made.clear()
+        return read(*given)
+
+    monkeypatch.setattr(engine._reader, "read", wait_and_read)
+    request = engine.add([5], Sampling(max_tokens=3, structure={"regex": "[0-9]+"}))
+    engine.run()
+    assert model.renderer.decode(request.written).isdigit()
+
+
+def test_a_mask_that_cannot_be_made_is_an_error():
+    engine = Engine(load_model(str(tiny_model("llama"))), 512)
+    engine.add([5], Sampling(structure={"regex": "[0-9]+"})).matcher._state = Broken()
+    with pytest.raises(ModelError, match=r"structure: the next token cannot be found \(too many states\); simplify it"):
+        engine.run()
+
+
+class Broken:
+    """A state of llguidance that has run into one of its limits."""
+
+    def unsafe_compute_mask_ptr(self, *place):
+        return
+
+    def is_error(self):
+        return True
+
+    def get_error(self):
+        return "too many states\nin the lexer"
+
+
+def test_models_that_write_nothing_refuse_a_structure():
+    config = Generate.make({"model": str(tiny_model("bert")), "sampling": {"structure": {"choices": ["a"]}}})
+    with pytest.raises(ConfigError, match="is made to masked and writes no text; leave it out"):
+        answer_texts(config, ["one [MASK] three"])
