@@ -11,6 +11,7 @@ from torch import Tensor
 from luthier.core.errors import ConfigError
 from luthier.engine.logs import likelihoods
 from luthier.engine.request import Request
+from luthier.engine.structure import restrict
 
 
 def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
@@ -20,6 +21,7 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
     (`shares_of`), and the draw. Each text keeps how likely its token was, where that is asked for.
     """
     raw = {at: logits_RV[at].clone() for at, one in enumerate(requests) if one.sampling.logprobs is not None}
+    restrict(logits_RV, requests)
     for at, one in enumerate(requests):
         if not untouched(one):
             logits_RV[at] = settled(logits_RV[at], one)
@@ -38,7 +40,7 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
 
 def takes_likeliest(request: Request) -> bool:
     """Whether its next token is the likeliest of the model's own logits."""
-    return request.sampling.temperature == 0 and untouched(request)
+    return request.sampling.temperature == 0 and request.matcher is None and untouched(request)
 
 
 def untouched(request: Request) -> bool:

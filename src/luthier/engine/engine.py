@@ -19,6 +19,7 @@ from luthier.engine.readers import reader_for
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.schedule import Schedule
+from luthier.engine.structure import masks_made, matcher_for
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
 from luthier.models.pages import BLOCK, writes_by_pages
 from luthier.models.spec import LoadedModel
@@ -86,6 +87,8 @@ class Engine:
             tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, adapter, ends, banned,
             tuple(names_of(prompt, salt)),
         )  # fmt: skip
+        if sampling.structure is not None:
+            request.matcher = matcher_for(self.model, sampling.structure)
         if self._guessed and not sampling.prompt_logprobs:
             request.guesser = Guesser(prompt, self.model.learned)
         self._arrived += 1
@@ -132,10 +135,11 @@ class Engine:
                 ready.append(request)
         requests = [request for request, _ in planned]
         likeliest = not told and all(takes_likeliest(one) for one in ready)
-        found = self._reader.read(
-            ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned],
-            [*rows, *told], likeliest=likeliest, adapters=[one.adapter for one in requests],
-        )  # fmt: skip
+        with masks_made(ready):
+            found = self._reader.read(
+                ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned],
+                [*rows, *told], likeliest=likeliest, adapters=[one.adapter for one in requests],
+            )  # fmt: skip
         at = len(rows)
         for request, count in planned:
             places = request.telling(count)
@@ -169,7 +173,8 @@ class Engine:
             for request, token in zip(going, rows.tolist() if rows.dim() == 1 else choose(rows, going)):
                 self._write(request, token)
             going = [one for one in going if one.finish is None and one.drafts[depth : depth + 1] == one.written[-1:]]
-            depth += 1
+            with masks_made(going):
+                depth += 1
         for request in ready:
             if request.drafts:
                 # All that is new but the last token was guessed, and read with the guess.
@@ -185,7 +190,11 @@ class Engine:
 
     def _write(self, request: Request, token: int) -> None:
         request.written.append(token)
-        if token in request.ends or stops_here(self.model, request.written, request.sampling):
+        if (
+            token in request.ends
+            or stops_here(self.model, request.written, request.sampling)
+            or (request.matcher is not None and request.matcher.take(token))
+        ):
             request.finish = "stop"
         elif len(request.written) == request.room:
             request.finish = "length"

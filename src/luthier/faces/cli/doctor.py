@@ -18,7 +18,8 @@ from luthier.faces.cli.flags import make_parser
 from luthier.faces.cli.results import print_json
 
 EXTRAS = {"parquet": ("pyarrow", "parquet files"), "hub-data": ("datasets", "data sets of the hub"),
-          "sentencepiece": ("sentencepiece", "tokenizers made with it")}  # fmt: skip
+          "sentencepiece": ("sentencepiece", "tokenizers made with it"),
+          "structure": ("llguidance", "answers of a given form")}  # fmt: skip
 # Under this, a run of a small model may not fit.
 LITTLE_DISK = 2 * 10**9
 
