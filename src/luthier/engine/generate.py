@@ -21,6 +21,7 @@ from luthier.engine.pieces import complete, pieces
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.models.pages import BLOCK, writes_by_pages
+from luthier.models.precision import cast_weights
 from luthier.models.spec import LoadedModel
 
 
@@ -119,6 +120,9 @@ def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, 
     if uses_engine(model):
         prepare(model, execution, events)
         remember(model)
+    if model.native is None and model.as_stored:
+        cast_weights(model, "float32")
+        model.as_stored = False
     tell_engine(model, sampling, events)
 
 

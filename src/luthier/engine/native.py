@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,15 @@ WORTH = 1024
 MOST_KL, MOST_PERPLEXITY = 0.01, 0.01
 # What bf16 and int8 change of the logits at most, relative to their size; a model that computes anything else is far beyond.
 MOST_APART = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Tokens, the model's last hidden states after each, and how it makes logits of them."""
+
+    ids: list[int]
+    states_TE: Tensor
+    head: Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +74,8 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
         return
     try:
         decoder = _describe(model)
-        own_TV, ids = _own(model)
-        chosen = _choose(model, decoder, own_TV, ids, execution)
+        own = _own(model)
+        chosen = _choose(model, decoder, own, execution)
     except Unlike as why:
         if execution != "auto":
             raise ConfigError(
@@ -75,6 +86,15 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
     packed, quality = chosen
     model.native = packed
     events.choose("engine", f"native {packed.form}", f"{quality}; {packed.nbytes / 1e6:,.0f} MB of weights")
+
+
+def let_go(model: LoadedModel) -> None:
+    """Give the memory of a packed model's own layers back: it only writes from here on."""
+    if model.native is not None:
+        for module in model.network.base_model.modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.dim() == 2 and module is not model.network.get_input_embeddings():
+                weight.data = weight.data.new_empty(0)
 
 
 @contextmanager
@@ -89,7 +109,7 @@ def natively(model: LoadedModel, tokens: int) -> Iterator[None]:
         packed = Packed(decoder, "bfloat16")
         packed.take_adapters([decoder])
         if model.packable is None:
-            model.packable = measure(packed, *_own(model)).apart <= MOST_APART
+            model.packable = measure(packed, _own(model)).apart <= MOST_APART
     except Unlike:
         model.packable = False
     if model.packable:
@@ -146,40 +166,37 @@ def _describe(model: LoadedModel, apart: bool = False) -> Decoder:
 
 
 @torch.inference_mode()
-def _own(model: LoadedModel) -> tuple[Tensor, list[int]]:
-    """The model's own logits after each token of the calibration text, and its tokens."""
+def _own(model: LoadedModel) -> Own:
+    """What the model itself says of the calibration text."""
     training = model.module.training
     model.module.eval()
     text = (files("luthier") / "assets" / "calibration.txt").read_text(encoding="utf-8")
     ids = list(model.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])[: model.spec.max_length]
     try:
-        states_TE = hidden_states(model, torch.tensor(ids), (len(ids),))
-        return head_of(model).logits(states_TE).float(), ids
+        return Own(ids, hidden_states(model, torch.tensor(ids), (len(ids),)), head_of(model))
     finally:
         model.module.train(training)
 
 
-def _choose(
-    model: LoadedModel, decoder: Decoder, own_TV: Tensor, ids: list[int], execution: Execution
-) -> tuple[Packed, Quality]:
+def _choose(model: LoadedModel, decoder: Decoder, own: Own, execution: Execution) -> tuple[Packed, Quality]:
     if execution in ("bfloat16", "int8"):
-        return _try(model, decoder, execution, own_TV, ids)
-    packed, quality = _try(model, decoder, "int8", own_TV, ids)
+        return _try(model, decoder, execution, own)
+    packed, quality = _try(model, decoder, "int8", own)
     if execution == "int4":
         packed = Packed(decoder, "int4")
-        return packed, measure(packed, own_TV, ids)
+        return packed, measure(packed, own)
     if quality.kl <= MOST_KL and quality.perplexity <= MOST_PERPLEXITY:
         return packed, quality
-    whole, other = _try(model, decoder, "bfloat16", own_TV, ids)
+    whole, other = _try(model, decoder, "bfloat16", own)
     if other.kl <= MOST_KL and other.perplexity <= MOST_PERPLEXITY:
         return whole, other
     raise Unlike(f"int8 changes too much ({quality}), and so does bf16 ({other})")
 
 
-def _try(model: LoadedModel, decoder: Decoder, form: Form, own_TV: Tensor, ids: list[int]) -> tuple[Packed, Quality]:
+def _try(model: LoadedModel, decoder: Decoder, form: Form, own: Own) -> tuple[Packed, Quality]:
     """Pack, and compare. Raises Unlike where it gives other logits: the model does something that was not read off it."""
     packed = Packed(decoder, form)
-    quality = measure(packed, own_TV, ids)
+    quality = measure(packed, own)
     if not quality.apart <= MOST_APART:
         raise Unlike(
             f"a {model.spec.family} model gives other logits than its parts in {form} ({quality.apart:.2f} apart)"
@@ -187,16 +204,23 @@ def _try(model: LoadedModel, decoder: Decoder, form: Form, own_TV: Tensor, ids: 
     return packed, quality
 
 
-def measure(packed: Packed, own_TV: Tensor, ids: Sequence[int]) -> Quality:
-    """What `packed`, with its first adapter if it has any, changes of these logits."""
-    blocks = -(-len(ids) // TOKENS)
-    cached = Cached(packed, blocks)
-    adapters = [0 if packed.adapters else -1]
-    made_TV = cached.read(ids, [list(range(blocks))], [0], [len(ids)], list(range(len(ids))), adapters=adapters)
-    own_TV, logs_TV = own_TV.log_softmax(-1), made_TV.log_softmax(-1)
-    kl = float((own_TV.exp() * (own_TV - logs_TV)).sum(-1).mean())
-    next_T1 = torch.tensor(ids[1:])[:, None]
-    more = float((own_TV[:-1].gather(1, next_T1) - logs_TV[:-1].gather(1, next_T1)).mean())
-    centred_TV = own_TV - own_TV.mean(-1, keepdim=True)
-    apart = float((logs_TV - logs_TV.mean(-1, keepdim=True) - centred_TV).norm() / centred_TV.norm())
-    return Quality(kl, float(torch.tensor(more).exp()) - 1, apart)
+@torch.inference_mode()
+def measure(packed: Packed, own: Own) -> Quality:
+    """What `packed`, with its first adapter if it has any, changes of what the model says."""
+    blocks = -(-len(own.ids) // TOKENS)
+    cached, adapters = Cached(packed, blocks), [0 if packed.adapters else -1]
+    kl = more = apart = size = 0.0
+    # A few tokens at a time: a vocabulary may be large.
+    for start in range(0, len(own.ids), TOKENS):
+        ids = own.ids[start : start + TOKENS]
+        made_TV = cached.read(ids, [list(range(blocks))], [start], [len(ids)], list(range(len(ids))), adapters=adapters)
+        own_TV, made_TV = (
+            one.float().log_softmax(-1) for one in (own.head.logits(own.states_TE[start : start + TOKENS]), made_TV)
+        )
+        lost_TV = own_TV - made_TV
+        kl += float((own_TV.exp() * lost_TV).sum())
+        following = own.ids[start + 1 : start + 1 + len(ids)]
+        more += float(lost_TV[: len(following)].gather(1, torch.tensor(following)[:, None]).sum())
+        apart += float((lost_TV - lost_TV.mean(-1, keepdim=True)).square().sum())
+        size += float((own_TV - own_TV.mean(-1, keepdim=True)).square().sum())
+    return Quality(kl / len(own.ids), math.exp(more / (len(own.ids) - 1)) - 1, math.sqrt(apart / size))

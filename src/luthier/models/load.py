@@ -63,6 +63,7 @@ def load_model(
     conversations: bool = False,
     quantize: Literal["auto", "none", "int8", "nf4"] = "auto",
     unquantised: bool = False,
+    as_stored: bool = False,
     events: Events | None = None,
 ) -> LoadedModel:
     """Load `source` (a shipped name, run:<id>, a directory, a hub id) for `task`, in eval mode.
@@ -72,6 +73,7 @@ def load_model(
     else float32, whatever the files hold. `from_scratch` takes the shape alone and draws the weights from torch's
     generator. `quantize` is the form in which the linear layers of the body are held; auto: as the adapter was tuned.
     `unquantised` leaves a base without an adapter as its files have it, for an adapter that reads it and quantises the rest.
+    `as_stored` leaves a language model whose files hold bf16 in it, for who packs its weights (`LoadedModel.as_stored`).
     `conversations` asks for a chat template where the task alone would not: for reward models.
 
     On the device "meta" a model has its shape and no weights, and none are read; one with an adapter cannot be had so.
@@ -100,6 +102,11 @@ def load_model(
         events.choose(
             "base", "in full", f"the adapter was tuned over a base in {saved.quantize}, and its answers may differ"
         )
+    config_dtype = getattr(config, "dtype", None)
+    as_stored = as_stored and (dtype, adapter, quantize) == ("auto", None, "none") and task == "causal"
+    as_stored = as_stored and kind == "decoder" and config_dtype == torch.bfloat16
+    if as_stored:
+        dtype = "bfloat16"
     # What PiSSA leaves in the base is taken from it in full precision, and rounded or quantised after.
     pissa = saved is not None and (saved.adapter or {}).get("kind") == "pissa"
     late = pissa and dtype == "bfloat16" and quantize == "none"
@@ -168,7 +175,7 @@ def load_model(
         events=events,
         conversations=conversations or (task == "regress" and spec.learned == "reward"),
     )
-    loaded = LoadedModel(module, tokenizer, spec, renderer)
+    loaded = LoadedModel(module, tokenizer, spec, renderer, as_stored=as_stored)
     if late:
         cast_weights(loaded, "bfloat16")
     return loaded

@@ -74,6 +74,9 @@ class LoadedModel:
     tokenizer: Any
     spec: ModelSpec
     renderer: Renderer
+    as_stored: bool = False
+    """Whether it is in bf16 only because its files are, and would compute in fp32 by itself."""
+
     packs: bool | None = None
     """Whether it reads texts laid end to end as if each were alone; None: not tried yet (`models.packed.packs`)."""
     shares: bool | None = None

@@ -19,6 +19,8 @@ from luthier.native.shape import ACTIVATIONS, Decoder, Linear, Norm
 
 # Tokens of a block of keys and values, and the numbers that are worked on at once (TOKENS, LANE in the C files).
 TOKENS, LANE = 32, 16
+# Rows of a weight that are packed at once, so that what is between takes little; whole tiles.
+AT_ONCE = 4096
 # Bytes of weights that are asked for at once.
 CHUNK = 2**24
 LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -78,6 +80,22 @@ def _library() -> Any:
         getattr(library, name).argtypes = (POINTER, POINTER, LONG, LONG)
     library.decoder_step.argtypes = (ctypes.POINTER(CDecoder), ctypes.POINTER(CStep))
     return library
+
+
+def _pack(weight_NK: Tensor, form: Form, to: int) -> Tensor | None:
+    """Write whole tiles of a weight to an address; their scales, where the form has any."""
+    library, (n, k) = _library(), weight_NK.shape
+    if form == "bfloat16":
+        made_NK, pack, scale = weight_NK.bfloat16(), library.pack_halves, None
+    elif form == "int8":
+        (made_NK, scale), pack = to_int8(weight_NK), library.pack_bytes
+    else:
+        (made_NK, scale_NG), pack = to_int4(weight_NK), library.pack_nibbles
+        scale = scale_NG.view(n // LANE, LANE, k // GROUP).transpose(1, 2)
+    # Held by a name until it is packed: an address keeps no tensor.
+    made_NK = made_NK.contiguous()
+    pack(made_NK.data_ptr(), to, n, k)
+    return scale
 
 
 @cache
@@ -157,22 +175,15 @@ class Packed:
 
     def _product(self, linear: Linear, form: Form, end: bool = False) -> CProduct:
         weight_NK = linear.weight()
-        rows = weight_NK.shape[0]
-        weight_NK = filled(weight_NK, form)
-        (n, k), bits, library = weight_NK.shape, BITS[form], _library()
-        made, scale = self._take(n * k * bits // 8), None
-        if form == "bfloat16":
-            # Held by a name until it is packed: an address keeps no tensor.
-            from_NK = weight_NK.bfloat16().contiguous()
-            library.pack_halves(from_NK.data_ptr(), made, n, k)
-        elif form == "int8":
-            from_NK, scale_N = to_int8(weight_NK)
-            library.pack_bytes(from_NK.contiguous().data_ptr(), made, n, k)
-            scale = self._hold(scale_N)
-        else:
-            from_NK, scale_NG = to_int4(weight_NK)
-            library.pack_nibbles(from_NK.contiguous().data_ptr(), made, n, k)
-            scale = self._hold(scale_NG.view(n // LANE, LANE, k // GROUP).transpose(1, 2))
+        rows, bits = weight_NK.shape[0], BITS[form]
+        n, k = rows + -rows % LANE, filled(weight_NK[:1], form).shape[1]
+        made, scales = self._take(n * k * bits // 8), []
+        for start in range(0, rows, AT_ONCE):
+            part_NK = filled(weight_NK[start : start + AT_ONCE], form)
+            scale = _pack(part_NK, form, made + start * k * bits // 8)
+            if scale is not None:
+                scales.append(scale)
+        scale = self._hold(torch.cat(scales)) if scales else None
         bias = None
         if linear.bias_N is not None or (end and n > rows):
             filled_N = torch.zeros(n)

@@ -80,7 +80,6 @@ def generate(
     they come. Answers of classifiers carry the probability of each class; where they are asked for, written ones carry
     `logprobs` and `prompt_logprobs`, and `others`, further answers to the same prompt. Raises LuthierError.
     """
-    from luthier.models.load import load_model
 
     if isinstance(asked, Generate):
         asked = Resolved(asked, dict.fromkeys(asked.model_fields_set, "override"))
@@ -90,14 +89,14 @@ def generate(
         raise ConfigError("there is nothing to run: give a prompt, or --input FILE")
     items = _read_items(config, events) if config.input is not None else [("prompt", config.prompt or "")]
     events.stage(f"loading the model {config.model}")
-    model = load_model(
-        config.model, max_length=config.max_length, truncate=config.truncate, device=config.device, events=events
-    )
+    model = _load(config, events)
     shots = _load_shots(model, config, events)
     if _writes(model):
         from luthier.engine.generate import choose_engine
+        from luthier.engine.native import let_go
 
         choose_engine(model, config.sampling, config.execution, events)
+        let_go(model)
     if config.prompt is not None and on_text is not None and _writes(model) and _grows(config.sampling):
         from luthier.engine.generate import stream
 
@@ -128,20 +127,32 @@ def generate(
 
 def answer_texts(config: Generate, texts: Sequence[str], *, sinks: Sequence[Sink] = ()) -> list[dict[str, Any]]:
     """The answers to several texts (the lines of a pipe), in order. Raises LuthierError."""
-    from luthier.models.load import load_model
 
     events = Events(sinks=sinks)
-    model = load_model(
-        config.model, max_length=config.max_length, truncate=config.truncate, device=config.device, events=events
-    )
+    model = _load(config, events)
     shots = _load_shots(model, config, events)
     if _writes(model):
         from luthier.engine.generate import choose_engine
+        from luthier.engine.native import let_go
 
         choose_engine(model, config.sampling, config.execution, events)
+        let_go(model)
     found = _answer(model, [(f"line {number}", text) for number, text in enumerate(texts, 1)], config, shots)
     _warn_empty(found, events)
     return found
+
+
+def _load(config: Generate, events: Events) -> LoadedModel:
+    from luthier.models.load import load_model
+
+    return load_model(
+        config.model,
+        max_length=config.max_length,
+        truncate=config.truncate,
+        device=config.device,
+        as_stored=config.execution != "model",
+        events=events,
+    )
 
 
 def load(source: str, **settings: Any) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from luthier.models.adapters import ADAPTERS
 from luthier.models.load import load_model
 from luthier.models.pages import BLOCK
 from luthier.models.precision import cast_weights
+from luthier.models.save import save_model
 from luthier.native.decoder import TOKENS, Cached, why_no_decoder
 from tiny import tiny_model
 
@@ -70,7 +71,7 @@ def test_bfloat16_is_taken_where_int8_changes_too_much(monkeypatch):
     quality = native.measure
     monkeypatch.setattr(
         native, "measure",
-        lambda packed, own, ids: native.Quality(1.0, 0.5, 0.01) if packed.form == "int8" else quality(packed, own, ids),
+        lambda packed, own: native.Quality(1.0, 0.5, 0.01) if packed.form == "int8" else quality(packed, own),
     )  # fmt: skip
     assert made()[0].native.form == "bfloat16"
 
@@ -230,3 +231,30 @@ def test_likelihoods_come_from_the_native_decoder_too():
     assert told.prompt_logs == pytest.approx(right[: len(ids) - 1], abs=1e-5)
     assert [one.raw[0] for one in told.logs] == pytest.approx(right[len(ids) - 1 :], abs=1e-5)
     assert plain.written == told.written and plain.logs == []
+
+
+def in_bf16(tmp_path):
+    model = decoder_model("llama")
+    cast_weights(model, "bfloat16")
+    save_model(model, tmp_path / "stored")
+    (tmp_path / "stored" / "luthier.json").unlink()
+    return str(tmp_path / "stored")
+
+
+def test_a_model_is_packed_from_its_files_precision_and_its_own_layers_let_go(tmp_path):
+    model = load_model(in_bf16(tmp_path), as_stored=True)
+    assert model.as_stored and model.network.dtype == torch.bfloat16
+    choose_engine(model, Sampling(), "int8", Events())
+    before = written(model, Sampling(max_tokens=6))
+    native.let_go(model)
+    assert sum(one.numel() for one in model.network.base_model.layers.parameters() if one.dim() == 2) == 0
+    assert written(model, Sampling(max_tokens=6)) == before
+
+
+def test_a_model_that_is_not_packed_computes_in_fp32_as_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "MOST_KL", 0.0)
+    source = in_bf16(tmp_path)
+    model = load_model(source, as_stored=True)
+    choose_engine(model, Sampling(), "auto", Events())
+    assert model.native is None and model.network.dtype == torch.float32 and not model.as_stored
+    assert written(model, Sampling(max_tokens=6)) == written(load_model(source), Sampling(max_tokens=6))

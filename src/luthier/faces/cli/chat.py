@@ -46,6 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     found = parser().parse(arguments)
     from luthier.engine.engine import Engine
     from luthier.engine.generate import choose_engine, stream, uses_engine
+    from luthier.engine.native import let_go
     from luthier.engine.sampling import Sampling
     from luthier.models.load import load_model
 
@@ -53,13 +54,14 @@ def run(arguments: Sequence[str]) -> int:
     settings |= {name: getattr(found, name) for name in ("top_p", "seed") if getattr(found, name) is not None}
     sampling = Sampling.make(settings | read_structure(found), where="chat")
     people = sys.stdin.isatty()
-    model = load_model(found.model)
+    model = load_model(found.model, as_stored=found.execution != "model")
     if model.spec.task != "causal":
         raise ModelError(
             f'{found.model}: this model is made to {model.spec.task} and cannot talk; try luthier generate {found.model} "text"'
         )
     with show_progress(quiet=not people) as sinks:
         choose_engine(model, sampling, found.execution, Events(sinks=sinks))
+    let_go(model)
     # Kept from turn to turn, so that what was said before is not read again.
     engine = Engine(model, min(model.spec.max_length, ROOM)) if uses_engine(model) else None
     system = [Message("system", found.system)] if found.system else []
