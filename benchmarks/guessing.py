@@ -1,0 +1,130 @@
+"""How much sooner a tuned model writes when what comes is guessed from its own rows, and that nothing else changes.
+
+    python benchmarks/guessing.py [--quick]
+
+`mini` is tuned on the shipped text messages to answer each with a short verdict that quotes the message; then it answers 100
+messages of the held-out fifth one at a time, greedily and drawn, with guesses and without, read by the native decoder in int8
+and by its own module. In turn, medians of the repeats, tokens a second of the answers, prompts included in the time. The
+answers are compared token by token. Writes benchmarks/results/guessing.json; the last line printed is the same object, in which
+`ours` is with guesses, `peer` without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import luthier
+from luthier.core.events import Events
+from luthier.core.types import Message
+from luthier.engine.drafts import remember
+from luthier.engine.engine import Engine, numbers_of
+from luthier.engine.native import prepare
+from luthier.engine.sampling import Sampling
+from luthier.models.load import load_model
+from luthier.models.spec import LoadedModel
+
+HERE = Path(__file__).parent
+VERDICTS = {
+    "spam": 'This is an advertisement, and it wants something from you: "{}". Do not answer, do not call, and block the sender.',
+    "ham": 'This is from somebody who knows you: "{}". Nothing has to be done about it; answer when you have the time.',
+}
+QUOTED = 8
+
+
+def answer(text: str, label: str) -> str:
+    return VERDICTS[label].format(" ".join(text.split()[:QUOTED]))
+
+
+def tune(folder: Path, steps: int) -> tuple[str, list[str]]:
+    """The run of the tuned model, and messages that it has not seen."""
+    place = Path(str(files("luthier"))) / "assets" / "sms_spam"
+    rows = [json.loads(line) for path in sorted(place.glob("*.jsonl")) for line in path.open(encoding="utf-8")]
+    held, seen = rows[::5], [row for at, row in enumerate(rows) if at % 5]
+    path = folder / "rows.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps(
+                {"messages": [{"role": "user", "content": row["text"]},
+                              {"role": "assistant", "content": answer(row["text"], row["label"])}]}
+            ) + "\n"
+            for row in seen
+        ),
+        encoding="utf-8",
+    )  # fmt: skip
+    record = luthier.tune(
+        model="mini", data={"train": str(path), "split": {"validation": 0.02}}, adapter="full", steps=steps,
+        batch_size=16, learning_rate=1e-3, baselines=False,
+    )  # fmt: skip
+    return record.id, [row["text"] for row in held]
+
+
+def write(
+    model: LoadedModel, prompts: list[list[int]], guessed: int, temperature: float
+) -> tuple[float, list[list[int]]]:
+    """Tokens a second, and the answers."""
+    sampling = Sampling(max_tokens=60, temperature=temperature)
+    engine, written = Engine(model, 4096, guessed=guessed), []
+    started = time.perf_counter()
+    for at, prompt in enumerate(prompts):
+        request = engine.add(prompt, sampling, draw=numbers_of(1, at))
+        engine.run()
+        written.append(request.written)
+    return sum(map(len, written)) / (time.perf_counter() - started), written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="60 steps of tuning, 20 messages, one repeat")
+    quick = parser.parse_args().quick
+    repeats = 1 if quick else 3
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LUTHIER_RUNS"] = folder
+        run, texts = tune(Path(folder), 60 if quick else 400)
+        ways = {}
+        for name, execution in (("int8", "int8"), ("model", "model")):
+            model = load_model(f"run:{run}")
+            prepare(model, execution, Events())
+            remember(model)
+            ways[name] = model
+    prompts = [model.renderer.prompt([Message("user", text)]) for text in texts[: 20 if quick else 100]]
+    found: dict[str, dict[str, list[float]]] = {}
+    for at in range(repeats + 1):
+        for name, model in ways.items():
+            for temperature in (0.0, 0.7):
+                key = f"{name}, {'greedy' if temperature == 0 else 'drawn at 0.7'}"
+                with_it, ours = write(model, prompts, 32, temperature)
+                without, plain = write(model, prompts, 0, temperature)
+                if ours != plain:
+                    raise SystemExit(f"{key}: guesses changed an answer")
+                if at:
+                    for side, rate in (("ours", with_it), ("peer", without)):
+                        found.setdefault(key, {}).setdefault(side, []).append(rate)
+                print(key, round(with_it), round(without), file=sys.stderr, flush=True)
+    medians = {
+        side: {key: round(statistics.median(one[side]), 1) for key, one in found.items()} for side in ("ours", "peer")
+    }
+    result = {
+        "benchmark": "guessing",
+        "messages": len(prompts),
+        "repeats": repeats,
+        "unit": "tokens/s, one message at a time",
+        "same_answers": True,
+        **medians,
+        "ratio": {key: round(medians["ours"][key] / medians["peer"][key], 2) for key in found},
+    }
+    if not quick:
+        path = HERE / "results" / "guessing.json"
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
