@@ -2,15 +2,14 @@
 
     python benchmarks/labels.py [--quick] [--shape 15m|135m|0.6b]
 
-1,000 text messages of the shipped SMS data, spam or ham, through a model of a known shape with random weights in bf16, its
-faster parts in place in ours as in `benchmarks/writing.py`. `zero` puts an instruction before each message, `few` four worked
-examples too. The peer gets the same prompts, those of like length together, padded to the left, at the best of three batch
-sizes, each tried on 64 of them; it writes greedily as many tokens as the longest label with its end has, the least that an
-answer needs, and the label is looked for in the text. `sixteen` lets it write 16, as one does where a model may say more, on
-the first part alone. Weights are random, so what is written seldom ends before. Both render and tokenise their prompts
-inside the time. The messages come in parts, each through ours and then through the peer, in one process: rows a second are
-medians over the parts, `ratio` is one over the other. Writes benchmarks/results/labels.json; the last line printed is the
-same object.
+1,000 text messages of the shipped SMS data, spam or ham, through a model of a known shape with random weights in bf16; ours is
+what `luthier evaluate` classifies with. `zero` puts an instruction before each message, `few` four worked examples too. The
+peer gets the same prompts, those of like length together, padded to the left, at the best of three batch sizes, each tried on
+64 of them; it writes greedily as many tokens as the longest label with its end has, the least that an answer needs, and the
+label is looked for in the text. `sixteen` lets it write 16, as one does where a model may say more, on the first part alone.
+Weights are random, so what is written seldom ends before. Both render and tokenise their prompts inside the time. The
+messages come in parts, each through ours and then through the peer, in one process: rows a second are medians over the parts,
+`ratio` is one over the other. Writes benchmarks/results/labels.json; the last line printed is the same object.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from pathlib import Path
 import torch
 from shapes import make_model
 
+from luthier.core.events import Events
 from luthier.core.types import Labelled
 from luthier.data.load import Data, load_examples
 from luthier.engine.labels import Labeller, ask_for
 from luthier.engine.padded import write
 from luthier.engine.sampling import Sampling
-from luthier.models.fuse import fuse
 from luthier.models.load import load_model
 from luthier.models.memory import keep_freed_memory
 from luthier.models.spec import LoadedModel
@@ -42,7 +41,7 @@ SIZES = (16, 32, 64)
 
 def read_rows(count: int) -> tuple[list[str], list[tuple[str, str]]]:
     """Messages, and four worked examples that are not among them."""
-    rows = [one for one in load_examples("sms_spam", Data(train="sms_spam")) if isinstance(one, Labelled)]
+    rows = [one for one in load_examples("sms_spam", Data(train="sms_spam"), Events()) if isinstance(one, Labelled)]
     shots = [(one.text, str(one.label)) for label in LABELS for one in [row for row in rows if row.label == label][:2]]
     shown = {text for text, _ in shots}
     return [one.text for one in rows if one.text not in shown][:count], shots
@@ -78,25 +77,24 @@ def main() -> None:
     build = HERE.parent / "build" / "benchmarks"
     build.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
-    plain, ours = (load_model(str(make_model(shape, build)), dtype="bfloat16") for _ in range(2))
-    fuse(ours)
+    model = load_model(str(make_model(shape, build)), dtype="bfloat16")
     texts, four = read_rows(count)
     ways: dict[str, dict[str, float]] = {"ours": {}, "peer": {}, "sixteen": {}}
     facts: dict[str, dict[str, float]] = {}
     for name, shots in (("few", four), ("zero", [])):
-        renderer = LabelRenderer(ours.renderer, Ask(LABELS, ask_for(LABELS), shots))
+        renderer = LabelRenderer(model.renderer, Ask(LABELS, ask_for(LABELS), shots))
         rendered = [renderer.render(text, "") for text in texts]
         longest = max(len(one) for _, labels in rendered for one in labels)
-        run_ours(ours, texts[:32], shots)
-        tried = {size: run_peer(plain, texts[:64], shots, size, longest) for size in SIZES}
+        run_ours(model, texts[:32], shots)
+        tried = {size: run_peer(model, texts[:64], shots, size, longest) for size in SIZES}
         size = max(tried, key=lambda size: tried[size])
         found: dict[str, list[float]] = {way: [] for way in ways}
         for start in range(0, count, count // parts):
             part = texts[start : start + count // parts]
-            found["ours"].append(run_ours(ours, part, shots))
-            found["peer"].append(run_peer(plain, part, shots, size, longest))
+            found["ours"].append(run_ours(model, part, shots))
+            found["peer"].append(run_peer(model, part, shots, size, longest))
             if not start:
-                found["sixteen"].append(run_peer(plain, part, shots, size, 16))
+                found["sixteen"].append(run_peer(model, part, shots, size, 16))
         for way, rates in found.items():
             ways[way][name] = round(statistics.median(rates), 2)
         facts[name] = {
