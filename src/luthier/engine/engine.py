@@ -19,6 +19,7 @@ from luthier.engine.readers import reader_for
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.schedule import Schedule
+from luthier.engine.scoring import Asked, Score, Scorer
 from luthier.engine.structure import masks_made, matcher_for
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
 from luthier.models.pages import BLOCK, writes_by_pages
@@ -48,6 +49,7 @@ class Engine:
         blocks = -(-room // BLOCK)
         self._reader, self.blocks = reader_for(model, blocks), Blocks(blocks)
         self.schedule, self._guessed = Schedule(self.blocks, streams, tokens), guessed
+        self._scorer = Scorer(model)
 
     def add(
         self,
@@ -121,6 +123,14 @@ class Engine:
             found = self.step()
             if on_progress is not None:
                 on_progress(found)
+
+    def score(self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Score]:
+        """How likely each continuation of the prompt is; what runs and waits is not touched. Raises DataError."""
+        return self.score_all([(prompt, continuations)])[0]
+
+    def score_all(self, asked: Sequence[Asked]) -> list[list[Score]]:
+        """The same for many prompts at once; what they begin alike with is read once, and kept for the next call."""
+        return self._scorer.score(asked)
 
     def _read(self, planned: Sequence[tuple[Request, int]]) -> tuple[torch.Tensor, list[Request]]:
         """Put a step through the model: the logits of the texts that are read to their end, and which they are. Where no

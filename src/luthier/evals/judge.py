@@ -64,13 +64,16 @@ def _judge_classes(
     areas = []
     for at, label in enumerate(labels):
         if all(one.probabilities is not None for one in predictions):
-            scores = [one.probabilities[label] for one in predictions if one.probabilities is not None]
+            scores = [one.probabilities.get(label, 0.0) for one in predictions if one.probabilities is not None]
             try:
                 areas.append(classification.roc_auc(scores, meant_NC[:, at].tolist()))
             except ValueError:
                 details["notes"].append(f"no ROC-AUC for {label!r}: these rows hold only one kind")
     if areas and len(areas) == len(labels):
         metrics["roc_auc"] = areas[list(labels).index(details["positive"])] if len(labels) == 2 else _mean_area(areas)
+    if all(one.probabilities is not None for one in predictions):
+        given = [(one.probabilities or {}).get(str(gold), 0.0) for one, gold in zip(predictions, meant)]
+        metrics["log_loss"] = classification.log_loss(given)
     return metrics, details
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.core.types import Estimate
-from luthier.metrics.statistics import Floats, as_floats, bootstrap, wilson
+from luthier.metrics.statistics import Floats, as_floats, bootstrap, mean, wilson
 
 Average: TypeAlias = Literal["micro", "macro", "weighted"]
 Formula: TypeAlias = Callable[[Floats, Floats, Floats], Floats]
@@ -70,6 +70,11 @@ def roc_auc(scores: Sequence[float], positive: Sequence[bool]) -> Estimate:
     variance = (v10.var(ddof=1) / m if m > 1 else 0.25) + (v01.var(ddof=1) / n if n > 1 else 0.25)
     half = float(norm.ppf(0.975)) * float(np.sqrt(variance))
     return Estimate(float(area), max(0.0, float(area) - half), min(1.0, float(area) + half), m + n, "DeLong")
+
+
+def log_loss(shares: Sequence[float]) -> Estimate:
+    """Mean of -log of the probabilities that were given to the true classes, in nats; one of 0 counts as 1e-15."""
+    return mean(-np.log(np.clip(as_floats(shares), 1e-15, None)))
 
 
 def per_class(said_NC: Bools, meant_NC: Bools, labels: Sequence[str]) -> list[dict[str, Any]]:

@@ -79,25 +79,9 @@ class Renderer:
         Raises DataError, beginning with the example's id: nothing to learn, too long, a turn without an end, two BOS; and
         ModelError for a template that ends no turn.
         """
-        if self.template is None:
-            raise ModelError("this model was loaded without a chat template, so it cannot read conversations")
-        if self.template.name == "raw":
+        if self.template is not None and self.template.name == "raw":
             return self.pair(_as_pair(example))
-        if self.turn_end is None:
-            raise ModelError(
-                f"the chat template {self.template.name!r} ends an assistant's turn with {self._tail!r}, "
-                "which is no special token: the model could not learn to stop; use another template"
-            )
-        try:
-            spans = find_spans(
-                example.messages,
-                lambda some, opened: self._apply(some, example.tools, opened),
-                self.turn_end,
-                self.learn,
-            )
-            whole = self._apply(example.messages, example.tools, False)
-        except DataError as err:
-            raise DataError(f"{example.id}: {err}") from None
+        whole, spans = self._place(example.id, example.messages, example.tools, self.learn)
         row = self._spanned(example.id, whole, spans)
         first = next(at for at, message in enumerate(example.messages) if message.role == "assistant")
         if first:
@@ -152,6 +136,29 @@ class Renderer:
         """
         text = self._apply(messages, tools, opened)
         return text, tuple(self._with_first(self._ids(text)))
+
+    def split(self, messages: Sequence[Message], id: str = "") -> tuple[str, str]:
+        """A conversation's text before what the assistant says last, and that with the end of its turn.
+
+        Raises DataError and ModelError as `chat` does.
+        """
+        whole, spans = self._place(id, messages, (), "last")
+        start, end, _ = spans[-1]
+        return whole[:start], whole[start:end]
+
+    def tokens(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids of a rendered text, and for each how many characters it reaches to."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
+        framed = self._with_first(ids)
+        return tuple(framed), (*(0,) * (len(framed) - len(ids)), *ends)
+
+    def shorten(self, text: str, count: int) -> str:
+        """A text without its last `count` tokens."""
+        ends = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        kept = ends["offset_mapping"][:-count]
+        # Tokens of one character reach to the same place, so that its last ones alone cut nothing.
+        return text[: min(kept[-1][1], len(text) - 1)] if kept else ""
 
     def prompt(
         self, prompt: str | Sequence[Message], tools: Sequence[dict[str, Any]] = (), *, raw: bool = False
@@ -210,6 +217,23 @@ class Renderer:
                 f"the chat template {self.template.name!r} cannot render these turns ({roles}): {why}"
             ) from None
         return str(text)
+
+    def _place(
+        self, id: str, messages: Sequence[Message], tools: Sequence[dict[str, Any]], learn: str
+    ) -> tuple[str, list[Span]]:
+        """A conversation's text, and what of it the assistant says."""
+        if self.template is None:
+            raise ModelError("this model was loaded without a chat template, so it cannot read conversations")
+        if self.turn_end is None:
+            raise ModelError(
+                f"the chat template {self.template.name!r} ends an assistant's turn with {self._tail!r}, "
+                "which is no special token: the model could not learn to stop; use another template"
+            )
+        apply = lambda some, opened: self._apply(some, tools, opened)  # noqa: E731
+        try:
+            return self._apply(messages, tools, False), find_spans(messages, apply, self.turn_end, learn)
+        except DataError as err:
+            raise DataError(f"{id}: {err}") from None
 
     def _find_turn_end(self) -> str | None:
         """The text of the special token that the template writes after an assistant's content; None where there is none."""

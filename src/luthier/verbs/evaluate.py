@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
@@ -13,14 +14,15 @@ from luthier.core.errors import ConfigError, DataError, LuthierError
 from luthier.core.events import Events, Sink
 from luthier.core.record import Record
 from luthier.core.run import Run, discard, write_rows
-from luthier.core.types import Example, Labelled
+from luthier.core.types import Example, Labelled, Prediction, Task
 from luthier.data.load import Data, fingerprint_examples, load_examples
 from luthier.data.preferences import holds_answers
 from luthier.data.profile import profile_examples
+from luthier.engine.labelling import Labelling, Labels
 from luthier.engine.sampling import Execution, Sampling
 
 if TYPE_CHECKING:
-    from luthier.models.spec import ModelSpec
+    from luthier.models.spec import LoadedModel, ModelSpec
 
 
 class Evaluate(Config):
@@ -34,6 +36,12 @@ class Evaluate(Config):
     """Training rows for the plain baselines; without them none is judged."""
     sampling: Sampling = Sampling()
     """How answers are written, for models that write."""
+    labels: Labels = ()
+    """Labels that a language model chooses among, for rows that carry one; by default those of the rows."""
+    labelling: Labelling = Labelling()
+    """How it is asked for a label, and how labels are compared."""
+    shots: Path | None = None
+    """A file of examples to put before each text that a language model gives a label: text and label."""
     reference: str | None = None
     """For answers that were liked or not: the model before tuning, whose likelihood is taken off, as in DPO and KTO."""
     likelihood: bool = False
@@ -90,13 +98,13 @@ def _judge(run: Run, config: Evaluate) -> None:
     from luthier.engine.native import prepare
     from luthier.evals.baselines import baselines_for
     from luthier.evals.judge import judge
-    from luthier.evals.predict import predict_examples
     from luthier.evals.preferences import judge_answers, read_answers
     from luthier.models.load import load_model
 
     run.events.stage("reading the data")
     source = config.data.train if config.data.test is None else config.data.test
     examples = load_examples(source, config.data, run.events)
+    train = [] if config.train is None else load_examples(config.train, config.data, run.events)
     run.events.stage(f"loading the model {config.model}")
     model = load_model(
         config.model, max_length=config.max_length, truncate=config.truncate, device=config.device, events=run.events
@@ -105,37 +113,32 @@ def _judge(run: Run, config: Evaluate) -> None:
     _check_labels(examples, spec.labels, config.model)
     run.events.stage(f"judging on {len(examples)} rows")
     found: dict[str, Any] = {}
+    chosen = _choose_labels(config, spec, examples, train, run.events)
+    task: Task = "classify" if chosen else spec.task
+    labels = chosen or spec.labels
     if holds_answers(examples):
         logs, before = read_answers(model, examples, run.events), _read_reference(config, spec, examples, run.events)
         predictions, metrics, details, found = judge_answers(examples, logs, before, refers=before is not None)
     else:
-        if spec.task == "causal" and not config.likelihood and uses_engine(model):
+        if task == "causal" and not config.likelihood and uses_engine(model):
             prepare(model, config.execution, run.events)
             remember(model)
-        predictions = predict_examples(
-            model,
-            examples,
-            sampling=config.sampling,
-            batch_size=config.batch_size,
-            likelihood=config.likelihood,
-            events=run.events,
-        )
-        metrics, details = judge(predictions, spec.task, spec.labels)
+        predictions = _predict(config, model, examples, chosen, run.events)
+        metrics, details = judge(predictions, task, labels)
     details["evaluated_on"] = "test"
     write_rows(run.artefacts / "predictions.jsonl", predictions)
     (run.artefacts / "details.json").write_text(json.dumps(details, ensure_ascii=False), encoding="utf-8")
     profile = profile_examples(examples)
     (run.artefacts / "profile.json").write_text(json.dumps(profile, ensure_ascii=False), encoding="utf-8")
     if config.train is not None:
-        train = load_examples(config.train, config.data, run.events)
-        baselines = () if holds_answers(examples) else baselines_for(spec.task)
+        baselines = () if holds_answers(examples) else baselines_for(task)
         if not baselines:
-            raise ConfigError(f"train: there is no plain baseline for a model made to {spec.task}; leave `train` out")
+            raise ConfigError(f"train: there is no plain baseline for a model made to {task}; leave `train` out")
         for baseline in baselines:
             run.events.stage(f"judging the baseline {baseline.kind}")
             guesses = baseline.predict(train, examples)
             write_rows(run.artefacts / f"predictions-{baseline.kind}.jsonl", guesses)
-            found[baseline.kind] = judge(guesses, spec.task, spec.labels)[0]
+            found[baseline.kind] = judge(guesses, task, labels)[0]
     artefacts = {name: f"artefacts/{name}" for name in ("predictions.jsonl", "details.json", "profile.json")}
     run.update(
         metrics=metrics,
@@ -143,6 +146,49 @@ def _judge(run: Run, config: Evaluate) -> None:
         data={"fingerprint": fingerprint_examples(examples), "test": len(examples)},
         lineage={"model": config.model, "data": str(config.data.model_dump(mode="json")["train"])},
         artefacts={name.partition(".")[0]: path for name, path in artefacts.items()},
+    )
+
+
+def _choose_labels(
+    config: Evaluate, spec: ModelSpec, examples: Sequence[Example], train: Sequence[Example], events: Events
+) -> tuple[str, ...]:
+    """The labels that a language model chooses among; none where it is judged otherwise, or is none."""
+    from luthier.evals.labels import choose_labels
+
+    if spec.task == "causal" and isinstance(examples[0], Labelled):
+        if config.likelihood:
+            raise ConfigError(
+                "likelihood: these rows carry labels, each of which is scored anyway; leave likelihood out"
+            )
+        if config.sampling != Sampling():
+            raise ConfigError("sampling has no effect where labels are scored and nothing is written; leave it out")
+        return choose_labels([*examples, *train], config.labels, events)
+    idle = next((name for name in ("labels", "labelling", "shots") if name in config.model_fields_set), None)
+    if idle is not None:
+        raise ConfigError(
+            f"{idle}: goes with a language model and rows that carry a label; {config.model} is made to {spec.task}, and "
+            f"these rows are {type(examples[0]).__name__}"
+        )
+    return ()
+
+
+def _predict(
+    config: Evaluate, model: LoadedModel, examples: Sequence[Example], labels: Sequence[str], events: Events
+) -> list[Prediction]:
+    from luthier.evals.labels import predict_labels
+    from luthier.evals.predict import predict_examples
+    from luthier.verbs.shots import load_shots
+
+    if labels:
+        shots = load_shots(model, config.model, config.shots, events)
+        return predict_labels(model, examples, labels, config.labelling, shots=shots, events=events)
+    return predict_examples(
+        model,
+        examples,
+        sampling=config.sampling,
+        batch_size=config.batch_size,
+        likelihood=config.likelihood,
+        events=events,
     )
 
 

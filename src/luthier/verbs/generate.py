@@ -15,10 +15,13 @@ from pydantic import Field, model_validator
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events, Sink
-from luthier.core.types import Chat, Completion, Labelled, Message, Pair, Prediction, Text, TokenLog
+from luthier.core.types import Chat, Completion, Message, Prediction, TokenLog
+from luthier.engine.labelling import Labelling, Labels
 from luthier.engine.sampling import Execution, Sampling
+from luthier.verbs.shots import load_shots, with_shots, writes
 
 if TYPE_CHECKING:
+    from luthier.engine.labels import Labeller
     from luthier.models.spec import LoadedModel
 
 EMPTY = "empty, since the model ended at once; that is what it learned where training texts end in such a place"
@@ -44,6 +47,10 @@ class Generate(Config):
     """How one answer is printed."""
     sampling: Sampling = Sampling()
     """How answers are written."""
+    labels: Labels = ()
+    """A language model gives each text one of these labels instead of writing (on the command line: spam,ham)."""
+    labelling: Labelling = Labelling()
+    """How it is asked for a label, and how labels are compared."""
     max_length: int | None = Field(None, gt=1)
     """Longest row in tokens; by default the model's context."""
     truncate: bool = False
@@ -63,6 +70,10 @@ class Generate(Config):
             raise ValueError("give one prompt or an input file, not both")
         if self.output is not None and self.input is None:
             raise ValueError("output goes with input, a file of rows; a single answer is printed")
+        if self.labelling != Labelling() and not self.labels:
+            raise ValueError("labelling goes with labels; name the labels to choose from")
+        if self.labels and self.sampling != Sampling():
+            raise ValueError("sampling has no effect where labels are scored and nothing is written; leave it out")
         return self
 
 
@@ -77,8 +88,9 @@ def generate(
 
     With an output file each answer is appended as soon as its batch is done, and a second call goes on after the last
     whole line; the list then holds what this call added. `on_text` is handed the pieces of a single written answer as
-    they come. Answers of classifiers carry the probability of each class; where they are asked for, written ones carry
-    `logprobs` and `prompt_logprobs`, and `others`, further answers to the same prompt. Raises LuthierError.
+    they come. Answers of classifiers, and of language models that were given `labels`, carry the probability of each
+    class; where they are asked for, written ones carry `logprobs` and `prompt_logprobs`, and `others`, further answers to the
+    same prompt. Raises LuthierError.
     """
 
     if isinstance(asked, Generate):
@@ -90,14 +102,12 @@ def generate(
     items = _read_items(config, events) if config.input is not None else [("prompt", config.prompt or "")]
     events.stage(f"loading the model {config.model}")
     model = _load(config, events)
-    shots = _load_shots(model, config, events)
-    if _writes(model):
-        from luthier.engine.generate import choose_engine
-        from luthier.engine.native import let_go
-
-        choose_engine(model, config.sampling, config.execution, events)
-        let_go(model)
-    if config.prompt is not None and on_text is not None and _writes(model) and _grows(config.sampling):
+    shots = load_shots(model, config.model, config.shots, events)
+    labeller = _make_labeller(model, config, shots, events)
+    if writes(model) and labeller is None:
+        _choose_engine(model, config, events)
+    streams = writes(model) and labeller is None and _grows(config.sampling)
+    if config.prompt is not None and on_text is not None and streams:
         from luthier.engine.generate import stream
 
         pieces = []
@@ -116,7 +126,7 @@ def generate(
     total = len(left)
     for start in range(0, total, config.batch_size):
         part = left[start : start + config.batch_size]
-        found = _answer(model, part, config, shots)
+        found = _answer(model, part, config, shots, labeller)
         answers += found
         if config.output is not None:
             _append(config.output, found)
@@ -130,14 +140,11 @@ def answer_texts(config: Generate, texts: Sequence[str], *, sinks: Sequence[Sink
 
     events = Events(sinks=sinks)
     model = _load(config, events)
-    shots = _load_shots(model, config, events)
-    if _writes(model):
-        from luthier.engine.generate import choose_engine
-        from luthier.engine.native import let_go
-
-        choose_engine(model, config.sampling, config.execution, events)
-        let_go(model)
-    found = _answer(model, [(f"line {number}", text) for number, text in enumerate(texts, 1)], config, shots)
+    shots = load_shots(model, config.model, config.shots, events)
+    labeller = _make_labeller(model, config, shots, events)
+    if writes(model) and labeller is None:
+        _choose_engine(model, config, events)
+    found = _answer(model, [(f"line {number}", text) for number, text in enumerate(texts, 1)], config, shots, labeller)
     _warn_empty(found, events)
     return found
 
@@ -150,7 +157,7 @@ def _load(config: Generate, events: Events) -> LoadedModel:
         max_length=config.max_length,
         truncate=config.truncate,
         device=config.device,
-        as_stored=config.execution != "model",
+        as_stored=config.execution != "model" and not config.labels,
         events=events,
     )
 
@@ -190,9 +197,16 @@ def inference(model: Any, tokenizer: Any, text: str | Sequence[str], **sampling:
 
 
 def _answer(
-    model: LoadedModel, items: Sequence[tuple[str, Any]], config: Generate, shots: Sequence[tuple[str, str]]
+    model: LoadedModel,
+    items: Sequence[tuple[str, Any]],
+    config: Generate,
+    shots: Sequence[tuple[str, str]],
+    labeller: Labeller | None = None,
 ) -> list[dict[str, Any]]:
-    if config.sampling.structure is not None and not _writes(model):
+    if labeller is not None:
+        labelled = labeller.predict([(name, _as_prompt(item)) for name, item in items])
+        return [_as_row(one.id, one) for one in labelled]
+    if config.sampling.structure is not None and not writes(model):
         raise ConfigError(
             f"sampling.structure: {config.model} is made to {model.spec.task} and writes no text; leave it out, "
             "or use a language model"
@@ -234,20 +248,17 @@ def _as_log(log: TokenLog) -> dict[str, Any]:
     return {"id": log.id, "text": log.text, **shares, **({"top": [_as_log(one) for one in log.top]} if log.top else {})}
 
 
-def with_shots(
-    model: LoadedModel, prompt: str | tuple[Message, ...], shots: Sequence[tuple[str, str]], raw: bool
-) -> str | tuple[Message, ...]:
-    """The prompt with worked examples before it: as turns of the conversation, or as plain text for `raw`."""
-    if not shots:
-        return prompt
-    if raw or model.spec.kind != "decoder":
-        if not isinstance(prompt, str):
-            raise ConfigError("shots as plain text (raw) go with a text prompt, not with messages")
-        return "".join(f"{question}\n{answer}\n\n" for question, answer in shots) + f"{prompt}\n"
-    turns = [turn for question, answer in shots for turn in (Message("user", question), Message("assistant", answer))]
-    own = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    head = [turn for turn in own if turn.role == "system"]
-    return (*head, *turns, *(turn for turn in own if turn.role != "system"))
+def _make_labeller(
+    model: LoadedModel, config: Generate, shots: Sequence[tuple[str, str]], events: Events
+) -> Labeller | None:
+    """What chooses among the labels; None where none are given."""
+    from luthier.engine.labels import Labeller
+
+    if not config.labels:
+        return None
+    if model.spec.task == "classify":
+        raise ConfigError(f"labels: {config.model} was tuned to classify, and has labels of its own; leave labels out")
+    return Labeller(model, config.labels, config.labelling, shots=shots, raw=config.raw, events=events)
 
 
 def _grows(sampling: Sampling) -> bool:
@@ -256,8 +267,12 @@ def _grows(sampling: Sampling) -> bool:
     return why_not_streamed(sampling) is None
 
 
-def _writes(model: LoadedModel) -> bool:
-    return model.spec.task in ("causal", "seq2seq")
+def _choose_engine(model: LoadedModel, config: Generate, events: Events) -> None:
+    from luthier.engine.generate import choose_engine
+    from luthier.engine.native import let_go
+
+    choose_engine(model, config.sampling, config.execution, events)
+    let_go(model)
 
 
 def _answers_turns(model: LoadedModel) -> bool:
@@ -313,38 +328,10 @@ def _read_items(config: Generate, events: Events) -> list[tuple[str, Any]]:
     return items
 
 
-def _load_shots(model: LoadedModel, config: Generate, events: Events) -> list[tuple[str, str]]:
-    if config.shots is None:
-        return []
-    if not _writes(model):
-        raise ConfigError(
-            f"shots: {config.model} is made to {model.spec.task} and reads no worked examples; leave --shots out, "
-            "or use a language model"
-        )
-    return _read_shots(config.shots, events)
-
-
 def _warn_empty(answers: Sequence[dict[str, Any]], events: Events) -> None:
     empty = sum(one["output"] == "" for answer in answers for one in (answer, *answer.get("others", ())))
     if empty:
         events.warn(f"answers are {EMPTY}", empty)
-
-
-def _read_shots(path: Path, events: Events) -> list[tuple[str, str]]:
-    from luthier.data.load import Data, load_examples
-
-    shots = []
-    for example in load_examples(path, Data(train=str(path)), events):
-        if isinstance(example, Pair):
-            shots.append((example.source, example.target))
-        elif isinstance(example, Labelled):
-            shots.append((example.text, str(example.label)))
-        elif isinstance(example, Chat) and [turn.role for turn in example.messages][-2:] == ["user", "assistant"]:
-            shots.append((example.messages[-2].content, example.messages[-1].content))
-        else:
-            kind = "plain text" if isinstance(example, Text) else "a conversation of another form"
-            raise DataError(f"{example.id}: a shot is a question with its answer, this is {kind}")
-    return shots
 
 
 def _append(path: Path, answers: Sequence[dict[str, Any]]) -> None:

@@ -81,6 +81,7 @@ EXEMPT = {
     "Answer briefly.": "the same",
     "Thank you! 谢谢！": "the same",
     "You are welcome. 不客气。": "the same",
+    "Which of these labels fits the text: {}? Answer with the label alone.": "what a model is asked",
 }
 
 
