@@ -12,6 +12,7 @@ answers are compared token by token. Writes benchmarks/results/guessing.json; th
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import statistics
@@ -46,7 +47,8 @@ def answer(text: str, label: str) -> str:
 def tune(folder: Path, steps: int) -> tuple[str, list[str]]:
     """The run of the tuned model, and messages that it has not seen."""
     place = Path(str(files("luthier"))) / "assets" / "sms_spam"
-    rows = [json.loads(line) for path in sorted(place.glob("*.jsonl")) for line in path.open(encoding="utf-8")]
+    with gzip.open(place / "data.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
     held, seen = rows[::5], [row for at, row in enumerate(rows) if at % 5]
     path = folder / "rows.jsonl"
     path.write_text(
