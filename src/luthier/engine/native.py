@@ -24,7 +24,7 @@ from luthier.native.forms import Form
 from luthier.native.shape import Decoder
 
 # Smaller models are read as they are: their products are too small to gain much.
-SMALL = 10_000_000
+SMALL = 1_000_000
 # Tokens to write, below which packing the weights takes longer than it saves.
 WORTH = 1024
 # What a form may change on assets/calibration.txt: nats of KL divergence a token on average, and a share of perplexity.
