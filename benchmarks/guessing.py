@@ -2,11 +2,12 @@
 
     python benchmarks/guessing.py [--quick]
 
-A model of the 135M shape with random weights is tuned (in full, 150 steps of 16) on the shipped text messages, to answer each with
-a short verdict that quotes the message; then it answers messages of the held-out fifth one at a time, greedily and drawn, with
-guesses and without, read by the native decoder in int8 and int4 and by its own module. With --quick the shipped `mini`. In turn, medians of the repeats, tokens a second of the answers, prompts included in the time. The
-answers are compared token by token. Writes benchmarks/results/guessing.json; the last line printed is the same object, in which
-`ours` is with guesses, `peer` without.
+A model of the 135M shape with random weights is tuned (in full, 150 steps of 16) on the shipped text messages, to answer each
+with a short verdict that quotes the message; then it answers messages of the held-out fifth one at a time, greedily and drawn,
+with guesses and without, read by the native decoder in int8 and int4 and by its own module. With --quick the shipped `mini`.
+In turn, medians of the repeats, tokens a second of the answers, prompts included in the time. The answers are compared token
+by token. Writes benchmarks/results/guessing.json; the last line printed is the same object, in which `ours` is with guesses,
+`peer` without.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How many tokens a second are written for 32 requests at once, beside transformers' padded `generate`.
 
-    python benchmarks/writing.py [--quick] [--shape 15m|135m|0.6b] [--repeats N]
+    python benchmarks/writing.py [--quick] [--shape 15m|135m|0.6b] [--repeats N] [--peers llama,openvino]
 
 Ours in each way it can execute: the native decoder with weights in int8, int4 and bf16, and the module itself (`model`).
 
@@ -8,9 +8,9 @@ A model of a known shape with random weights in bf16, 32 prompts of 64 to 256 to
 greedy, no stop tokens. Tokens are those that were asked for: what `generate` writes beyond a request, because another one
 of its batch is longer, counts for nothing. The peer gets all 32 at once, padded, as its batches are made. In turn in one
 process, medians of the repeats, after one that warms up. `alone` is one request of 128 + 128 tokens, tokens a second while
-writing; `prefill` is tokens a second of a prompt of 1,024, `share` what part of the machine's bandwidth one request
-moves in weights, `first_step` seconds of packing the weights.
-Writes benchmarks/results/writing-<shape>.json; the last line printed is the same object.
+writing, without guesses; `prefill` is tokens a second of a prompt of 1,024, `share` what part of the machine's bandwidth one
+request moves in weights, `first_step` seconds of packing the weights. Peers beside it are llama.cpp and OpenVINO GenAI, each in
+an environment of its own and in its best form. Writes benchmarks/results/writing-<shape>.json; the last line printed is the same object.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ import argparse
 import json
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from peers.environment import peer_python
 from shapes import make_model
 
 from luthier.engine.engine import Engine
@@ -54,7 +57,7 @@ def ask(count: int) -> list[tuple[list[int], int]]:
 def run_ours(model: LoadedModel, asked: list[tuple[list[int], int]]) -> float:
     """Seconds for all."""
     started = time.perf_counter()
-    engine = Engine(model, sum(len(prompt) + room + BLOCK for prompt, room in asked), tokens=1024)
+    engine = Engine(model, sum(len(prompt) + room + BLOCK for prompt, room in asked), tokens=1024, guessed=0)
     requests = [engine.add(prompt, Sampling(max_tokens=room)) for prompt, room in asked]
     engine.run()
     assert all(len(one.written) == room for one, (_, room) in zip(requests, asked))
@@ -65,6 +68,19 @@ def run_padded(model: LoadedModel, asked: list[tuple[list[int], int]]) -> float:
     started = time.perf_counter()
     write(model, [prompt for prompt, _ in asked], Sampling(max_tokens=max(room for _, room in asked)))
     return time.perf_counter() - started
+
+
+def run_other(name: str, build: Path, shape: str, asked: list[tuple[list[int], int]], repeats: int) -> dict[str, Any]:
+    """What benchmarks/peers/writing_<name>.py measured, in its own environment."""
+    given = {"model": str(build / shape), "folder": str(build), "asked": asked, "repeats": repeats,
+             "threads": torch.get_num_threads()}  # fmt: skip
+    script = HERE / "peers" / f"writing_{name}.py"
+    command = [peer_python(name), str(script), json.dumps(given)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 def measure_bandwidth() -> float:
@@ -85,6 +101,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the 15m shape, one repeat")
     parser.add_argument("--shape", default="135m")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peers", default="llama,openvino", help="beside transformers; none with --quick")
     options = parser.parse_args()
     shape, repeats = ("15m", 1) if options.quick else (options.shape, options.repeats)
     build = HERE.parent / "build" / "benchmarks"
@@ -119,6 +136,8 @@ def main() -> None:
     }
     bandwidth = measure_bandwidth()
     peer = medians.pop("peer")
+    names = [] if options.quick else [name for name in options.peers.split(",") if name]
+    others = {name: run_other(name, build, shape, asked, repeats) for name in names}
     result = {
         "benchmark": "writing",
         "shape": shape,
@@ -133,6 +152,17 @@ def main() -> None:
         "ours": medians,
         "peer": peer,
         "ratio": {name: {key: round(one[key] / peer[key], 2) for key in one} for name, one in medians.items()},
+        "others": others,
+        "ratio_to_others": {
+            name: {
+                form: {
+                    key: round(medians[form][key] / max(one[key] for one in found.values() if isinstance(one, dict)), 2)
+                    for key in peer
+                }
+                for form in FORMS
+            }
+            for name, found in others.items()
+        },
     }
     if not options.quick:
         path = HERE / "results" / f"writing-{shape}.json"

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"trl": ["trl>=1", "peft", "datasets", "accelerate"]}
+PACKAGES = {
+    "trl": ["trl>=1", "peft", "datasets", "accelerate"],
+    "llama": ["gguf", "--no-binary", "llama-cpp-python", "llama-cpp-python"],
+    "openvino": ["openvino-genai", "optimum-intel"],
+}
+# Built for this processor.
+ENVIRONMENT = {"llama": {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}}
 
 
 def peer_python(name: str) -> str:
@@ -19,6 +26,6 @@ def peer_python(name: str) -> str:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
         subprocess.run([*pip, "torch", "numpy"], cwd=ROOT, check=True)
-        subprocess.run([*pip, *PACKAGES[name]], cwd=ROOT, check=True)
+        subprocess.run([*pip, *PACKAGES[name]], cwd=ROOT, check=True, env={**os.environ, **ENVIRONMENT.get(name, {})})
         done.touch()
     return str(python)
