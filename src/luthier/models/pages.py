@@ -20,8 +20,9 @@ from luthier.native.pages import attend_pages
 
 # Tokens of a block.
 BLOCK = 32
-# On a CPU products of fewer rows in fp32 go another way, and round otherwise; a step is filled up to so many tokens.
-FEWEST = {torch.float32: 8, torch.float64: 8}
+# On a CPU products of fewer rows in fp32 go another way, and the mean of a single row of a norm does; both round otherwise. A
+# step is filled up to so many tokens.
+FEWEST = {torch.float32: 8, torch.float64: 8, torch.bfloat16: 2, torch.float16: 2}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float64: 1e-6}
 
 

@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 import torch
 
+from decoders import decoder_model
 from luthier.core.errors import ConfigError, DataError, ModelError
 from luthier.engine.engine import Engine, numbers_of
 from luthier.engine.padded import write
+from luthier.engine.paged import Paged
 from luthier.engine.sampling import Sampling
 from luthier.models.adapters import ADAPTERS
 from luthier.models.load import load_model
 from luthier.models.pages import BLOCK, FEWEST
+from luthier.models.precision import cast_weights
 from tiny import FAMILIES, tiny_model
 from writing import endless, prompts
 
@@ -180,3 +183,19 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
     with pytest.raises(ModelError, match="gpt_neo models do not write"):
         Engine(load_model(str(tiny_model("gpt_neo"))), 64)
     assert not engine.busy
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wide_model_reads_one_token_as_it_reads_many(dtype):
+    model = decoder_model(
+        "llama", hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64
+    )
+    cast_weights(model, dtype)
+    ids = prompts((40,))[0]
+    whole = Paged(model, 2).read(ids, [[0, 1]], [0], [40], list(range(40)))
+    for many in (1, 2, 3, 7):
+        reader, found = Paged(model, 2), []
+        for start in range(0, 40, many):
+            part = ids[start : start + many]
+            found.append(reader.read(part, [[1, 0]], [start], [len(part)], list(range(len(part)))))
+        assert torch.equal(torch.cat(found), whole)
