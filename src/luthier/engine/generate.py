@@ -185,6 +185,8 @@ def _tokens(engine: Engine, ids: Sequence[int], sampling: Sampling) -> Iterator[
     try:
         while request.finish is None:
             engine.step()
+            if request.error is not None:
+                raise request.error
             yield from request.written[seen:]
             seen = len(request.written)
     finally:

@@ -43,7 +43,9 @@ class Request:
     names: tuple[bytes, ...] = ()
     """Of the full blocks of its prompt."""
     written: list[int] = field(default_factory=list)
-    finish: Literal["stop", "length", "abort"] | None = None
+    finish: Literal["stop", "length", "abort", "error"] | None = None
+    error: Exception | None = None
+    """What ended it, where that was an error."""
     read: int = 0
     """How many of its tokens' keys and values lie in `table`."""
     table: list[int] = field(default_factory=list)
