@@ -11,6 +11,10 @@ from torch import Tensor
 from luthier.core.errors import ConfigError
 from luthier.engine.logs import likelihoods
 from luthier.engine.request import Request
+from luthier.engine.structure import restrict
+
+# Likeliest tokens that are looked at first for what holds a share of the probability.
+FEW = 256
 
 
 def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int | Exception]:
@@ -20,19 +24,28 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int | Excepti
     First what is said of single tokens (`settled`), then the likeliest, or the temperature, the share that is drawn from
     (`shares_of`), and the draw. Each text keeps how likely its token was, where that is asked for.
     """
+    # What a structure leaves is made of all rows at once, and in place.
+    raw = {
+        at: logits_RV[at].clone()
+        for at, one in enumerate(requests)
+        if one.matcher and one.sampling.logprobs is not None
+    }
+    restrict(logits_RV, requests)
     plain = [at for at, one in enumerate(requests) if takes_likeliest(one)]
     found: dict[int, int | Exception] = dict(zip(plain, logits_RV[plain].argmax(-1).tolist())) if plain else {}
     for at, one in enumerate(requests):
         if at not in found:
             try:
-                found[at] = _choose(logits_RV[at], one)
+                found[at] = _choose(logits_RV[at], raw.get(at, logits_RV[at]), one)
             except Exception as err:
                 found[at] = err
     return [found[at] for at in range(len(requests))]
 
 
-def _choose(raw_V: Tensor, request: Request) -> int:
-    scores_V = settled(raw_V, request)
+def _choose(scores_V: Tensor, raw_V: Tensor, request: Request) -> int:
+    if request.matcher is not None and request.matcher.error is not None:
+        raise request.matcher.error
+    scores_V = settled(scores_V, request)
     if request.sampling.temperature == 0:
         token = int(scores_V[None].argmax(-1))
     else:
@@ -44,7 +57,7 @@ def _choose(raw_V: Tensor, request: Request) -> int:
 
 def takes_likeliest(request: Request) -> bool:
     """Whether its next token is the likeliest of the model's own logits."""
-    return request.sampling.temperature == 0 and untouched(request)
+    return request.sampling.temperature == 0 and request.matcher is None and untouched(request)
 
 
 def untouched(request: Request) -> bool:
@@ -90,9 +103,12 @@ def shares_of(scores_V: Tensor, request: Request) -> tuple[Tensor, Tensor | None
     alone with the tokens that they are, in falling order. Shares need not add up to 1."""
     sampling = request.sampling
     values_K, tokens_K = scores_V / sampling.temperature, None
-    if sampling.top_k is not None or sampling.top_p is not None:
-        values_K, tokens_K = values_K.topk(min(sampling.top_k or len(scores_V), len(scores_V)))
-    shares_K = values_K.double().softmax(-1)
+    if sampling.top_k is None and sampling.top_p is not None:
+        shares_K, tokens_K = _first_shares(values_K, sampling.top_p)
+    else:
+        if sampling.top_k is not None:
+            values_K, tokens_K = values_K.topk(min(sampling.top_k, len(scores_V)))
+        shares_K = values_K.double().softmax(-1)
     if sampling.top_p is not None:
         # The smallest set that holds so much: a token stays while those before it hold less.
         before_K = shares_K.cumsum(-1) - shares_K
@@ -101,6 +117,19 @@ def shares_of(scores_V: Tensor, request: Request) -> tuple[Tensor, Tensor | None
         shares_K = torch.where(shares_K >= sampling.min_p * shares_K.max(), shares_K, 0.0)
     if sampling.typical_p is not None and sampling.typical_p < 1:
         shares_K = _typical(shares_K, sampling.typical_p)
+    return shares_K, tokens_K
+
+
+def _first_shares(values_V: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """The shares of the likeliest tokens, in falling order, and the tokens: so many that they hold `mass`, or all. Few do,
+    as a rule, and sorting a vocabulary takes longer than everything else."""
+    wide_V = values_V.double()
+    whole = wide_V.logsumexp(-1)
+    for count in (FEW, 32 * FEW, len(values_V)):
+        tokens_K = values_V.topk(min(count, len(values_V))).indices
+        shares_K = (wide_V[tokens_K] - whole).exp()
+        if shares_K.sum() >= mass:
+            break
     return shares_K, tokens_K
 
 

@@ -22,6 +22,7 @@ from luthier.engine.readers import reader_for
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.schedule import Schedule
+from luthier.engine.structure import masks_made, matcher_for
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
 from luthier.models.memory import out_of_memory, return_freed_memory
 from luthier.models.pages import BLOCK, writes_by_pages
@@ -91,6 +92,8 @@ class Engine:
             tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, adapter, ends, banned,
             tuple(names_of(prompt, salt)),
         )  # fmt: skip
+        if sampling.structure is not None:
+            request.matcher = matcher_for(self.model, sampling.structure)
         if self._guessed and not sampling.prompt_logprobs:
             request.guesser = Guesser(prompt, self.model.learned)
         self._arrived += 1
@@ -115,22 +118,18 @@ class Engine:
         What goes wrong with one text ends that one alone, with the error kept on it; what goes wrong in reading ends those
         that were read together. Either way the engine goes on with the others, whose tokens are what they would have been.
         """
-        self._failed = []
-        first: dict[Request, int] = {}
+        self._failed, ready = [], list[Request]()
         try:
             self._guess()
-            planned = self.schedule.plan()
+            ready = self._commit(*self._read(self.schedule.plan()))
         except Exception as err:
             # Nobody knows which of them is to blame.
             for request in [*self.schedule.running, *self.schedule.waiting]:
                 self._fail(request, err)
-        else:
-            found, first = self._read(planned)
-            self._commit(found, first)
         for one in self._failed:
             # What the frames of an error hold is as large as a step.
             traceback.clear_frames(one.error.__traceback__ if one.error is not None else None)
-        return list(dict.fromkeys([*first, *self._failed]))
+        return list(dict.fromkeys([*ready, *self._failed]))
 
     def run(self, on_progress: Callable[[list[Request]], None] | None = None) -> None:
         """Step until every text is finished. Raises the error of one that ended with it."""
@@ -182,10 +181,11 @@ class Engine:
                 rows += range(len(ids) - 1 - len(request.drafts), len(ids))
         requests = [request for request, _ in planned]
         likeliest = not told and all(takes_likeliest(one) for one in first)
-        found = self._reader.read(
-            ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned],
-            [*rows, *told], likeliest=likeliest, adapters=[one.adapter for one in requests],
-        )  # fmt: skip
+        with masks_made(first):
+            found = self._reader.read(
+                ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned],
+                [*rows, *told], likeliest=likeliest, adapters=[one.adapter for one in requests],
+            )  # fmt: skip
         at = len(rows)
         for request, count in planned:
             places = request.telling(count)
@@ -206,7 +206,7 @@ class Engine:
                 with self._of(request):
                     request.drafts = request.guesser.guess(request.written, len(request.prompt), left)
 
-    def _commit(self, found: torch.Tensor, first: dict[Request, int]) -> None:
+    def _commit(self, found: torch.Tensor, first: dict[Request, int]) -> list[Request]:
         """Give each text its next token, and those after it as long as they were guessed; end those that are complete.
 
         `found` has a row (or the likeliest token) for the end of each text and for each of its drafts, in order; `first` says
@@ -219,13 +219,15 @@ class Engine:
                 with self._of(request):
                     self._write(request, token)
             going = [one for one in going if one.finish is None and one.drafts[depth : depth + 1] == one.written[-1:]]
-            depth += 1
+            with masks_made(going):
+                depth += 1
         for request in first:
             if request.drafts:
                 with self._of(request):
                     self._keep_drafts(request)
             if request.finish is not None:
                 self.schedule.finish(request)
+        return list(first)
 
     def _keep_drafts(self, request: Request) -> None:
         """All that is new but the last token was guessed, and read with the guess."""
@@ -241,7 +243,11 @@ class Engine:
         if isinstance(token, Exception):
             raise token
         request.written.append(token)
-        if token in request.ends or stops_here(self.model, request.written, request.sampling):
+        if (
+            token in request.ends
+            or stops_here(self.model, request.written, request.sampling)
+            or (request.matcher is not None and request.matcher.take(token))
+        ):
             request.finish = "stop"
         elif len(request.written) == request.room:
             request.finish = "length"

@@ -165,7 +165,7 @@ def _add(engine: Engine, ids: Sequence[int], sampling: Sampling, key: object, wh
 
 
 def _completed(model: LoadedModel, request: Request, sampling: Sampling) -> Completion:
-    found = complete(model, request.written, sampling, len(request.prompt))
+    found = complete(model, request.written, sampling, len(request.prompt), request.finish == "stop")
     found = replace(found, drafted=request.drafted, accepted=request.accepted)
     if sampling.logprobs is not None:
         found = replace(found, logprobs=logs_of(model, request, len(found.ids)))

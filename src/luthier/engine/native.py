@@ -57,6 +57,9 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
         return
     parameters = sum(one.numel() for one in model.network.parameters())
     if execution == "auto" and parameters < SMALL:
+        events.choose(
+            "native", "no", f"a model of {parameters / 1e6:.1f} M parameters gains little from packed weights"
+        )
         return
     try:
         decoder = _describe(model)

@@ -12,6 +12,7 @@ import torch
 
 from luthier.core.errors import ConfigError
 from luthier.engine.sampling import Sampling
+from luthier.engine.structure import Restrict
 from luthier.engine.terms import at_least, banned_of, check_terms, ends_of
 from luthier.models.quiet import quiet
 from luthier.models.spec import LoadedModel
@@ -60,7 +61,7 @@ def write(
                 generation_config=GenerationConfig(**_settings(model, sampling, room, pad)),
                 stopping_criteria=StoppingCriteriaList(_stops(model, sampling, start)),
                 logits_processor=LogitsProcessorList(
-                    [*_penalties(sampling, start), *([processor] if processor else [])]
+                    [*_processors(model, sampling, start), *([processor] if processor else [])]
                 ),
                 streamer=streamer,
             )
@@ -121,6 +122,17 @@ def _stops(model: LoadedModel, sampling: Sampling, start: int) -> list[Callable[
         return found_S & (ids_ST.shape[1] - start >= sampling.min_tokens)
 
     return [ends]
+
+
+def _processors(
+    model: LoadedModel, sampling: Sampling, start: int
+) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+    """What transformers lacks: answers of a structure, and penalties of presence and frequency."""
+    if sampling.structure is None:
+        return _penalties(sampling, start)
+    # What an encoder-decoder is made to begin with is no part of the answer.
+    begun = model.spec.kind != "decoder" and model.module.generation_config.forced_bos_token_id is not None
+    return [Restrict(model, sampling.structure, start + begun), *_penalties(sampling, start)]
 
 
 def _penalties(sampling: Sampling, start: int) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:

@@ -37,8 +37,10 @@ def pieces(model: LoadedModel, tokens: Iterable[int], sampling: Sampling) -> Ite
         yield rest
 
 
-def complete(model: LoadedModel, ids: Sequence[int], sampling: Sampling, prompt_tokens: int) -> Completion:
-    """The answer that `ids` make, up to a stop token or a stop text."""
+def complete(
+    model: LoadedModel, ids: Sequence[int], sampling: Sampling, prompt_tokens: int, ended: bool = False
+) -> Completion:
+    """The answer that `ids` make, up to a stop token or a stop text; `ended` where it is known to be whole without."""
     ends = ends_of(model, sampling)
     end = next((at for at, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[:end]
@@ -46,7 +48,7 @@ def complete(model: LoadedModel, ids: Sequence[int], sampling: Sampling, prompt_
     cut = find_stop(text, sampling.stop, _early(model, kept, sampling.min_tokens))
     if cut is not None:
         text = text[:cut]
-    finish = "stop" if end is not None or cut is not None else "length"
+    finish = "stop" if ended or end is not None or cut is not None else "length"
     return Completion(text, tuple(kept), finish, prompt_tokens)  # type: ignore[arg-type]
 
 

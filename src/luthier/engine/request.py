@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from luthier.engine.drafts import Guesser
 from luthier.engine.sampling import Sampling
+from luthier.engine.structure import Matcher
 
 
 class Likelihoods(NamedTuple):
@@ -62,6 +63,8 @@ class Request:
     """Of each token that was written, where they are asked for."""
     prompt_logs: list[float] = field(default_factory=list)
     """Of each token of the prompt but the first, where they are asked for."""
+    matcher: Matcher | None = None
+    """What may come next where the answer has a structure; it has taken what was written."""
 
     @property
     def length(self) -> int:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from luthier.core.config import Config
+from luthier.engine.structure import Structure
 
 Execution: TypeAlias = Literal["auto", "model", "bfloat16", "int8", "int4"]
 TokenId = Annotated[int, Field(ge=0)]
@@ -56,6 +57,8 @@ class Sampling(Config):
     """Give the log-probability of each token, and of so many likeliest ones in its place."""
     prompt_logprobs: bool = False
     """Give the log-probability of each token of the prompt but the first."""
+    structure: Structure | None = None
+    """The form of the answer: a JSON schema, a regex, choices or a grammar. max_tokens and stop may cut it unfinished."""
 
     @model_validator(mode="after")
     def _check(self) -> Sampling:
@@ -81,6 +84,10 @@ class Sampling(Config):
                 raise ValueError("beams search for the likeliest text, temperature draws one; choose one of the two")
             if self.beyond_text is not None:
                 raise ValueError(f"{self.beyond_text} are not given for a beam search; set beams: 1")
+            if self.structure is not None:
+                raise ValueError("structure and beams do not go together; leave one of the two out")
+        if self.structure is not None and (self.ignore_stop or self.min_tokens):
+            raise ValueError("a structure says itself when an answer may end; leave ignore_stop and min_tokens out")
         if any(not text for text in self.stop):
             raise ValueError("stop holds an empty text, which would end every answer at once")
         if any(not text for text in self.banned):

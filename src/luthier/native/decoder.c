@@ -319,6 +319,21 @@ int decoder_step(const Decoder *d, const Step *step) {
     return 0;
 }
 
+/* By which instructions bytes and bf16 are multiplied. */
+const char *decoder_kernels(void) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+    return "AVX512-VNNI, AVX512-BF16";
+#elif defined(__AVX512VNNI__)
+    return "AVX512-VNNI";
+#elif defined(__AVXVNNI__)
+    return "AVX-VNNI";
+#elif defined(__AVX2__)
+    return "AVX2";
+#else
+    return "plain C";
+#endif
+}
+
 /* Memory in large pages, where the system has any, that only what is written to takes; none where there is none. */
 void *take_pages(size_t bytes) {
     void *at = mmap(0, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -90,6 +90,13 @@ def why_no_decoder() -> str | None:
     return None
 
 
+def kernels() -> str:
+    """By which instructions of this processor the decoder multiplies. Raises NoLibrary."""
+    library = _library()
+    library.decoder_kernels.restype = ctypes.c_char_p
+    return str(library.decoder_kernels().decode())
+
+
 class Packed:
     """The weights of a decoder in one form, as the C code reads them. Takes what it needs besides the decoder's own tensors;
     the head of int4 is int8, since it decides every token."""

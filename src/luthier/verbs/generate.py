@@ -181,6 +181,11 @@ def inference(model: Any, tokenizer: Any, text: str | Sequence[str], **sampling:
 def _answer(
     model: LoadedModel, items: Sequence[tuple[str, Any]], config: Generate, shots: Sequence[tuple[str, str]]
 ) -> list[dict[str, Any]]:
+    if config.sampling.structure is not None and not _writes(model):
+        raise ConfigError(
+            f"sampling.structure: {config.model} is made to {model.spec.task} and writes no text; leave it out, "
+            "or use a language model"
+        )
     if model.spec.task in ("classify", "regress"):
         from luthier.engine.pooled import predict
 

@@ -186,3 +186,17 @@ def test_settings_come_from_text_and_files_too():
 def test_what_touches_the_scores_is_known(settings):
     assert not untouched(request(**settings)) and untouched(request()) and untouched(request(temperature=1.0, top_k=3))
     assert untouched(request(min_tokens=4)), "as many are written"
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
+@pytest.mark.parametrize("mass", [0.1, 0.9, 0.999999, 1.0])
+def test_the_first_shares_are_those_of_the_sorted_vocabulary(spread, mass):
+    scores_V = torch.randn(20000, generator=torch.Generator().manual_seed(0)) * spread
+    shares_K, tokens_K = shares_of(scores_V, request(temperature=1.0, top_p=mass))
+    sorted_V, order_V = scores_V.double().softmax(-1).sort(descending=True)
+    before_V = sorted_V.cumsum(-1) - sorted_V
+    kept = int((before_V < mass - 1e-9).sum()), int((before_V < mass + 1e-9).sum())
+    assert kept[0] <= int((shares_K > 0).sum()) <= kept[1]
+    count = kept[0]
+    assert torch.equal(tokens_K[:count], order_V[:count])
+    torch.testing.assert_close(shares_K[:count], sorted_V[:count], rtol=1e-9, atol=0)

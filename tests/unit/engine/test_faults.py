@@ -250,3 +250,14 @@ def test_who_waits_for_a_text_gets_its_error(monkeypatch):
     with pytest.raises(ConfigError, match="leave no token that may come"):
         vocabulary = model.network.get_input_embeddings().weight.shape[0]
         generate(model, ["a"], Sampling(max_tokens=4, min_tokens=2, stop_ids=tuple(range(vocabulary))))
+
+
+def test_a_fault_that_is_nobodys_ends_all(monkeypatch):
+    model = endless()
+    engine = Engine(model, 4096)
+    requests = added(engine, [DRAWN] * 3)
+    with monkeypatch.context() as broken:
+        broken.setattr("luthier.engine.engine.choose", fail)
+        drained(engine)
+    assert all(isinstance(one.error, Fault) for one in requests)
+    goes_on(engine, model)

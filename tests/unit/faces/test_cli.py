@@ -158,3 +158,12 @@ def test_json_shows_how_likely_tokens_were_and_every_answer(capsys):
     assert "logprobs: numbers do not stand in a text; add --format json" in capsys.readouterr().err
     assert main(["evaluate", "mini", "--data", "x.jsonl", "--set", "sampling.logprobs=1"]) == 2
     assert "logprobs: one answer to each row is judged" in capsys.readouterr().err
+
+
+def test_doctor_says_how_a_model_writes_here_and_why(capsys):
+    assert main(["doctor", str(tiny_model("llama"))]) == 0
+    said = capsys.readouterr().out
+    assert "decoder           native, by" in said or "decoder           none" in said
+    assert "native: no (a model of 0.0 M parameters gains little" in said and "engine: paged (texts come and go" in said
+    assert main(["doctor", str(tiny_model("bert"))]) == 2
+    assert "writes no text; name a language model" in capsys.readouterr().err

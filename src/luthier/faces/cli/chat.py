@@ -13,7 +13,7 @@ from luthier.core.events import Events
 from luthier.core.types import Message
 from luthier.engine.sampling import Execution
 from luthier.faces.cli.chinese import say
-from luthier.faces.cli.flags import make_parser
+from luthier.faces.cli.flags import add_structure, make_parser, read_structure
 from luthier.faces.cli.progress import show_progress
 
 # Tokens of a talk that are kept at most.
@@ -38,6 +38,7 @@ def parser():  # type: ignore[no-untyped-def]
         choices=get_args(Execution),
         help="how the model is read (luthier schema generate)",
     )
+    add_structure(made)
     return made
 
 
@@ -50,7 +51,7 @@ def run(arguments: Sequence[str]) -> int:
 
     settings: dict[str, Any] = {"max_tokens": found.max_tokens, "temperature": found.temperature}
     settings |= {name: getattr(found, name) for name in ("top_p", "seed") if getattr(found, name) is not None}
-    sampling = Sampling.make(settings, where="chat")
+    sampling = Sampling.make(settings | read_structure(found), where="chat")
     people = sys.stdin.isatty()
     model = load_model(found.model)
     if model.spec.task != "causal":

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from luthier.core.errors import ModelError
 from luthier.core.record import collect_versions, describe_machine
 from luthier.core.run import runs_root
 from luthier.faces.cli.chinese import pad, say
@@ -17,13 +18,15 @@ from luthier.faces.cli.flags import make_parser
 from luthier.faces.cli.results import print_json
 
 EXTRAS = {"parquet": ("pyarrow", "parquet files"), "hub-data": ("datasets", "data sets of the hub"),
-          "sentencepiece": ("sentencepiece", "tokenizers made with it")}  # fmt: skip
+          "sentencepiece": ("sentencepiece", "tokenizers made with it"),
+          "structure": ("llguidance", "answers of a given form")}  # fmt: skip
 # Under this, a run of a small model may not fit.
 LITTLE_DISK = 2 * 10**9
 
 
 def parser():  # type: ignore[no-untyped-def]
     made = make_parser("doctor", "What this machine has, which extras are usable, and what is missing.")
+    made.add_argument("model", nargs="?", help="say too how this model writes here, and why")
     made.add_argument("--json", action="store_true", help="print the findings as JSON")
     return made
 
@@ -31,6 +34,8 @@ def parser():  # type: ignore[no-untyped-def]
 def run(arguments: Sequence[str]) -> int:
     found = parser().parse(arguments)
     facts = examine()
+    if found.model is not None:
+        facts["model"] = examine_model(found.model)
     if found.json:
         print_json(facts)
         return 0
@@ -45,6 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"{name:<18}{value}")
     print(say("versions          " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items())))
     print(say(f"kernels           {facts['kernels']}"))
+    print(say(f"decoder           {facts['decoder']}"))
     for extra, state in facts["extras"].items():
         print(pad(say("extra"), 18) + f"{extra}: {say(state)}")
     for name, value in facts["hub"].items():
@@ -52,6 +58,8 @@ def run(arguments: Sequence[str]) -> int:
     runs = facts["runs"]
     state = say("writable" if runs["writable"] else "NOT WRITABLE")
     print(say(f"runs              {runs['path']}: {state}, {runs['free_bytes'] / 1e9:.1f} GB free"))
+    for name, (value, why) in facts.get("model", {}).items():
+        print(pad(say("model"), 18) + f"{name}: {say(value)} ({say(why)})")
     print()
     print(say("\n".join(facts["troubles"]) or "Everything that tuning and judging need is here."))
     return 0
@@ -85,6 +93,7 @@ def examine() -> dict[str, Any]:
         "hardware": describe_hardware(),
         "versions": collect_versions(),
         "kernels": _kernels(),
+        "decoder": _decoder(),
         "extras": extras,
         "hub": hub,
         "runs": runs,
@@ -100,6 +109,37 @@ def _kernels() -> str:
         return f"compiled for this processor, {load_library().threads()} threads"
     except NoLibrary as why:
         return f"none, torch does it all, slower: {why}"
+
+
+def _decoder() -> str:
+    """By what language models are read while they write, where they can be."""
+    from luthier.native.build import NoLibrary
+    from luthier.native.decoder import kernels
+
+    try:
+        return f"native, by {kernels()}"
+    except NoLibrary as why:
+        return f"none, models are read by torch, slower: {why}"
+
+
+def examine_model(source: str) -> dict[str, tuple[str, str]]:
+    """What is chosen for a language model that writes here, each with its reason. Raises ModelError."""
+    from luthier.core.events import Event, Events
+    from luthier.engine.generate import choose_engine
+    from luthier.engine.sampling import Sampling
+    from luthier.models.load import load_model
+
+    model = load_model(source)
+    if model.spec.task not in ("causal", "seq2seq"):
+        raise ModelError(f"{source}: this model is made to {model.spec.task} and writes no text; name a language model")
+    found: dict[str, tuple[str, str]] = {}
+
+    def keep(event: Event) -> None:
+        if event["event"] == "choice":
+            found[event["name"]] = event["value"], event["why"]
+
+    choose_engine(model, Sampling(), "auto", Events(sinks=[keep]))
+    return found
 
 
 def _version(package: str) -> str:

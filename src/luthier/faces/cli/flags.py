@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import types
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 from luthier.core.config import Config, Resolved, parse_scalar, resolve
@@ -80,6 +81,30 @@ def add_fields(parser: Parser, config: type[Config], skip: Sequence[str] = ()) -
         metavar="KEY=VALUE",
         help="any setting by its path, such as adapter.rank=8",
     )
+
+
+def add_structure(parser: Parser) -> None:
+    """Flags for the form of an answer. Their values are taken as they stand, where --set would read them as YAML."""
+    parser.add_argument("--json-schema", metavar="FILE", help="the answer is JSON that satisfies this schema")
+    parser.add_argument("--regex", metavar="TEXT", help="the whole answer matches this regular expression")
+    parser.add_argument(
+        "--choice", action="append", dest="choices", metavar="TEXT", help="the answer is one of these; may be repeated"
+    )
+    parser.add_argument("--grammar", metavar="FILE", help="the answer follows this Lark grammar")
+
+
+def read_structure(found: argparse.Namespace) -> dict[str, Any]:
+    """The setting `structure` of a parsed command line, if it is given."""
+    given = {name: getattr(found, name) for name in ("json_schema", "regex", "choices", "grammar")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "grammar" in given:
+        try:
+            given["grammar"] = Path(given["grammar"]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as err:
+            raise ConfigError(
+                f"--grammar {given['grammar']}: cannot be read ({err}); give a file of Lark rules"
+            ) from None
+    return {"structure": given} if given else {}
 
 
 def read_fields(

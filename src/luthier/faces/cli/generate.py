@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from luthier.faces.cli.chinese import say
-from luthier.faces.cli.flags import add_fields, make_parser, read_fields
+from luthier.faces.cli.flags import add_fields, add_structure, make_parser, read_fields, read_structure
 from luthier.faces.cli.progress import show_progress
 
 SAMPLING = (
@@ -31,6 +31,7 @@ def parser():  # type: ignore[no-untyped-def]
     made.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="a text that ends the answer; may be repeated"
     )
+    add_structure(made)
     return made
 
 
@@ -45,6 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     }
     if found.stop:
         sampling["stop"] = found.stop
+    sampling |= read_structure(found)
     values: dict[str, Any] = {"model": found.model, "prompt": found.prompt, "sampling": sampling or None}
     piped: list[str] = []
     if found.prompt is None and found.input is None:
