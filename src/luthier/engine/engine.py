@@ -62,6 +62,7 @@ class Engine:
         draw: Callable[[int], float] | None = None,
         priority: int = 0,
         salt: str = "",
+        tenant: str = "",
         adapter: int = -1,
     ) -> Request:
         """A text to go on from, which waits until a step takes it up. `draw` gives the number for each place of the answer;
@@ -89,15 +90,15 @@ class Engine:
             # What a token's keys and values are depends on it.
             salt = f"{adapter} {salt}"
         request = Request(
-            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, adapter, ends, banned,
-            tuple(names_of(prompt, salt)),
+            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, tenant, adapter, ends,
+            banned, tuple(names_of(prompt, salt)),
         )  # fmt: skip
         if sampling.structure is not None:
             request.matcher = matcher_for(self.model, sampling.structure)
         if self._guessed and not sampling.prompt_logprobs:
             request.guesser = Guesser(prompt, self.model.learned)
         self._arrived += 1
-        self.schedule.waiting.append(request)
+        self.schedule.add(request)
         return request
 
     def abort(self, request: Request) -> None:
