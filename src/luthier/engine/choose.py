@@ -17,28 +17,42 @@ from luthier.engine.structure import restrict
 FEW = 256
 
 
-def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
-    """A token for each row of logits (fp32). What a row gets depends on nothing but its logits, its text and its draw.
+def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int | Exception]:
+    """A token for each row of logits (fp32), or the error that kept one text from having any. What a row gets depends on
+    nothing but its logits, its text and its draw.
 
     First what is said of single tokens (`settled`), then the likeliest, or the temperature, the share that is drawn from
     (`shares_of`), and the draw. Each text keeps how likely its token was, where that is asked for.
     """
-    raw = {at: logits_RV[at].clone() for at, one in enumerate(requests) if one.sampling.logprobs is not None}
+    # What a structure leaves is made of all rows at once, and in place.
+    raw = {
+        at: logits_RV[at].clone()
+        for at, one in enumerate(requests)
+        if one.matcher and one.sampling.logprobs is not None
+    }
     restrict(logits_RV, requests)
-    for at, one in enumerate(requests):
-        if not untouched(one):
-            logits_RV[at] = settled(logits_RV[at], one)
-    found: dict[int, int] = {}
-    plain = [at for at, one in enumerate(requests) if one.sampling.temperature == 0]
-    if plain:
-        found.update(zip(plain, logits_RV[plain].argmax(-1).tolist()))
+    plain = [at for at, one in enumerate(requests) if takes_likeliest(one)]
+    found: dict[int, int | Exception] = dict(zip(plain, logits_RV[plain].argmax(-1).tolist())) if plain else {}
     for at, one in enumerate(requests):
         if at not in found:
-            found[at] = _drawn(*shares_of(logits_RV[at], one), one)
-    for at, raw_V in raw.items():
-        one = requests[at]
-        one.logs.append(likelihoods(raw_V, _processed(logits_RV[at], one), found[at], one.sampling.logprobs or 0))
+            try:
+                found[at] = _choose(logits_RV[at], raw.get(at, logits_RV[at]), one)
+            except Exception as err:
+                found[at] = err
     return [found[at] for at in range(len(requests))]
+
+
+def _choose(scores_V: Tensor, raw_V: Tensor, request: Request) -> int:
+    if request.matcher is not None and request.matcher.error is not None:
+        raise request.matcher.error
+    scores_V = settled(scores_V, request)
+    if request.sampling.temperature == 0:
+        token = int(scores_V[None].argmax(-1))
+    else:
+        token = _drawn(*shares_of(scores_V, request), request)
+    if request.sampling.logprobs is not None:
+        request.logs.append(likelihoods(raw_V, _processed(scores_V, request), token, request.sampling.logprobs))
+    return token
 
 
 def takes_likeliest(request: Request) -> bool:

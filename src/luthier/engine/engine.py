@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import secrets
+import traceback
+import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from luthier.engine.schedule import Schedule
 from luthier.engine.scoring import Asked, Score, Scorer
 from luthier.engine.structure import masks_made, matcher_for
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
+from luthier.models.memory import out_of_memory, return_freed_memory
 from luthier.models.pages import BLOCK, writes_by_pages
 from luthier.models.spec import LoadedModel
 
@@ -50,6 +54,7 @@ class Engine:
         self._reader, self.blocks = reader_for(model, blocks), Blocks(blocks)
         self.schedule, self._guessed = Schedule(self.blocks, streams, tokens), guessed
         self._scorer = Scorer(model)
+        self._failed: list[Request] = []
 
     def add(
         self,
@@ -59,6 +64,7 @@ class Engine:
         draw: Callable[[int], float] | None = None,
         priority: int = 0,
         salt: str = "",
+        tenant: str = "",
         adapter: int = -1,
     ) -> Request:
         """A text to go on from, which waits until a step takes it up. `draw` gives the number for each place of the answer;
@@ -86,15 +92,15 @@ class Engine:
             # What a token's keys and values are depends on it.
             salt = f"{adapter} {salt}"
         request = Request(
-            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, adapter, ends, banned,
-            tuple(names_of(prompt, salt)),
+            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, tenant, adapter, ends,
+            banned, tuple(names_of(prompt, salt)),
         )  # fmt: skip
         if sampling.structure is not None:
             request.matcher = matcher_for(self.model, sampling.structure)
         if self._guessed and not sampling.prompt_logprobs:
             request.guesser = Guesser(prompt, self.model.learned)
         self._arrived += 1
-        self.schedule.waiting.append(request)
+        self.schedule.add(request)
         return request
 
     def abort(self, request: Request) -> None:
@@ -110,17 +116,31 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """The texts that have one token more."""
-        self._guess()
-        planned = self.schedule.plan()
-        found, ready = self._read(planned)
-        self._commit(found, ready)
-        return ready
+        """The texts that have one token more, or ended with an error.
+
+        What goes wrong with one text ends that one alone, with the error kept on it; what goes wrong in reading ends those
+        that were read together. Either way the engine goes on with the others, whose tokens are what they would have been.
+        """
+        self._failed, ready = [], list[Request]()
+        try:
+            self._guess()
+            ready = self._commit(*self._read(self.schedule.plan()))
+        except Exception as err:
+            # Nobody knows which of them is to blame.
+            for request in [*self.schedule.running, *self.schedule.waiting]:
+                self._fail(request, err)
+        for one in self._failed:
+            # What the frames of an error hold is as large as a step.
+            traceback.clear_frames(one.error.__traceback__ if one.error is not None else None)
+        return list(dict.fromkeys([*ready, *self._failed]))
 
     def run(self, on_progress: Callable[[list[Request]], None] | None = None) -> None:
-        """Step until every text is finished."""
+        """Step until every text is finished. Raises the error of one that ended with it."""
         while self.busy:
             found = self.step()
+            for one in found:
+                if one.error is not None:
+                    raise one.error
             if on_progress is not None:
                 on_progress(found)
 
@@ -132,20 +152,47 @@ class Engine:
         """The same for many prompts at once; what they begin alike with is read once, and kept for the next call."""
         return self._scorer.score(asked)
 
-    def _read(self, planned: Sequence[tuple[Request, int]]) -> tuple[torch.Tensor, list[Request]]:
-        """Put a step through the model: the logits of the texts that are read to their end, and which they are. Where no
-        setting changes what is likeliest and that is asked for, the likeliest tokens alone."""
+    def _read(self, planned: list[tuple[Request, int]]) -> tuple[torch.Tensor, dict[Request, int]]:
+        """Read a step: the logits (or the likeliest tokens) of the texts that are read to their end, and the first row of each.
+
+        Where memory runs out, the first half of it is read, and from then on no more than that at once.
+        """
+        size = sum(count for _, count in planned)
+        try:
+            return self._put_through(planned)
+        except Exception as err:
+            traceback.clear_frames(err.__traceback__)
+            error, again = err, out_of_memory(err) and size > 1
+        if again:
+            return_freed_memory(self.model.device)
+            planned = _halved(planned, size // 2)
+            self.schedule.tokens = size // 2
+            warnings.warn(
+                f"memory ran out, so {size // 2} tokens go through the model at once from now on; the result is the same",
+                stacklevel=3,
+            )
+            try:
+                return self._put_through(planned)
+            except Exception as err:
+                error = err
+        for request, _ in planned:
+            self._fail(request, error)
+        return torch.empty(0), {}
+
+    def _put_through(self, planned: Sequence[tuple[Request, int]]) -> tuple[torch.Tensor, dict[Request, int]]:
+        """Put a step through the model. Where no setting changes what is likeliest and that is asked for, the likeliest tokens
+        alone."""
         ids: list[int] = []
-        rows, ready, told = [], [], []
+        rows, told, first = list[int](), list[int](), dict[Request, int]()
         for request, count in planned:
             told += [len(ids) + place - request.read for place in request.telling(count)]
             ids += request.ids(request.read, request.read + count - len(request.drafts)) + request.drafts
             if request.read + count == request.length + len(request.drafts):
+                first[request] = len(rows)
                 rows += range(len(ids) - 1 - len(request.drafts), len(ids))
-                ready.append(request)
         requests = [request for request, _ in planned]
-        likeliest = not told and all(takes_likeliest(one) for one in ready)
-        with masks_made(ready):
+        likeliest = not told and all(takes_likeliest(one) for one in first)
+        with masks_made(first):
             found = self._reader.read(
                 ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned],
                 [*rows, *told], likeliest=likeliest, adapters=[one.adapter for one in requests],
@@ -153,52 +200,59 @@ class Engine:
         at = len(rows)
         for request, count in planned:
             places = request.telling(count)
-            if places:
-                following = request.prompt[places.start + 1 : places.stop + 1]
-                request.prompt_logs += prompt_logs(found[at : at + len(places)], following)
-                at += len(places)
-            self.schedule.advance(request, count - len(request.drafts))
-        return found[: len(rows)], ready
+            start, at = at, at + len(places)
+            with self._of(request):
+                if places:
+                    following = request.prompt[places.start + 1 : places.stop + 1]
+                    request.prompt_logs += prompt_logs(found[start:at], following)
+                self.schedule.advance(request, count - len(request.drafts))
+        return found[: len(rows)], first
 
     def _guess(self) -> None:
         """Give the texts that are about to write guesses at what that will be."""
         most = self._guessed // max(1, len(self.schedule.running))
-        for request in self.schedule.running:
+        for request in list(self.schedule.running):
             if request.guesser is not None and request.length - request.read == 1:
                 left = min(most, request.room - len(request.written) - 1)
-                request.drafts = request.guesser.guess(request.written, len(request.prompt), left)
+                with self._of(request):
+                    request.drafts = request.guesser.guess(request.written, len(request.prompt), left)
 
-    def _commit(self, found: torch.Tensor, ready: list[Request]) -> None:
+    def _commit(self, found: torch.Tensor, first: dict[Request, int]) -> list[Request]:
         """Give each text its next token, and those after it as long as they were guessed; end those that are complete.
 
-        `found` has a row (or the likeliest token) for the end of each text and for each of its drafts, in order.
+        `found` has a row (or the likeliest token) for the end of each text and for each of its drafts, in order; `first` says
+        where they begin.
         """
-        first, at = {}, 0
-        for request in ready:
-            first[request] = at
-            at += 1 + len(request.drafts)
-        going, depth = ready, 0
+        going, depth = [one for one in first if one.finish is None], 0
         while going:
-            rows = found if at == len(ready) else found[[first[request] + depth for request in going]]
+            rows = found if len(going) == len(found) else found[[first[request] + depth for request in going]]
             for request, token in zip(going, rows.tolist() if rows.dim() == 1 else choose(rows, going)):
-                self._write(request, token)
+                with self._of(request):
+                    self._write(request, token)
             going = [one for one in going if one.finish is None and one.drafts[depth : depth + 1] == one.written[-1:]]
             with masks_made(going):
                 depth += 1
-        for request in ready:
+        for request in first:
             if request.drafts:
-                # All that is new but the last token was guessed, and read with the guess.
-                right = request.length - request.read - 1
-                self.schedule.advance(request, right)
-                if request.guesser is not None:
-                    request.guesser.learn(len(request.drafts), right)
-                request.drafted += len(request.drafts)
-                request.accepted += right
-                request.drafts = []
+                with self._of(request):
+                    self._keep_drafts(request)
             if request.finish is not None:
                 self.schedule.finish(request)
+        return list(first)
 
-    def _write(self, request: Request, token: int) -> None:
+    def _keep_drafts(self, request: Request) -> None:
+        """All that is new but the last token was guessed, and read with the guess."""
+        right = request.length - request.read - 1
+        self.schedule.advance(request, right)
+        if request.guesser is not None:
+            request.guesser.learn(len(request.drafts), right)
+        request.drafted += len(request.drafts)
+        request.accepted += right
+        request.drafts = []
+
+    def _write(self, request: Request, token: int | Exception) -> None:
+        if isinstance(token, Exception):
+            raise token
         request.written.append(token)
         if (
             token in request.ends
@@ -208,6 +262,30 @@ class Engine:
             request.finish = "stop"
         elif len(request.written) == request.room:
             request.finish = "length"
+
+    @contextmanager
+    def _of(self, request: Request) -> Iterator[None]:
+        """What goes wrong inside ends this text and no other."""
+        try:
+            yield
+        except Exception as err:
+            self._fail(request, err)
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.error, request.finish = error, "error"
+        self.schedule.finish(request)
+        self._failed.append(request)
+
+
+def _halved(planned: Sequence[tuple[Request, int]], size: int) -> list[tuple[Request, int]]:
+    """The first `size` tokens of a step; nothing is guessed in it."""
+    found = []
+    for request, count in planned:
+        count, size = min(count - len(request.drafts), size), size - count + len(request.drafts)
+        request.drafts.clear()
+        if count > 0:
+            found.append((request, count))
+    return found
 
 
 def numbers_of(seed: int, *key: object) -> Callable[[int], float]:

@@ -57,7 +57,7 @@ def generate(
     lengths = [len(ids) for ids in encoded for _ in range(sampling.n)]
     engine = engine_for(model, lengths, sampling.max_tokens, batch_size)
     requests = [
-        _add(engine, ids, sampling, key, which)
+        add_answer(engine, ids, sampling, key, which)
         for key, ids in zip(range(len(encoded)) if keys is None else keys, encoded, strict=True)
         for which in range(sampling.n)
     ]
@@ -71,7 +71,7 @@ def generate(
             on_progress(done, len(requests))
 
     engine.run(count)
-    return _by_prompt([_completed(model, one, sampling) for one in requests], sampling.n)
+    return by_prompt([completed(model, one, sampling) for one in requests], sampling.n)
 
 
 def stream(
@@ -160,15 +160,27 @@ def room_for(model: LoadedModel, lengths: Sequence[int], max_tokens: int, stream
     return sum(whole[:streams]) or BLOCK
 
 
-def _add(engine: Engine, ids: Sequence[int], sampling: Sampling, key: object, which: int = 0) -> Request:
+def add_answer(
+    engine: Engine,
+    ids: Sequence[int],
+    sampling: Sampling,
+    key: object = 0,
+    which: int = 0,
+    *,
+    priority: int = 0,
+    salt: str = "",
+    tenant: str = "",
+    adapter: int = -1,
+) -> Request:
     """One of the answers to a prompt. What is said of the prompt itself the first finds out."""
     one = sampling.model_copy(update={"n": 1, "prompt_logprobs": sampling.prompt_logprobs and which == 0})
     # The first keeps the numbers that a seed gives to a single answer.
     draw = None if sampling.seed is None else numbers_of(sampling.seed, key, *([which] if which else []))
-    return engine.add(ids, one, draw=draw)
+    return engine.add(ids, one, draw=draw, priority=priority, salt=salt, tenant=tenant, adapter=adapter)
 
 
-def _completed(model: LoadedModel, request: Request, sampling: Sampling) -> Completion:
+def completed(model: LoadedModel, request: Request, sampling: Sampling) -> Completion:
+    """What a text that is finished became."""
     found = complete(model, request.written, sampling, len(request.prompt), request.finish == "stop")
     found = replace(found, drafted=request.drafted, accepted=request.accepted)
     if sampling.logprobs is not None:
@@ -176,7 +188,7 @@ def _completed(model: LoadedModel, request: Request, sampling: Sampling) -> Comp
     return replace(found, prompt_logprobs=tuple(request.prompt_logs)) if request.sampling.prompt_logprobs else found
 
 
-def _by_prompt(found: Sequence[Completion], n: int) -> list[Completion]:
+def by_prompt(found: Sequence[Completion], n: int) -> list[Completion]:
     """The first answer to each prompt, which holds the others."""
     return [
         replace(found[at], others=tuple(found[at + 1 : at + n])) if n > 1 else found[at]
@@ -185,10 +197,12 @@ def _by_prompt(found: Sequence[Completion], n: int) -> list[Completion]:
 
 
 def _tokens(engine: Engine, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
-    request, seen = _add(engine, ids, sampling, 0), 0
+    request, seen = add_answer(engine, ids, sampling, 0), 0
     try:
         while request.finish is None:
             engine.step()
+            if request.error is not None:
+                raise request.error
             yield from request.written[seen:]
             seen = len(request.written)
     finally:
@@ -215,7 +229,7 @@ def _generate_padded(
             found[at] = complete(model, ids, sampling, len(encoded[at]))
         if on_progress is not None:
             on_progress(min(start + batch_size, len(order)), len(order))
-    return _by_prompt([found[at] for at in range(len(encoded))], sampling.n)
+    return by_prompt([found[at] for at in range(len(encoded))], sampling.n)
 
 
 def _check(model: LoadedModel) -> None:

@@ -28,10 +28,10 @@ def prompt_logs(logits_RV: Tensor, following: Sequence[int]) -> list[float]:
     return (logits_RV.gather(1, tokens_R1)[:, 0] - logits_RV.logsumexp(-1)).tolist()
 
 
-def logs_of(model: LoadedModel, request: Request, count: int) -> tuple[TokenLog, ...]:
-    """Of the first `count` tokens that were written."""
+def logs_of(model: LoadedModel, request: Request, stop: int, start: int = 0) -> tuple[TokenLog, ...]:
+    """Of the tokens that were written, from one place to another."""
     found = []
-    for at, (tokens, raw, processed) in enumerate(request.logs[:count]):
+    for at, (tokens, raw, processed) in enumerate(request.logs[start:stop], start):
         before = request.written[max(0, at - BEFORE) : at]
         chosen, *top = [
             TokenLog(token, _added(model, before, token), *shares) for token, *shares in zip(tokens, raw, processed)

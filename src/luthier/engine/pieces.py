@@ -11,30 +11,59 @@ from luthier.models.spec import LoadedModel
 
 
 def pieces(model: LoadedModel, tokens: Iterable[int], sampling: Sampling) -> Iterator[str]:
-    """The text of `tokens` as they come, up to a stop token or a stop text: half a character, or the beginning of a stop
-    text, is held back until it is known."""
-    ends = ends_of(model, sampling)
-    written: list[int] = []
-    shown = early = 0
+    """The text of `tokens` as they come (`Growing`)."""
+    growing = Growing(model, sampling)
     for token in tokens:
-        if token in ends:
+        piece = growing.take(token)
+        if piece:
+            yield piece
+        if growing.ended:
             break
-        written.append(token)
-        text = model.renderer.decode(written)
-        if len(written) < sampling.min_tokens:
-            early = len(text.rstrip("\ufffd"))
-        cut = find_stop(text, sampling.stop, early)
-        if cut is not None:
-            if cut > shown:
-                yield text[shown:cut]
-            return
-        ready = len(text[: len(text) - _held(text, sampling.stop)].rstrip("\ufffd"))
-        if ready > shown:
-            yield text[shown:ready]
-            shown = ready
-    rest = model.renderer.decode(written)[shown:]
+    rest = growing.rest()
     if rest:
         yield rest
+
+
+class Growing:
+    """The text of tokens that come one by one, up to a stop token or a stop text: half a character, or the beginning of a stop
+    text, is held back until it is known."""
+
+    def __init__(self, model: LoadedModel, sampling: Sampling):
+        self.ids: list[int] = []
+        """What came, but for a token that ends it."""
+        self.ended = False
+        """Whether a stop token or a stop text came."""
+        self._model, self._sampling, self._ends = model, sampling, ends_of(model, sampling)
+        self._shown = self._early = 0
+        self._cut: int | None = None
+
+    def take(self, token: int) -> str:
+        """What can be shown after one token more."""
+        if token in self._ends:
+            self.ended = True
+            return ""
+        self.ids.append(token)
+        stops = self._sampling.stop
+        text = self._model.renderer.decode(self.ids)
+        if len(self.ids) < self._sampling.min_tokens:
+            self._early = len(text.rstrip("\ufffd"))
+        self._cut = find_stop(text, stops, self._early)
+        if self._cut is not None:
+            self.ended = True
+            return self._show(text, self._cut)
+        return self._show(text, len(text[: len(text) - _held(text, stops)].rstrip("\ufffd")))
+
+    def rest(self) -> str:
+        """What was held back, where no token comes any more."""
+        if self._cut is not None:
+            return ""
+        text = self._model.renderer.decode(self.ids)
+        return self._show(text, len(text))
+
+    def _show(self, text: str, upto: int) -> str:
+        piece = text[self._shown : upto]
+        self._shown = max(self._shown, upto)
+        return piece
 
 
 def complete(

@@ -24,7 +24,8 @@ class Request:
     """A prompt to be gone on from.
 
     `draw` gives a number from 0 to 1 for the place of a token in the answer. Of requests that wait, those of a higher
-    `priority` come first, then the earlier ones. Prompts share what was read of them only under the same `salt`.
+    `priority` come first, then those of the `tenant` that was served least (`engine.tenants`), then the earlier ones. Prompts
+    share what was read of them only under the same `salt`.
     """
 
     prompt: tuple[int, ...]
@@ -35,6 +36,7 @@ class Request:
     draw: Callable[[int], float]
     priority: int = 0
     salt: str = ""
+    tenant: str = ""
     adapter: int = -1
     """Which of the adapters beside packed weights it is written with."""
     ends: tuple[int, ...] = ()
@@ -44,7 +46,9 @@ class Request:
     names: tuple[bytes, ...] = ()
     """Of the full blocks of its prompt."""
     written: list[int] = field(default_factory=list)
-    finish: Literal["stop", "length", "abort"] | None = None
+    finish: Literal["stop", "length", "abort", "error"] | None = None
+    error: Exception | None = None
+    """What ended it, where that was an error."""
     read: int = 0
     """How many of its tokens' keys and values lie in `table`."""
     table: list[int] = field(default_factory=list)
@@ -52,6 +56,8 @@ class Request:
     """Tokens of the prompt that another text had read."""
     guesser: Guesser | None = None
     """Where guesses at its next tokens come from."""
+    charged: int = 0
+    """Tokens of prompt and answer that its tenant need not be charged for any more."""
     drafts: list[int] = field(default_factory=list)
     """Such a guess, to be read after its own tokens in the next step."""
     drafted: int = 0
@@ -73,11 +79,6 @@ class Request:
         """Some of its tokens."""
         here = len(self.prompt)
         return [*self.prompt[start:stop], *self.written[max(0, start - here) : max(0, stop - here)]]
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Its place among others: what comes first is served first, and let go last."""
-        return -self.priority, self.number
 
     @property
     def own(self) -> int:

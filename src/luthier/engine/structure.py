@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, lru_cache
@@ -74,6 +74,8 @@ class Matcher:
         self._state, self._stop_ids = state, stop_ids
         self.bits = np.zeros(-(-width // 32), dtype=np.int32)
         """A bit for each token, set where it may come next."""
+        self.error: Exception | None = None
+        """Why they could not be made."""
 
     def fill(self) -> None:
         """Make the bits. Raises ModelError where the structure is too much for the machinery."""
@@ -99,17 +101,26 @@ def matcher_for(model: LoadedModel, structure: Structure) -> Matcher:
 
 
 @contextmanager
-def masks_made(requests: Sequence[Request]) -> Iterator[None]:
-    """While this is entered, a thread finds what may come next in the texts that have a structure; leaving waits for it."""
+def masks_made(requests: Iterable[Request]) -> Iterator[None]:
+    """While this is entered, a thread finds what may come next in the texts that have a structure; leaving waits for it. What
+    goes wrong is kept in the matcher of the text."""
     matchers = [one.matcher for one in requests if one.matcher is not None]
     if not matchers:
         yield
         return
-    made = _thread().submit(lambda: [one.fill() for one in matchers])
+    made = _thread().submit(_fill, matchers)
     try:
         yield
     finally:
         made.result()
+
+
+def _fill(matchers: Sequence[Matcher]) -> None:
+    for one in matchers:
+        try:
+            one.fill()
+        except Exception as err:
+            one.error = err
 
 
 def restrict(logits_RV: Tensor, requests: Sequence[Request]) -> None:

@@ -141,8 +141,10 @@ def test_what_is_banned_never_comes_and_nothing_left_is_said(temperature):
     assert choose(logits(0)[None], [request(temperature=temperature, number=0.3, banned=((best,),))]) != [best]
     assert choose(logits(0)[None], [request(temperature=temperature, banned=((9, best),))]) != [best]
     all_of_them = tuple((token,) for token in range(VOCABULARY))
-    with pytest.raises(ConfigError, match="leave no token that may come"):
-        choose(logits(0)[None], [request(temperature=temperature, banned=all_of_them)])
+    rows = torch.stack([logits(0), logits(1)])
+    error, token = choose(rows, [request(temperature=temperature, banned=all_of_them), request()])
+    assert isinstance(error, ConfigError) and "leave no token that may come" in str(error)
+    assert token == int(logits(1).argmax())
 
 
 @pytest.mark.parametrize(

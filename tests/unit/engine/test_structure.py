@@ -350,3 +350,29 @@ def test_models_that_write_nothing_refuse_a_structure():
     config = Generate.make({"model": str(tiny_model("bert")), "sampling": {"structure": {"choices": ["a"]}}})
     with pytest.raises(ConfigError, match="is made to masked and writes no text; leave it out"):
         answer_texts(config, ["one [MASK] three"])
+
+
+def test_a_structure_that_cannot_be_followed_ends_its_own_text(monkeypatch):
+    model, structures = load_model("mini"), [Structure(regex="[a-z]{30}"), Structure(regex="[0-9]{30}")]
+    samplings = [Sampling(max_tokens=20, temperature=1.0, structure=one) for one in [*structures, None]]
+
+    def write(engine):
+        return [engine.add([5 + at, 9], one, draw=numbers_of(at)) for at, one in enumerate(samplings)]
+
+    alone = Engine(model, 1024)
+    right = write(alone)
+    alone.run()
+    engine = Engine(model, 1024)
+    found, fill = write(engine), Matcher.fill
+
+    def broken(matcher):
+        if matcher is found[0].matcher and len(found[0].written) == 3:
+            raise ModelError("too much")
+        fill(matcher)
+
+    monkeypatch.setattr(Matcher, "fill", broken)
+    while engine.busy:
+        engine.step()
+    assert found[0].finish == "error" and str(found[0].error) == "too much" and engine.blocks.used == 0
+    assert found[0].written == right[0].written[:3]
+    assert [one.written for one in found[1:]] == [one.written for one in right[1:]]

@@ -1,0 +1,144 @@
+"""What a reader sees of the answers to a prompt while the engine's thread writes them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from luthier.core.types import Completion, TokenLog
+from luthier.engine.generate import by_prompt, completed
+from luthier.engine.logs import logs_of
+from luthier.engine.pieces import Growing
+from luthier.engine.request import Request
+from luthier.engine.sampling import Sampling
+from luthier.models.spec import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What came of one answer since its piece before; those of an answer make up its `Completion`, put together."""
+
+    which: int
+    """Of the answers to the prompt (`Sampling.n`)."""
+    text: str
+    """Whole characters, and nothing of a stop text."""
+    ids: tuple[int, ...]
+    """Tokens that came; the text of the last few may be held back for the next piece."""
+    logprobs: tuple[TokenLog, ...] | None
+    """One for each of `ids`, where they are asked for."""
+    finish: Literal["stop", "length"] | None
+    """Set in the last piece of an answer."""
+
+
+class Writing:
+    """The answers to one prompt, between the engine's thread and a reader on the event loop on which this is made."""
+
+    def __init__(self, count: int, piecewise: bool):
+        self.loop, self.news = asyncio.get_running_loop(), asyncio.Event()
+        self.count, self.piecewise = count, piecewise
+        """How many answers, and whether the reader wants each token, not the end alone."""
+        # Of the engine's thread, which rings on the loop after it changed them:
+        self.requests: Sequence[Request] = ()
+        self.ended: set[Request] = set()
+        self.error: BaseException | None = None
+        # Of the reader:
+        self.left = False
+
+
+class Answer:
+    """The answers to a prompt while they are written: an iterator over their pieces, those of several as they come.
+
+    Who reads slowly gets longer pieces, and keeps nobody waiting. The writing ends where a task that waits for it is cancelled,
+    where this is left as a context, or dropped; an exception that is kept keeps what it went through, so use `with`.
+    """
+
+    def __init__(self, model: LoadedModel, writing: Writing, sampling: Sampling, leave: Callable[[Writing], None]):
+        self._model, self._writing, self._sampling, self._leave = model, writing, sampling, leave
+        self._parts = [_Part(model, which, sampling) for which in range(sampling.n)]
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> Piece:
+        """Raises what went wrong."""
+        while True:
+            self._check()
+            for part, request in zip(self._parts, self._writing.requests):
+                piece = part.next(request, request in self._writing.ended)
+                if piece is not None:
+                    return piece
+            if self._over:
+                raise StopAsyncIteration
+            await self._wait()
+
+    async def whole(self) -> Completion:
+        """The first answer once all are written; it holds the others. Raises what went wrong."""
+        self._check()
+        while not self._over:
+            await self._wait()
+            self._check()
+        found = [completed(self._model, one, self._sampling) for one in self._writing.requests]
+        return by_prompt(found, self._sampling.n)[0]
+
+    def leave(self) -> None:
+        """Write no further."""
+        if not self._over:
+            self._writing.left = True
+            self._writing.news.set()
+            self._leave(self._writing)
+
+    __del__ = leave
+
+    @property
+    def _over(self) -> bool:
+        return self._writing.left or len(self._writing.ended) == self._writing.count
+
+    def _check(self) -> None:
+        error = self._writing.error or next((one.error for one in self._writing.ended if one.error is not None), None)
+        if error is not None:
+            self.leave()
+            raise error
+
+    async def _wait(self) -> None:
+        """Until there is news. They are told on this loop, so none get lost between the last look and this."""
+        self._writing.news.clear()
+        try:
+            await self._writing.news.wait()
+        except BaseException:
+            self.leave()
+            raise
+
+
+class _Part:
+    """How much of one answer was shown."""
+
+    def __init__(self, model: LoadedModel, which: int, sampling: Sampling):
+        self._model, self._which, self._sampling = model, which, sampling
+        self._growing = Growing(model, sampling)
+        self._seen = self._told = 0
+        self._over = False
+
+    def next(self, request: Request, ended: bool) -> Piece | None:
+        """What can be shown now and could not before; None where nothing can."""
+        if self._over:
+            return None
+        growing, text = self._growing, ""
+        while self._seen < len(request.written) and not growing.ended:
+            text += growing.take(request.written[self._seen])
+            self._seen += 1
+        if ended:
+            text, self._over = text + growing.rest(), True
+        elif not text:
+            return None
+        start, self._told = self._told, len(growing.ids)
+        logs = None if self._sampling.logprobs is None else logs_of(self._model, request, self._told, start)
+        finish: Literal["stop", "length"] = "stop" if request.finish == "stop" else "length"
+        return Piece(self._which, text, tuple(growing.ids[start:]), logs, finish if ended else None)
