@@ -32,13 +32,20 @@ FAMILIES = {
     "phi3": {"pad_token_id": 0, "head_dim": ...},
     "gpt2": GPT2, "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
     "smollm3": {"no_rope_layers": [1, 0, 1]}, "arcee": {}, "starcoder2": {"sliding_window": None},
-    "stablelm": {"head_dim": ...}, "seed_oss": {},
+    "seed_oss": {},
 }  # fmt: skip
+
+
+# Where each lies.
+MADE: dict[str, Path] = {}
 
 
 def decoder_model(family: str, **more: Any) -> LoadedModel:
     """A model of that family; `more` goes into its config, where ... takes a size out."""
-    return load_model(str(_made(family, tuple(sorted(more.items(), key=str)))))
+    key = f"{family} {sorted(more.items(), key=str)}"
+    if key not in MADE:
+        MADE[key] = _make(family, more)
+    return load_model(str(MADE[key]))
 
 
 @cache
@@ -48,12 +55,11 @@ def _root() -> Path:
     return path
 
 
-@cache
-def _made(family: str, more: tuple[tuple[str, Any], ...]) -> Path:
+def _make(family: str, more: dict[str, Any]) -> Path:
     tokenizer = tiny_tokenizer("llama")
     settings = {
         **SIZES, "vocab_size": len(tokenizer) + 8, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None,
-        **FAMILIES.get(family, {}), **dict(more),
+        **FAMILIES.get(family, {}), **more,
     }  # fmt: skip
     config = AutoConfig.for_model(family, **{name: one for name, one in settings.items() if one is not ...})
     torch.manual_seed(0)

@@ -122,7 +122,8 @@ def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, 
         remember(model)
     if model.native is None and model.as_stored:
         cast_weights(model, "float32")
-        model.as_stored = False
+        # Its keys and values are twice as wide now.
+        model.as_stored, model.pages = False, None
     tell_engine(model, sampling, events)
 
 

@@ -223,4 +223,6 @@ def measure(packed: Packed, own: Own) -> Quality:
         more += float(lost_TV[: len(following)].gather(1, torch.tensor(following)[:, None]).sum())
         apart += float((lost_TV - lost_TV.mean(-1, keepdim=True)).square().sum())
         size += float((own_TV - own_TV.mean(-1, keepdim=True)).square().sum())
-    return Quality(kl / len(own.ids), math.exp(more / (len(own.ids) - 1)) - 1, math.sqrt(apart / size))
+    # No number is large enough for the perplexity of a model that computes something else.
+    lost = min(more / max(1, len(own.ids) - 1), 700.0)
+    return Quality(kl / len(own.ids), math.exp(lost) - 1, math.sqrt(apart / size))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.models.adapters.freeze import find_layers
-from luthier.models.adapters.inject import LoraLinear
+from luthier.models.adapters.inject import LoraLinear, shape_of
+from luthier.models.attention import Rules, packed_attention
 from luthier.models.output import Head, head_of
 from luthier.models.quantised.linear import QuantisedLinear
 from luthier.models.spec import LoadedModel
@@ -31,10 +32,34 @@ class Unlike(Exception):
     """Why a model is none of these: the end of a sentence that begins with its family."""
 
 
+class Watch:
+    """Stands in for the keys and values of a text of one token, and keeps how each layer asks for its attention."""
+
+    def __init__(self) -> None:
+        self.rules: dict[int | None, Rules] = {}
+        self.sizes: dict[int | None, tuple[float, float]] = {}
+        """Of its queries and keys, which rotary positions leave as they are."""
+
+    def attend(self, layer: int | None, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, rules: Rules) -> Tensor:
+        """[N, H, D]: a token that sees itself alone gets its own values."""
+        self.rules[layer], self.sizes[layer] = rules, (float(q_NHD.float().norm()), float(k_NKD.float().norm()))
+        return v_NKD.repeat_interleave(q_NHD.shape[1] // v_NKD.shape[1], 1)
+
+
 @torch.no_grad()
 def describe(model: LoadedModel, *, apart: bool = False) -> Decoder:
     """The decoder that a loaded language model is, with its adapter in its weights, or `apart` where it can be: then they can
     be read anew as it learns. Raises Unlike, with what the model has that a `Decoder` has not."""
+    training = model.module.training
+    # What is dropped at random would look like what a layer does.
+    model.module.eval()
+    try:
+        return _describe(model, apart)
+    finally:
+        model.module.train(training)
+
+
+def _describe(model: LoadedModel, apart: bool) -> Decoder:
     network, config = model.network, model.network.config
     if model.spec.kind != "decoder" or model.spec.task != "causal":
         raise Unlike("is no decoder that writes")
@@ -47,22 +72,28 @@ def describe(model: LoadedModel, *, apart: bool = False) -> Decoder:
     heads = int(config.num_attention_heads)
     size = int(getattr(attention, "head_dim", None) or config.hidden_size // heads)
     embedding = network.get_input_embeddings()
-    turns = _turns(base)
-    blocks = tuple(_block(layer, turns, size, apart) for layer in layers)
-    kv = (blocks[0].qkv.weight().shape[0] // size - heads) // 2
+    shapes = {
+        tuple(shape_of(_base(one)) for one in (*qkv, *out, *up, *down)) for qkv, out, up, down in map(_linears, layers)
+    }
+    if len(shapes) > 1:
+        raise Unlike("has layers of several sizes")
+    turns = _turns(base, model.spec.max_length)
+    rules = _rules(model, len(layers))
+    blocks = tuple(_block(layer, turns, size, one.window, apart) for layer, one in zip(layers, rules))
+    kv = (sum(shape_of(_base(one))[0] for one in _qkv(attention)) // size - heads) // 2
     mlp = layers[0].mlp
     decoder = Decoder(
         blocks=blocks,
         heads=heads,
         kv=kv,
         size=size,
-        scale=float(getattr(attention, "scaling", None) or size**-0.5),
+        scale=rules[0].scale,
         activation=_activation(mlp),
         gated=_gated(mlp),
         embedding_VE=_table(embedding),
         last=_norm(_part(base, "norm", "final_layernorm", "ln_f", "final_layer_norm")),
         head=Linear(partial(_head_weight, model), head.bias_V),
-        softcap=getattr(attention, "attn_logit_softcapping", None),
+        softcap=rules[0].softcap,
         parallel=_parallel(layers[0]),
         residual=float(getattr(layers[0], "residual_multiplier", 1.0)),
         embedding_scale=_embedding_scale(model, layers[0], embedding),
@@ -70,19 +101,49 @@ def describe(model: LoadedModel, *, apart: bool = False) -> Decoder:
         head_scale=head.scale,
         head_softcap=head.softcap,
     )
-    inner = blocks[0].down.weight().shape[1]
+    inner = shape_of(_base(_linears(layers[0])[3][0]))[1]
     for what, number in (("states", decoder.width), ("heads", size), ("inner states", inner)):
         if number % LANE:
             raise Unlike(f"has {what} of {number} numbers, which is no multiple of {LANE}")
-    if size > LARGEST_HEAD or kv < 1 or heads % kv or blocks[0].qkv.weight().shape[0] != (heads + 2 * kv) * size:
+    made = sum(shape_of(_base(one))[0] for one in _qkv(attention))
+    turned = {one.turns.tables(1)[0].shape[1] for one in blocks if one.turns is not None}
+    if len(turned) > 1 or 2 * max(turned, default=0) > size:
+        raise Unlike(f"turns heads of {size} numbers in a way of its own")
+    if size > LARGEST_HEAD or kv < 1 or heads % kv or made != (heads + 2 * kv) * size:
         raise Unlike(f"has {heads} heads of {size} numbers in a way of its own")
     return decoder
 
 
-def _block(layer: Any, turns: Callable[[Any], Turns | None], size: int, apart: bool) -> Block:
-    attention, mlp = _part(layer, "self_attn", "attn"), layer.mlp
-    if hasattr(attention, "sinks"):
+def _rules(model: LoadedModel, layers: int) -> list[Rules]:
+    """How each layer attends, as it says when it is called: a config may name a window that no layer has, and the reverse."""
+    found = []
+    for place in (model.spec.max_length - 1, 0):
+        watch = Watch()
+        ids_1N, places_1N = (torch.tensor([[one]], device=model.device) for one in (TRIED, place))
+        try:
+            with packed_attention(model.network):
+                model.network.base_model(input_ids=ids_1N, position_ids=places_1N, segments=watch, use_cache=False)
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
+            raise Unlike("has an attention of its own") from None
+        if sorted(watch.rules, key=str) != sorted(range(layers), key=str):
+            raise Unlike("has an attention of its own")
+        found.append(watch)
+    far, near = found
+    if not hasattr(model.network.base_model, "wpe"):
+        pairs = [pair for at in range(layers) for pair in zip(far.sizes[at], near.sizes[at])]
+        if any(abs(one - other) > TOLERANCE * max(one, other) for one, other in pairs):
+            raise Unlike("makes the queries or keys of later tokens larger")
+    rules = [near.rules[at] for at in range(layers)]
+    if any(one.sinks is not None for one in rules):
         raise Unlike("has attention sinks")
+    if not all(one.causal for one in rules) or len({(one.scale, one.softcap) for one in rules}) > 1:
+        raise Unlike("has layers that attend each in a way of its own")
+    return rules
+
+
+def _block(layer: Any, turns: Callable[[Any], Turns | None], size: int, window: int | None, apart: bool) -> Block:
+    attention = _part(layer, "self_attn", "attn")
+    qkv, out, up, down = _linears(layer)
     # Where a norm stands goes by its name, and these names came one after another.
     names = {name for name, _ in layer.named_children()}
     before = _part(layer, "input_layernorm", "ln_1") if names & {"input_layernorm", "ln_1"} else None
@@ -110,10 +171,10 @@ def _block(layer: Any, turns: Callable[[Any], Turns | None], size: int, apart: b
         raise Unlike("has norms over all queries or keys together")
     norm_before = None if before is None else _norm(before)
     return Block(
-        qkv=_linear(_qkv(attention), apart),
-        out=_linear([_part(attention, "o_proj", "dense", "c_proj", "out_proj")], apart),
-        up=_linear(_ups(mlp), apart),
-        down=_linear([_part(mlp, "down_proj", "fc2", "c_proj")], apart),
+        qkv=_linear(qkv, apart),
+        out=_linear(out, apart),
+        up=_linear(up, apart),
+        down=_linear(down, apart),
         before_attention=norm_before,
         query=norms[0],
         key=norms[1],
@@ -122,8 +183,7 @@ def _block(layer: Any, turns: Callable[[Any], Turns | None], size: int, apart: b
         before_mlp=norm_before if into is None and _parallel(layer) else None if into is None else _norm(into),
         after_mlp=None if end is None else _norm(end),
         turns=turns(layer) if getattr(attention, "use_rope", True) else None,
-        # Mistral's attention and its like keep no window of their own and ask the config.
-        window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+        window=window,
     )
 
 
@@ -140,6 +200,21 @@ def _parallel(layer: Any) -> bool:
     return names & {"ln_2", "post_attention_layernorm", "post_feedforward_layernorm"} == set() or bool(
         getattr(layer, "use_parallel_residual", False)
     )
+
+
+def _linears(layer: Any) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """The layers that make queries, keys and values, that mix the heads, that go up and that go down."""
+    attention, mlp = _part(layer, "self_attn", "attn"), layer.mlp
+    out = _part(attention, "o_proj", "dense", "c_proj", "out_proj")
+    return _qkv(attention), [out], _ups(mlp), [_part(mlp, "down_proj", "fc2", "c_proj")]
+
+
+def _base(module: Any) -> Any:
+    """The layer under an adapter. Raises Unlike for one of another kind."""
+    base = module.base if isinstance(module, LoraLinear) else module
+    if type(base) not in (nn.Linear, Conv1D) and not isinstance(base, QuantisedLinear):
+        raise Unlike(f"has layers of a kind of their own ({type(base).__name__})")
+    return base
 
 
 def _weight(module: Any, apart: bool = False) -> Tensor:
@@ -159,11 +234,7 @@ def _is_plain(module: Any) -> bool:
 
 def _linear(modules: Sequence[Any], apart: bool) -> Linear:
     """Of layers that read the same: what they give, one after another."""
-    for module in modules:
-        base = module.base if isinstance(module, LoraLinear) else module
-        if type(base) not in (nn.Linear, Conv1D) and not isinstance(base, QuantisedLinear):
-            raise Unlike(f"has layers of a kind of their own ({type(base).__name__})")
-    widths = [_weight(module).shape[0] for module in modules]
+    widths = [shape_of(_base(module))[0] for module in modules]
     biases = [module.bias for module in modules]
     bias_N = None
     if any(one is not None for one in biases):
@@ -205,7 +276,8 @@ def _ups(mlp: Any) -> list[Any]:
 def _activation(mlp: Any) -> Activation:
     """By what it gives."""
     own = _part(mlp, "act_fn", "activation_fn", "act")
-    x = torch.linspace(-4, 4, 101)
+    # Far out too, where some are cut off.
+    x = torch.cat([torch.linspace(-4, 4, 101), torch.tensor([-20.0, 20.0])])
     for name in ACTIVATIONS:
         if torch.allclose(own(x), activate(name, x), atol=1e-4):
             return name
@@ -227,19 +299,24 @@ def _norm(module: Any) -> Norm:
     forms = [Norm("rms", eps, weight_E), Norm("rms", eps, weight_E + 1), Norm("layer", eps, weight_E, bias_E)]
     if bias_E is not None:
         forms = forms[2:]
+    apart = []
     for form in forms:
         made = (
             nn.functional.rms_norm(x, width, form.weight_E, eps)
             if form.kind == "rms"
             else nn.functional.layer_norm(x, width, form.weight_E, form.bias_E, eps)
         )
-        if float((made - own).abs().max()) <= TOLERANCE * float(own.abs().max()):
-            return form
-    raise Unlike(f"has norms of their own ({type(module).__name__})")
+        apart.append(float((made - own).abs().max()))
+    # The nearest: beside a weight of 100, one more or less is little.
+    least = min(apart)
+    if not least <= TOLERANCE * float(own.abs().max()):
+        raise Unlike(f"has norms of their own ({type(module).__name__})")
+    return forms[apart.index(least)]
 
 
-def _turns(base: Any) -> Callable[[Any], Turns | None]:
-    """For each layer the rotary positions it is given; one table for all that are given the same."""
+def _turns(base: Any, longest: int) -> Callable[[Any], Turns | None]:
+    """For each layer the rotary positions it is given; one table for all that are given the same. Raises Unlike where those
+    of a text of `longest` tokens begin otherwise than those of a short one: what is kept of its tokens would be of neither."""
     rotary = getattr(base, "rotary_emb", None)
     if rotary is None:
         return lambda layer: None
@@ -253,7 +330,11 @@ def _turns(base: Any) -> Callable[[Any], Turns | None]:
         # Gemma 3 asks for the tables of a kind of layer; the others have one.
         own = kind if hasattr(rotary, f"{kind}_inv_freq") else None
         if own not in kinds:
-            kinds[own] = Turns(partial(_tables, rotary, own))
+            # The long one first, for some go back to what they were only at a short one.
+            far, near = _rotate(rotary, own, [0, 1, longest - 1]), _rotate(rotary, own, [0, 1])
+            if not all(torch.allclose(one[:2], other, atol=1e-5) for one, other in zip(far, near)):
+                raise Unlike("makes other rotary positions for long texts")
+            kinds[own] = Turns(partial(_tables, rotary, own), longest)
             kinds[own].tables(2)
         return kinds[own]
 
@@ -262,12 +343,18 @@ def _turns(base: Any) -> Callable[[Any], Turns | None]:
 
 @torch.no_grad()
 def _tables(rotary: Any, kind: str | None, places: int) -> tuple[Tensor, Tensor]:
-    extra = {} if kind is None else {"layer_type": kind}
-    cosine, sine = (one[0] for one in rotary(torch.zeros(1), torch.arange(places)[None], **extra))
+    cosine, sine = _rotate(rotary, kind, range(places))
     half = cosine.shape[-1] // 2
     if places > 1 and not torch.equal(cosine[:, :half], cosine[:, half:]):
         raise Unlike("pairs neighbours in its rotary positions")
     return cosine[:, :half].contiguous(), sine[:, :half].contiguous()
+
+
+@torch.no_grad()
+def _rotate(rotary: Any, kind: str | None, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+    extra = {} if kind is None else {"layer_type": kind}
+    cosine, sine = rotary(torch.zeros(1), torch.tensor([list(places)]), **extra)
+    return cosine[0], sine[0]
 
 
 def _table(embedding: Any) -> Tensor:

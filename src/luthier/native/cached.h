@@ -71,7 +71,7 @@ INLINE void attend_some(const Cached *c, const int N, const uint16_t *const *que
         high = all(most_of(high));
         for (int64_t t = 0; t < room; t += LANE) {
             vf x = load(score + t);
-            vf e = pick(x > all(UNSEEN * 0.5f), exp_of(x - high), all(0));
+            vf e = pick(x <= all(UNSEEN * 0.5f), all(0), exp_of(x - high));
             mass += e;
             store_halves(share + t, e);
         }

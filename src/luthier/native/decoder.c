@@ -120,11 +120,19 @@ static void place_token(const Decoder *d, const Layer *layer, const Step *step, 
             for (int64_t i = 0; i < size / 2; i++) memcpy(to + i * TOKENS * 2, halves + i * 2, 4);
         }
     }
+    /* What follows the last token of a text in its block counts nothing, but nothing times what is no number is none: a
+     * block may hold what a text that overflowed left there. */
+    int last = n + 1 == step->count || step->first[n + 1] != step->first[n];
     for (int64_t h = 0; h < d->kv; h++) {
         const float *x = made + (d->heads + d->kv + h) * size;
         for (int64_t i = 0; i < size; i += LANE) store_halves(halves + i, load(x + i));
         uint16_t *to = layer->values + (block * d->kv + h) * TOKENS * size + (inside / 2) * size * 2 + inside % 2;
         for (int64_t i = 0; i < size; i++) to[i * 2] = halves[i];
+        if (!last) continue;
+        if (inside % 2 == 0)
+            for (int64_t i = 0; i < size; i++) to[i * 2 + 1] = 0;
+        uint16_t *rest = layer->values + (block * d->kv + h) * TOKENS * size + (inside / 2 + 1) * size * 2;
+        memset(rest, 0, (size_t)((TOKENS / 2 - 1 - inside / 2) * size) * 4);
     }
 }
 

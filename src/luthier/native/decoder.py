@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Sequence
 from functools import cache
@@ -121,13 +122,14 @@ class Packed:
 
     def __init__(self, decoder: Decoder, form: Form):
         self.decoder, self.form = decoder, form
-        self.vocabulary = decoder.embedding_VE.shape[0]
         self.nbytes = 0
         self._held: list[Any] = []
         self._chunk, self._left = 0, 0
         self.adapters: list[Adapter] = []
         self._sets: list[Any] = []
         self._tables: dict[Any, tuple[int, Tensor, Tensor]] = {}
+        # A step is told by the layers where its keys and values lie, so one goes through at a time.
+        self.lock = threading.Lock()
         embedding_VE = self._hold(decoder.embedding_VE.bfloat16())
         places_PE = None if decoder.places_PE is None else self._hold(decoder.places_PE.float())
         self._layers = (CLayer * len(decoder.blocks))()
@@ -176,6 +178,8 @@ class Packed:
     def _product(self, linear: Linear, form: Form, end: bool = False) -> CProduct:
         weight_NK = linear.weight()
         rows, bits = weight_NK.shape[0], BITS[form]
+        if end:
+            self.vocabulary = rows
         n, k = rows + -rows % LANE, filled(weight_NK[:1], form).shape[1]
         made, scales = self._take(n * k * bits // 8), []
         for start in range(0, rows, AT_ONCE):
@@ -213,8 +217,10 @@ class Packed:
                 continue
             known = self._tables.get(block.turns)
             if known is None or known[0] < places:
-                cosine, sine = (one.float().contiguous() for one in block.turns.tables(places))
-                known = self._tables[block.turns] = (places, cosine, sine)
+                # Twice as far each time, or a long text would make them anew for every token.
+                count = max(places, min(2 * places, block.turns.longest))
+                cosine, sine = (one.float().contiguous() for one in block.turns.tables(count))
+                known = self._tables[block.turns] = (count, cosine, sine)
             layer.cosine, layer.sine = known[1].data_ptr(), known[2].data_ptr()
 
 
@@ -253,7 +259,7 @@ class Cached:
 
     def __init__(self, packed: Packed, blocks: int):
         decoder = packed.decoder
-        self.packed = packed
+        self.packed, self.blocks = packed, blocks
         self._half = blocks * TOKENS * decoder.kv * decoder.size * 2
         self._pages = Pages(2 * self._half * len(decoder.blocks))
 
@@ -270,7 +276,9 @@ class Cached:
     ) -> Tensor:
         """Read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks of its table, with
         the adapter of that number for each text, or without one (-1).
-        The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R]."""
+        The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R].
+
+        Raises IndexError for what is not there: tokens, places or blocks."""
         packed, count = self.packed, len(ids)
         sizes = np.asarray(lengths)
         starts = np.cumsum(sizes) - sizes
@@ -282,10 +290,7 @@ class Cached:
             np.ascontiguousarray(one, dtype=np.int32)
             for one in (ids, places_N, first_N, [block for table in tables for block in table], rows, adapter_N)
         ]
-        packed.reach(int(places_N.max()) + 1)
-        for at, layer in enumerate(packed._layers):
-            layer.keys = self._pages.at + 2 * at * self._half
-            layer.values = layer.keys + self._half
+        self._check(numbers[0], numbers[3], np.asarray(before) + sizes, widths)
         logits_RV = None if likeliest else torch.empty(len(rows), packed.c.head.n)
         best_R = torch.zeros(len(rows), dtype=torch.int32) if likeliest else None
         step = CStep(
@@ -293,12 +298,28 @@ class Cached:
             *(one.ctypes.data for one in numbers[:-1]), None if logits_RV is None else logits_RV.data_ptr(),
             None if best_R is None else best_R.data_ptr(), numbers[-1].ctypes.data if packed.adapters else None,
         )  # fmt: skip
-        if _library().decoder_step(ctypes.byref(packed.c), ctypes.byref(step)):
-            raise MemoryError(f"no memory for a step of {count} tokens")
+        with packed.lock:
+            packed.reach(int(places_N.max()) + 1)
+            for at, layer in enumerate(packed._layers):
+                layer.keys = self._pages.at + 2 * at * self._half
+                layer.values = layer.keys + self._half
+            if _library().decoder_step(ctypes.byref(packed.c), ctypes.byref(step)):
+                raise MemoryError(f"no memory for a step of {count} tokens")
         if best_R is not None:
             return best_R
         assert logits_RV is not None
         return logits_RV[:, : packed.vocabulary]
+
+    def _check(self, ids_N: np.ndarray, blocks: np.ndarray, lengths: np.ndarray, widths: np.ndarray) -> None:
+        """The C code looks no number up."""
+        decoder = self.packed.decoder
+        tokens, longest = decoder.embedding_VE.shape[0], int(lengths.max())
+        if ids_N.min() < 0 or ids_N.max() >= tokens:
+            raise IndexError(f"tokens from {ids_N.min()} to {ids_N.max()}, and the model has {tokens}")
+        if decoder.places_PE is not None and longest > len(decoder.places_PE):
+            raise IndexError(f"a text of {longest} places, and the model has {len(decoder.places_PE)}")
+        if (lengths > widths * TOKENS).any() or blocks.min() < 0 or blocks.max() >= self.blocks:
+            raise IndexError(f"blocks that are not there: {self.blocks} of {TOKENS} tokens are")
 
     def copy(self, source: int, target: int) -> None:
         """The keys and values of one block to another."""

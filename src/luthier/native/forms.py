@@ -33,7 +33,8 @@ def to_int4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     at_NG1 = groups_NGK.abs().argmax(-1, keepdim=True)
     largest_NG1 = groups_NGK.gather(-1, at_NG1)
     best_NG1 = torch.full_like(largest_NG1, torch.inf)
-    kept_NGK, kept_scale_NG1 = torch.empty_like(groups_NGK), torch.empty_like(largest_NG1)
+    # A group that holds what is no number, or is too large to be squared, is none: no error of it is less than another.
+    kept_NGK, kept_scale_NG1 = torch.zeros_like(groups_NGK), torch.full_like(largest_NG1, torch.nan)
     for share in TRIED:
         scale_NG1 = (largest_NG1 * (-share / 8)).bfloat16().float()
         scale_NG1 = torch.where(scale_NG1.abs() < 1e-12, torch.full_like(scale_NG1, 1e-12), scale_NG1)

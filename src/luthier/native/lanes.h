@@ -52,6 +52,15 @@ INLINE vf larger(vf a, vf b) {
 #endif
 }
 
+INLINE vi larger_words(vi a, vi b) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#else
+    vi above = a > b;
+    return (a & above) | (b & ~above);
+#endif
+}
+
 INLINE vf size_of(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 /* One order of adding on every processor. */
@@ -68,6 +77,12 @@ INLINE float most_of(vf x) {
     store(at, x);
     most = at[0];
     for (int i = 1; i < LANE; i++) most = at[i] > most ? at[i] : most;
+    return most;
+}
+
+INLINE int32_t most_of_words(vi x) {
+    int32_t most = x[0];
+    for (int i = 1; i < LANE; i++) most = x[i] > most ? x[i] : most;
     return most;
 }
 
@@ -107,7 +122,7 @@ INLINE void store_halves(uint16_t *to, vf x) {
 
 /* e^x as fast_exp in kernels.c. */
 INLINE vf exp_of(vf x) {
-    x = larger(x, all(-87.0f));
+    x = larger(all(-87.0f), x);  /* in this order: what is no number stays none */
     x = pick(x > 88.0f, all(88.0f), x);
     vi whole = round_words(x * 1.44269504088896341f);
     vf n = from_words(whole), r = x - n * 0.693359375f + n * 2.12194440e-4f;

@@ -41,15 +41,25 @@ static void prepare(const Rows *rows, int64_t bits, int64_t m, const float *y, i
         memset(to + width, 0, (size_t)(rows->k - width) * 2);
         return;
     }
-    vf most = all(0);
-    for (int64_t i = 0; i < width; i += LANE) most = larger(most, size_of(load(y + i)));
-    float scale = most_of(most) / 127.0f;
-    if (scale < 1e-12f) scale = 1e-12f;
-    rows->scale[m] = scale;
-    float inverse = 1.0f / scale;
     int8_t *to = rows->bytes + m * rows->k;
     int64_t groups = rows->k / GROUP;
     int32_t *sums = rows->sums + m * (groups + 1), total = 0;
+    /* Sizes as words: what is no number is above all others there. */
+    vi most = all_words(0);
+    for (int64_t i = 0; i < width; i += LANE) most = larger_words(most, (vi)size_of(load(y + i)));
+    int32_t bits_of_most = most_of_words(most);
+    float scale;
+    memcpy(&scale, &bits_of_most, 4);
+    scale /= 127.0f;
+    if (scale < 1e-12f) scale = 1e-12f;
+    rows->scale[m] = scale;
+    if (!(scale < INFINITY)) {
+        /* Bytes have no such number; the scale makes the row's results none. */
+        memset(to, 0, (size_t)rows->k);
+        memset(sums, 0, (size_t)(groups + 1) * 4);
+        return;
+    }
+    float inverse = 1.0f / scale;
     for (int64_t g = 0; g < groups; g++) {
         vi sum = all_words(0);
         for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i += LANE) {
@@ -84,9 +94,9 @@ INLINE vf activate(int64_t kind, vf x) {
         return x * (1.0f - 1.0f / (exp_of(2.0f * u) + 1.0f));
     }
     case GELU: return 0.5f * x * (1.0f + erf_of(x * 0.7071067812f));
-    case RELU: return larger(x, all(0));
+    case RELU: return larger(all(0), x);
     default: {
-        vf kept = larger(x, all(0));
+        vf kept = larger(all(0), x);
         return kept * kept;
     }
     }

@@ -43,9 +43,10 @@ class Linear:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Turns:
-    """Rotary positions: cosine and sine [P, turned / 2] of the first P places."""
+    """Rotary positions: cosine and sine [P, turned / 2] of the first P places, of which there are `longest` at most."""
 
     tables: Callable[[int], tuple[Tensor, Tensor]]
+    longest: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
