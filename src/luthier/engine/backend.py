@@ -32,8 +32,10 @@ class Backend(Config):
     @model_validator(mode="before")
     @classmethod
     def _from_word(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"url": value} if "://" in value else {"kind": value}
+        value = {"kind": value} if isinstance(value, str) else value
+        # `--backend http://host:8000 --set backend.model=x` arrives with the address as the kind.
+        if isinstance(value, dict) and "://" in str(value.get("kind")):
+            return {**{name: one for name, one in value.items() if name != "kind"}, "url": value["kind"]}
         return value
 
     @field_validator("url")
