@@ -47,7 +47,7 @@ CHANGED = {
 }
 
 
-def served(answer, url, family="qwen3", **settings):
+def served(url, family="qwen3", **settings):
     """A tiny model that the server at `url` writes with, and what is said of it."""
     events = Events()
     return load_served(str(tiny_model(family)), Backend(url=url, **settings), events=events), events
@@ -69,7 +69,7 @@ def fixed(reply, **card):
 @pytest.mark.parametrize("name", Sampling.model_fields)
 def test_every_setting_is_said_or_refused(name):
     with serving(fixed({})[0]) as url:
-        model, _ = served(None, url)
+        model, _ = served(url)
     basis = {"temperature": 1.0} if name in ("top_k", "top_p", "min_p", "typical_p", "n", "seed") else {}
     changed = Sampling(**basis, **{name: CHANGED[name]})
     if name in UNKNOWN:
@@ -85,7 +85,7 @@ def test_every_setting_is_said_or_refused(name):
 def test_what_is_left_to_the_server_is_said_too():
     """vLLM takes what is left out from the generation_config.json beside the weights."""
     with serving(fixed({})[0]) as url:
-        model, _ = served(None, url)
+        model, _ = served(url)
     body = body_of(model, [5, 6], Sampling(max_tokens=500), 0)
     assert body["prompt"] == [5, 6] and body["model"] == "tuned" and body["max_tokens"] == 126
     neutral = {"temperature": 0.0, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "n": 1, "stop": [], "ignore_eos": False}
@@ -133,7 +133,7 @@ def test_the_text_is_that_of_the_engine_here_whole_and_streamed(family, settings
     live = Live(here)
     live.busy = 2
     with serving(live) as url:
-        there, events = served(None, url, family, concurrency=3)
+        there, events = served(url, family, concurrency=3)
         assert generate(there, prompts, sampling) == right
         assert ["".join(stream(there, one, sampling)) for one in prompts] == [one.text for one in right]
     assert events.warnings == {f"requests to {url} were sent again after HTTP 429": 2}
@@ -164,7 +164,7 @@ def test_recorded_log_probabilities():
     answer, asked = fixed(completion(one))
     sampling = Sampling(logprobs=2, prompt_logprobs=True)
     with serving(answer) as url:
-        model, _ = served(None, url, "llama")
+        model, _ = served(url, "llama")
         (found,) = write_each(model, [[5, 6, 7]], sampling)
         (drawn,) = write_each(model, [[5, 6, 7]], Sampling(logprobs=2, temperature=1.0))
     assert (found.text, found.ids, found.finish, found.prompt_tokens) == (text, (40, 50), "stop", 3)
@@ -189,7 +189,7 @@ def test_several_answers_come_in_their_order():
     mixed = completion(*choices)
     mixed["choices"].reverse()
     with serving(fixed(mixed)[0]) as url:
-        model, _ = served(None, url, "llama")
+        model, _ = served(url, "llama")
         (found,) = write_each(model, [[5]], Sampling(temperature=1.0, n=3, max_tokens=1))
         with pytest.raises(ServerError, match="gives 3 answers in place of 1"):
             list(write_each(model, [[5]], Sampling()))
@@ -212,7 +212,7 @@ def test_several_answers_come_in_their_order():
 )
 def test_an_answer_that_is_none_is_said(reply, part):
     with serving(fixed(reply)[0]) as url:
-        model, _ = served(None, url)
+        model, _ = served(url)
         with pytest.raises(ServerError) as said:
             list(write_each(model, [[5]], Sampling()))
     assert part in str(said.value)
@@ -234,7 +234,7 @@ def test_an_answer_that_is_none_is_said(reply, part):
 )
 def test_a_stream_that_does_not_end_as_it_should_is_no_answer(events, part):
     with serving(fixed(chunked(as_events(events)))[0]) as url:
-        model, _ = served(None, url)
+        model, _ = served(url)
         with pytest.raises(ServerError) as said:
             list(stream(model, "Hello", Sampling()))
     assert part in str(said.value)
@@ -243,7 +243,7 @@ def test_a_stream_that_does_not_end_as_it_should_is_no_answer(events, part):
 def test_another_tokenizer_on_the_server_is_noticed():
     reply = completion({"text": "nothing like it", "token_ids": [40, 50], "finish_reason": "length"})
     with serving(fixed(reply)[0]) as url:
-        model, events = served(None, url)
+        model, events = served(url)
         list(write_each(model, [[5]] * 3, Sampling()))
     (said,) = events.warnings.items()
     assert "see that both have the same tokenizer" in said[0] and said[1] == 3
@@ -254,14 +254,14 @@ def test_a_server_without_token_ids_still_writes():
     events.append(completion({"text": "", "finish_reason": "stop"}))
     whole = completion({"text": "One two", "finish_reason": "stop"})
     with serving(fixed(whole)[0]) as url:
-        model, said = served(None, url)
+        model, said = served(url)
         (found,) = write_each(model, [[5]], Sampling())
         with pytest.raises(ServerError, match="no token ids, without which logprobs say nothing"):
             list(write_each(model, [[5]], Sampling(logprobs=0)))
     assert (found.text, found.finish) == ("One two", "stop") and model.renderer.decode(found.ids) == "One two"
     assert sum(said.warnings.values()) == 1 and "without token ids" in next(iter(said.warnings))
     with serving(fixed(chunked(as_events(events)))[0]) as url:
-        model, _ = served(None, url)
+        model, _ = served(url)
         assert list(stream(model, "Hello")) == ["One", " two"]
 
 
@@ -277,7 +277,7 @@ def test_a_server_without_token_ids_still_writes():
 )
 def test_a_server_of_other_models_is_refused_at_the_start(listed, settings, part):
     with serving(lambda handler, path, body: send(handler, listed)) as url, pytest.raises(ServerError) as said:
-        served(None, url, **settings)
+        served(url, **settings)
     assert part in str(said.value)
 
 
@@ -298,7 +298,7 @@ def test_an_adapter_is_not_taken_for_its_base(tmp_path):
 
 def test_the_shorter_context_holds():
     with serving(fixed({}, max_model_len=20)[0]) as url:
-        model, events = served(None, url)
+        model, events = served(url)
         assert model.spec.max_length == 20 and "takes no more" in events.choices["max_length"]
         with pytest.raises(DataError, match="the context is 20"):
             generate(model, ["Hello " * 30], Sampling())
