@@ -38,6 +38,10 @@ class TrainingError(LuthierError, RuntimeError):
     exit_code = 3
 
 
+class ServerError(LuthierError, RuntimeError):
+    """A server elsewhere cannot be reached, refuses what is asked, or gives an answer that is none."""
+
+
 class MissingExtra(LuthierError, ImportError):
     """An optional dependency is needed; the message names the extra that brings it."""
 

@@ -168,7 +168,8 @@ class Prediction:
 @dataclass(frozen=True, slots=True)
 class TokenLog:
     """A token of an answer and how likely it was, in nats: `raw` by the model, `processed` by what was drawn from, after all
-    settings (-inf: it could not come; at temperature 0, where nothing is drawn, after bias, penalties and bans).
+    settings (-inf: it could not come; at temperature 0, where nothing is drawn, after bias, penalties and bans; None: a
+    server wrote it, and does not tell).
 
     `text` is what it adds to the text before it. `top` holds the likeliest tokens in its place by `raw`, the likeliest first.
     """
@@ -176,7 +177,7 @@ class TokenLog:
     id: int
     text: str
     raw: float
-    processed: float
+    processed: float | None
     top: tuple[TokenLog, ...] = ()
 
 

@@ -11,6 +11,7 @@ import torch
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.events import Events
 from luthier.core.types import Completion, Message
+from luthier.engine import remote
 from luthier.engine.beams import search
 from luthier.engine.drafts import remember
 from luthier.engine.engine import STREAMS, Engine, numbers_of
@@ -43,12 +44,14 @@ def generate(
     engine an answer is that of its prompt alone, and one that is drawn depends on the seed, its key (by default its place
     among the prompts) and which of the `n` it is. Encoder-decoders and families that it cannot read are padded side by
     side (`engine.padded`): the same greedy answers, slower, and drawn ones repeat for the same batch only. Raises
-    ModelError for models that write no text.
+    ModelError for models that write no text. A model whose weights a server holds is written with there (`engine.remote`).
     """
     sampling = sampling or Sampling()
     _check(model)
     held = tools or [()] * len(prompts)
     encoded = [model.renderer.prompt(prompt, own, raw=raw) for prompt, own in zip(prompts, held, strict=True)]
+    if model.server is not None:
+        return remote.write(model, encoded, sampling, keys, on_progress)
     if not uses_engine(model):
         return _generate_padded(model, encoded, sampling, batch_size, on_progress)
     if sampling.beams > 1:
@@ -93,6 +96,9 @@ def stream(
     if trouble is not None:
         raise ConfigError(trouble)
     ids = model.renderer.prompt(prompt, raw=raw)
+    if model.server is not None:
+        yield from remote.stream(model, ids, sampling)
+        return
     if not uses_engine(model):
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
@@ -112,7 +118,7 @@ def why_not_streamed(sampling: Sampling) -> str | None:
 
 def uses_engine(model: LoadedModel) -> bool:
     """Whether answers come from the engine, not from transformers' own loop."""
-    return writes_by_pages(model)
+    return model.server is None and writes_by_pages(model)
 
 
 def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, events: Events) -> None:
@@ -129,6 +135,8 @@ def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, 
 
 def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
     """Say by which way answers come, and why."""
+    if model.server is not None:  # said when it was found
+        return
     if uses_engine(model):
         if model.native is not None:  # said when it was chosen
             return

@@ -34,13 +34,13 @@ def logs_of(model: LoadedModel, request: Request, stop: int, start: int = 0) -> 
     for at, (tokens, raw, processed) in enumerate(request.logs[start:stop], start):
         before = request.written[max(0, at - BEFORE) : at]
         chosen, *top = [
-            TokenLog(token, _added(model, before, token), *shares) for token, *shares in zip(tokens, raw, processed)
+            TokenLog(token, added(model, before, token), *shares) for token, *shares in zip(tokens, raw, processed)
         ]
         found.append(TokenLog(chosen.id, chosen.text, chosen.raw, chosen.processed, tuple(top)))
     return tuple(found)
 
 
-def _added(model: LoadedModel, before: Sequence[int], token: int) -> str:
+def added(model: LoadedModel, before: Sequence[int], token: int) -> str:
     """The text that a token adds; a special one shows itself."""
     if token in model.tokenizer.all_special_ids:
         return str(model.tokenizer.decode([token], skip_special_tokens=False))

@@ -89,7 +89,7 @@ def load_model(
     base_name = source
     if adapter is not None:
         base_name = (saved.base if saved else None) or str(adapter.get("base_model_name_or_path") or "")
-        base = _base_of(source, base_name)
+        base = base_of(source, base_name)
     hub: dict[str, Any] = knock(base) if isinstance(base, str) else {}
     config = read_config(base, hub)
     kind = kind_of(config)
@@ -195,7 +195,7 @@ def read_kind(source: str) -> Kind:
         return saved.kind
     adapter = read_adapter_config(place) if isinstance(place, Path) else None
     if adapter is not None:
-        place = _base_of(source, str(adapter.get("base_model_name_or_path") or ""))
+        place = base_of(source, str(adapter.get("base_model_name_or_path") or ""))
     return kind_of(read_config(place, knock(place) if isinstance(place, str) else {}))
 
 
@@ -250,7 +250,8 @@ def load_network(
     return network
 
 
-def _base_of(source: str, base: str) -> Path | str:
+def base_of(source: str, base: str) -> Path | str:
+    """Where the base of the adapter `source` is. Raises ModelError for one that is not named, not found, or an adapter too."""
     if not base:
         raise ModelError(f"{source}: {ADAPTER_CONFIG} names no base model, so the adapter cannot be loaded")
     try:

@@ -89,6 +89,9 @@ class LoadedModel:
     native: Any = None
     """Its weights packed for the native decoder; None: texts are written by the module itself (`engine.native`)."""
 
+    server: Any = None
+    """The server that has its weights and writes in its place (`engine.remote`); None: they are here."""
+
     learned: Any = None
     """The rows of its tuning, as `engine.drafts.Learned`: what it writes is guessed from them."""
 

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, DataError, LuthierError
 from luthier.core.events import Events, Sink
 from luthier.core.record import Record
 from luthier.core.run import Run, discard, write_rows
-from luthier.core.types import Example, Labelled, Prediction, Task
+from luthier.core.types import Example, Labelled, Prediction, Task, Text
 from luthier.data.load import Data, fingerprint_examples, load_examples
 from luthier.data.preferences import holds_answers
 from luthier.data.profile import profile_examples
+from luthier.engine.backend import Backend, refuse_here
 from luthier.engine.labelling import Labelling, Labels
 from luthier.engine.sampling import Execution, Sampling
 
@@ -58,6 +59,9 @@ class Evaluate(Config):
     """How a language model is read while it writes, on a CPU: by itself (model), or by the native decoder with its weights
     in bfloat16, int8 or int4. auto: int8 where it changes next to nothing (measured at loading, and said), else bfloat16,
     else model; small models always by themselves."""
+    backend: Backend | None = None
+    """A server that holds the weights and writes in place of this machine: its address, or a table of settings. `model` then
+    gives tokenizer and template alone."""
     name: str | None = None
     """The run's name; by default the verb and the time."""
 
@@ -67,6 +71,15 @@ class Evaluate(Config):
         if sampling.beyond_text is not None:
             raise ValueError(f"{sampling.beyond_text}: one answer to each row is judged, as a text; leave it out")
         return sampling
+
+    @model_validator(mode="after")
+    def _here_or_there(self) -> Evaluate:
+        if self.backend is not None:
+            refuse_here(self.device, self.execution)
+            for name in ("reference", "likelihood"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: likelihoods are computed here, by the weights; leave `backend` out")
+        return self
 
 
 def evaluate(
@@ -96,6 +109,7 @@ def _judge(run: Run, config: Evaluate) -> None:
     from luthier.engine.drafts import remember
     from luthier.engine.generate import uses_engine
     from luthier.engine.native import prepare
+    from luthier.engine.remote import load_served
     from luthier.evals.baselines import baselines_for
     from luthier.evals.judge import judge
     from luthier.evals.preferences import judge_answers, read_answers
@@ -106,14 +120,26 @@ def _judge(run: Run, config: Evaluate) -> None:
     examples = load_examples(source, config.data, run.events)
     train = [] if config.train is None else load_examples(config.train, config.data, run.events)
     run.events.stage(f"loading the model {config.model}")
-    model = load_model(
-        config.model, max_length=config.max_length, truncate=config.truncate, device=config.device, events=run.events
-    )
+    lengths: dict[str, Any] = {"max_length": config.max_length, "truncate": config.truncate}
+    if config.backend is None:
+        model = load_model(config.model, **lengths, device=config.device, events=run.events)
+    else:
+        if holds_answers(examples) or isinstance(examples[0], Text):
+            raise ConfigError(
+                f"backend: {examples[0].id} is a row that is scored by likelihood, which is computed here, by the weights; "
+                "leave `backend` out"
+            )
+        model = load_served(config.model, config.backend, **lengths, events=run.events)
     spec = model.spec
     _check_labels(examples, spec.labels, config.model)
     run.events.stage(f"judging on {len(examples)} rows")
     found: dict[str, Any] = {}
     chosen = _choose_labels(config, spec, examples, train, run.events)
+    if chosen and config.backend is not None:
+        raise ConfigError(
+            "backend: classes are chosen by the likelihood of their labels, which is computed here, by the weights; "
+            "leave `backend` out"
+        )
     task: Task = "classify" if chosen else spec.task
     labels = chosen or spec.labels
     if holds_answers(examples):
@@ -144,7 +170,11 @@ def _judge(run: Run, config: Evaluate) -> None:
         metrics=metrics,
         baselines=found,
         data={"fingerprint": fingerprint_examples(examples), "test": len(examples)},
-        lineage={"model": config.model, "data": str(config.data.model_dump(mode="json")["train"])},
+        lineage={
+            "model": config.model,
+            "data": str(config.data.model_dump(mode="json")["train"]),
+            **({"server": f"{model.server.name} at {config.backend.url}"} if config.backend is not None else {}),
+        },
         artefacts={name.partition(".")[0]: path for name, path in artefacts.items()},
     )
 

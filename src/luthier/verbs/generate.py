@@ -16,6 +16,7 @@ from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events, Sink
 from luthier.core.types import Chat, Completion, Message, Prediction, TokenLog
+from luthier.engine.backend import Backend, refuse_here
 from luthier.engine.labelling import Labelling, Labels
 from luthier.engine.sampling import Execution, Sampling
 from luthier.verbs.shots import load_shots, with_shots, writes
@@ -63,9 +64,16 @@ class Generate(Config):
     """How a language model is read while it writes, on a CPU: by itself (model), or by the native decoder with its weights
     in bfloat16, int8 or int4. auto: int8 where it changes next to nothing (measured at loading, and said), else bfloat16,
     else model; small models always by themselves."""
+    backend: Backend | None = None
+    """A server that holds the weights and writes in place of this machine: its address, or a table of settings. `model` then
+    gives tokenizer and template alone."""
 
     @model_validator(mode="after")
     def _check(self) -> Generate:
+        if self.backend is not None:
+            refuse_here(self.device, self.execution)
+            if self.labels:
+                raise ValueError("labels are scored by the weights, which a backend holds; leave labels or backend out")
         if self.prompt is not None and self.input is not None:
             raise ValueError("give one prompt or an input file, not both")
         if self.output is not None and self.input is None:
@@ -92,7 +100,6 @@ def generate(
     class; where they are asked for, written ones carry `logprobs` and `prompt_logprobs`, and `others`, further answers to the
     same prompt. Raises LuthierError.
     """
-
     if isinstance(asked, Generate):
         asked = Resolved(asked, dict.fromkeys(asked.model_fields_set, "override"))
     config = (asked or resolve(Generate, values=settings)).config
@@ -104,8 +111,6 @@ def generate(
     model = _load(config, events)
     shots = load_shots(model, config.model, config.shots, events)
     labeller = _make_labeller(model, config, shots, events)
-    if writes(model) and labeller is None:
-        _choose_engine(model, config, events)
     streams = writes(model) and labeller is None and _grows(config.sampling)
     if config.prompt is not None and on_text is not None and streams:
         from luthier.engine.generate import stream
@@ -124,42 +129,24 @@ def generate(
     if done:
         events.choose("resume", f"{len(items) - len(left)} rows", f"they stand in {config.output} already")
     total = len(left)
-    for start in range(0, total, config.batch_size):
-        part = left[start : start + config.batch_size]
-        found = _answer(model, part, config, shots, labeller)
+    for found in _answer_parts(model, left, config, shots, labeller):
         answers += found
         if config.output is not None:
             _append(config.output, found)
-        events.emit("progress", name="generating", done=start + len(part), total=total)
+        events.emit("progress", name="generating", done=len(answers), total=total)
     _warn_empty(answers, events)
     return answers
 
 
 def answer_texts(config: Generate, texts: Sequence[str], *, sinks: Sequence[Sink] = ()) -> list[dict[str, Any]]:
     """The answers to several texts (the lines of a pipe), in order. Raises LuthierError."""
-
     events = Events(sinks=sinks)
     model = _load(config, events)
     shots = load_shots(model, config.model, config.shots, events)
     labeller = _make_labeller(model, config, shots, events)
-    if writes(model) and labeller is None:
-        _choose_engine(model, config, events)
     found = _answer(model, [(f"line {number}", text) for number, text in enumerate(texts, 1)], config, shots, labeller)
     _warn_empty(found, events)
     return found
-
-
-def _load(config: Generate, events: Events) -> LoadedModel:
-    from luthier.models.load import load_model
-
-    return load_model(
-        config.model,
-        max_length=config.max_length,
-        truncate=config.truncate,
-        device=config.device,
-        as_stored=config.execution != "model" and not config.labels,
-        events=events,
-    )
 
 
 def load(source: str, **settings: Any) -> tuple[Any, Any]:
@@ -194,6 +181,48 @@ def inference(model: Any, tokenizer: Any, text: str | Sequence[str], **sampling:
     if empty:
         warnings.warn(f"{empty} of {len(found)} answers: {EMPTY}", stacklevel=2)
     return found[0] if isinstance(text, str) else found
+
+
+def _load(config: Generate, events: Events) -> LoadedModel:
+    """The model, ready to write if it can, here or by a server."""
+    from luthier.engine.generate import choose_engine
+    from luthier.engine.native import let_go
+    from luthier.engine.remote import load_served
+    from luthier.models.load import load_model
+
+    lengths: dict[str, Any] = {"max_length": config.max_length, "truncate": config.truncate}
+    if config.backend is not None:
+        return load_served(config.model, config.backend, **lengths, events=events)
+    as_stored = config.execution != "model" and not config.labels
+    model = load_model(config.model, **lengths, device=config.device, as_stored=as_stored, events=events)
+    if writes(model) and not config.labels:
+        choose_engine(model, config.sampling, config.execution, events)
+        let_go(model)
+    return model
+
+
+def _answer_parts(
+    model: LoadedModel,
+    items: Sequence[tuple[str, Any]],
+    config: Generate,
+    shots: Sequence[tuple[str, str]],
+    labeller: Labeller | None,
+) -> Iterator[list[dict[str, Any]]]:
+    """The answers in order: a batch at a time, or those of a server one by one, so that it never waits for a batch's last."""
+    if model.server is None:
+        for start in range(0, len(items), config.batch_size):
+            yield _answer(model, items[start : start + config.batch_size], config, shots, labeller)
+        return
+    from luthier.engine.remote import write_each
+
+    prompts = [
+        model.renderer.prompt(with_shots(model, _as_prompt(item), shots, config.raw), raw=config.raw)
+        for _, item in items
+    ]
+    names = [name for name, _ in items]
+    keys = None if config.input is None else names
+    for name, found in zip(names, write_each(model, prompts, config.sampling, keys)):
+        yield [{"id": name, **_as_answer(found)}]
 
 
 def _answer(
@@ -241,10 +270,9 @@ def _as_answer(found: Completion) -> dict[str, Any]:
 
 
 def _as_log(log: TokenLog) -> dict[str, Any]:
-    """JSON has no infinity: what could not come is null."""
-    shares = {
-        name: None if value == -math.inf else value for name, value in (("raw", log.raw), ("processed", log.processed))
-    }
+    """JSON has no infinity: what could not come is null. What a server does not tell is left out."""
+    known = {"raw": log.raw, **({} if log.processed is None else {"processed": log.processed})}
+    shares = {name: None if value == -math.inf else value for name, value in known.items()}
     return {"id": log.id, "text": log.text, **shares, **({"top": [_as_log(one) for one in log.top]} if log.top else {})}
 
 
@@ -265,14 +293,6 @@ def _grows(sampling: Sampling) -> bool:
     from luthier.engine.generate import why_not_streamed
 
     return why_not_streamed(sampling) is None
-
-
-def _choose_engine(model: LoadedModel, config: Generate, events: Events) -> None:
-    from luthier.engine.generate import choose_engine
-    from luthier.engine.native import let_go
-
-    choose_engine(model, config.sampling, config.execution, events)
-    let_go(model)
 
 
 def _answers_turns(model: LoadedModel) -> bool:

@@ -35,6 +35,10 @@ EXEMPT_CALLS = {
 }
 EXEMPT = {
     "model name": "a key of /proc/cpuinfo",
+    "Bearer {}": "a header of HTTP",
+    "HTTP {}": "a name and a number",
+    "HTTP {}, {}": "the same, and what a server says",
+    "{} at {}": "a server, in the record",
     "{} is no kind of row": "for those who write a Part",
     "{}, form={}": "how a layer is printed in Python",
     "{}, {} MB": "a unit",

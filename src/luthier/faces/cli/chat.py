@@ -8,10 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import model_validator
+
+from luthier.core.config import Config, resolve
 from luthier.core.errors import LuthierError, ModelError, did_you_mean
 from luthier.core.events import Events
 from luthier.core.types import Message
-from luthier.engine.sampling import Execution
+from luthier.engine.backend import Backend, refuse_here
+from luthier.engine.sampling import Execution, Sampling
 from luthier.faces.cli.chinese import say
 from luthier.faces.cli.flags import add_structure, make_parser, read_structure
 from luthier.faces.cli.progress import show_progress
@@ -22,6 +26,20 @@ COMMANDS = ("/help", "/reset", "/undo", "/system", "/save", "/quit")
 HELP = """/system TEXT  set the system message     /undo  take back the last turn
 /reset        start over                 /save FILE  write the conversation as a messages line
 /quit         leave (or Ctrl-D)"""
+
+
+class Chat(Config):
+    """How a talk goes."""
+
+    sampling: Sampling = Sampling()
+    execution: Execution = "auto"
+    backend: Backend | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Chat:
+        if self.backend is not None:
+            refuse_here("auto", self.execution)
+        return self
 
 
 def parser():  # type: ignore[no-untyped-def]
@@ -39,6 +57,10 @@ def parser():  # type: ignore[no-untyped-def]
         help="how the model is read (luthier schema generate)",
     )
     add_structure(made)
+    made.add_argument("--backend", metavar="URL", help="a server that writes in place of this machine")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting such as backend.model=NAME"
+    )
     return made
 
 
@@ -47,20 +69,26 @@ def run(arguments: Sequence[str]) -> int:
     from luthier.engine.engine import Engine
     from luthier.engine.generate import choose_engine, stream, uses_engine
     from luthier.engine.native import let_go
-    from luthier.engine.sampling import Sampling
+    from luthier.engine.remote import load_served
     from luthier.models.load import load_model
 
     settings: dict[str, Any] = {"max_tokens": found.max_tokens, "temperature": found.temperature}
     settings |= {name: getattr(found, name) for name in ("top_p", "seed") if getattr(found, name) is not None}
-    sampling = Sampling.make(settings | read_structure(found), where="chat")
-    people = sys.stdin.isatty()
-    model = load_model(found.model, as_stored=found.execution != "model")
+    values = {"sampling": settings | read_structure(found), "execution": found.execution}
+    values |= {"backend": found.backend} if found.backend is not None else {}
+    config = resolve(Chat, values=values, overrides=found.set).config
+    sampling, people = config.sampling, sys.stdin.isatty()
+    if config.backend is not None:
+        with show_progress(quiet=not people) as sinks:
+            model = load_served(found.model, config.backend, events=Events(sinks=sinks))
+    else:
+        model = load_model(found.model, as_stored=config.execution != "model")
     if model.spec.task != "causal":
         raise ModelError(
             f'{found.model}: this model is made to {model.spec.task} and cannot talk; try luthier generate {found.model} "text"'
         )
     with show_progress(quiet=not people) as sinks:
-        choose_engine(model, sampling, found.execution, Events(sinks=sinks))
+        choose_engine(model, sampling, config.execution, Events(sinks=sinks))
     let_go(model)
     # Kept from turn to turn, so that what was said before is not read again.
     engine = Engine(model, min(model.spec.max_length, ROOM)) if uses_engine(model) else None
