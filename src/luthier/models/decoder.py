@@ -52,9 +52,7 @@ def _describe(model: LoadedModel, apart: bool) -> Decoder:
     heads = int(config.num_attention_heads)
     size = int(getattr(attention, "head_dim", None) or config.hidden_size // heads)
     embedding = network.get_input_embeddings()
-    shapes = {
-        tuple(_shape(one) for one in (*qkv, *out, *up, *down)) for qkv, out, up, down in map(_linears, layers)
-    }
+    shapes = {tuple(_shape(one) for one in (*qkv, *out, *up, *down)) for qkv, out, up, down in map(_linears, layers)}
     if len(shapes) > 1:
         raise Unlike("has layers of several sizes")
     turns = _turns(base, model.spec.max_length)

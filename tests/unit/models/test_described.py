@@ -62,7 +62,12 @@ def test_rotary_positions_that_change_with_the_length_are_refused_where_texts_ca
 
 
 def test_queries_that_grow_with_their_places_are_refused():
-    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 64}
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "llama_4_scaling_beta": 0.5,
+        "original_max_position_embeddings": 64,
+    }
     model = decoder_model("ministral3", rope_parameters=rope)
     with pytest.raises(Unlike, match="makes the queries or keys of later tokens larger"):
         describe(model)

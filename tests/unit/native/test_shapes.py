@@ -132,4 +132,6 @@ def test_a_long_text_is_what_plain_torch_says(form, own_threads):
     for start in range(0, len(text), 512):
         ids = text[start : start + 512]
         found.append(cached.read(ids, [table], [start], [len(ids)], list(range(len(ids)))))
-    assert apart(torch.cat(found), read_plainly(decoder, torch.tensor(text), form)) < (0.03 if form == "bfloat16" else 0.08)
+    assert apart(torch.cat(found), read_plainly(decoder, torch.tensor(text), form)) < (
+        0.03 if form == "bfloat16" else 0.08
+    )
