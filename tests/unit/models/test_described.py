@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from decoders import decoder_model
-from luthier.models.decoder import Unlike, describe
+from luthier.models.decoder import describe
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
+from luthier.models.rules import Unlike
 from luthier.native.plain import read_plainly
 
 IDS = [(7 * at) % 380 + 5 for at in range(60)]
@@ -61,7 +62,12 @@ def test_rotary_positions_that_change_with_the_length_are_refused_where_texts_ca
 
 
 def test_queries_that_grow_with_their_places_are_refused():
-    rope = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5, "original_max_position_embeddings": 64}
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "llama_4_scaling_beta": 0.5,
+        "original_max_position_embeddings": 64,
+    }
     model = decoder_model("ministral3", rope_parameters=rope)
     with pytest.raises(Unlike, match="makes the queries or keys of later tokens larger"):
         describe(model)
