@@ -15,9 +15,11 @@ from torch import Tensor
 from luthier.core.errors import ConfigError
 from luthier.core.events import Events
 from luthier.engine.sampling import Execution
-from luthier.models.decoder import Unlike, describe
+from luthier.models.decoder import describe
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
+from luthier.models.quantised.network import quantised_layers
+from luthier.models.rules import Unlike
 from luthier.models.spec import LoadedModel
 from luthier.native.decoder import TOKENS, Cached, Packed, why_no_decoder
 from luthier.native.forms import Form
@@ -131,6 +133,8 @@ def packed_bytes(model: LoadedModel, tokens: int) -> int:
         return 0
     network = model.network
     inside = sum(one.numel() for name, one in network.named_parameters() if one.dim() == 2 and "lora_" not in name)
+    # A quantised base is rebuilt to be packed.
+    inside += sum(one.out_features * one.in_features for _, one in quantised_layers(network))
     tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
     # The table of embeddings is read where it is, the head is packed.
     return 2 * (inside if tied else inside - network.get_input_embeddings().weight.numel())

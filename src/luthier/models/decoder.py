@@ -16,34 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.models.adapters.freeze import find_layers
 from luthier.models.adapters.inject import LoraLinear, shape_of
-from luthier.models.attention import Rules, packed_attention
 from luthier.models.output import Head, head_of
 from luthier.models.quantised.linear import QuantisedLinear
+from luthier.models.rules import TOLERANCE, TRIED, Unlike, read_rules
 from luthier.models.spec import LoadedModel
 from luthier.native.plain import activate
 from luthier.native.shape import ACTIVATIONS, Activation, Block, Decoder, Linear, Low, Norm, Turns
 
-TOLERANCE = 2e-2
-TRIED = 6
 LANE, LARGEST_HEAD = 16, 256
-
-
-class Unlike(Exception):
-    """Why a model is none of these: the end of a sentence that begins with its family."""
-
-
-class Watch:
-    """Stands in for the keys and values of a text of one token, and keeps how each layer asks for its attention."""
-
-    def __init__(self) -> None:
-        self.rules: dict[int | None, Rules] = {}
-        self.sizes: dict[int | None, tuple[float, float]] = {}
-        """Of its queries and keys, which rotary positions leave as they are."""
-
-    def attend(self, layer: int | None, q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, rules: Rules) -> Tensor:
-        """[N, H, D]: a token that sees itself alone gets its own values."""
-        self.rules[layer], self.sizes[layer] = rules, (float(q_NHD.float().norm()), float(k_NKD.float().norm()))
-        return v_NKD.repeat_interleave(q_NHD.shape[1] // v_NKD.shape[1], 1)
 
 
 @torch.no_grad()
@@ -72,15 +52,13 @@ def _describe(model: LoadedModel, apart: bool) -> Decoder:
     heads = int(config.num_attention_heads)
     size = int(getattr(attention, "head_dim", None) or config.hidden_size // heads)
     embedding = network.get_input_embeddings()
-    shapes = {
-        tuple(shape_of(_base(one)) for one in (*qkv, *out, *up, *down)) for qkv, out, up, down in map(_linears, layers)
-    }
+    shapes = {tuple(_shape(one) for one in (*qkv, *out, *up, *down)) for qkv, out, up, down in map(_linears, layers)}
     if len(shapes) > 1:
         raise Unlike("has layers of several sizes")
     turns = _turns(base, model.spec.max_length)
-    rules = _rules(model, len(layers))
+    rules = read_rules(model, len(layers))
     blocks = tuple(_block(layer, turns, size, one.window, apart) for layer, one in zip(layers, rules))
-    kv = (sum(shape_of(_base(one))[0] for one in _qkv(attention)) // size - heads) // 2
+    kv = (sum(_shape(one)[0] for one in _qkv(attention)) // size - heads) // 2
     mlp = layers[0].mlp
     decoder = Decoder(
         blocks=blocks,
@@ -101,44 +79,17 @@ def _describe(model: LoadedModel, apart: bool) -> Decoder:
         head_scale=head.scale,
         head_softcap=head.softcap,
     )
-    inner = shape_of(_base(_linears(layers[0])[3][0]))[1]
+    inner = _shape(_linears(layers[0])[3][0])[1]
     for what, number in (("states", decoder.width), ("heads", size), ("inner states", inner)):
         if number % LANE:
             raise Unlike(f"has {what} of {number} numbers, which is no multiple of {LANE}")
-    made = sum(shape_of(_base(one))[0] for one in _qkv(attention))
+    made = sum(_shape(one)[0] for one in _qkv(attention))
     turned = {one.turns.tables(1)[0].shape[1] for one in blocks if one.turns is not None}
     if len(turned) > 1 or 2 * max(turned, default=0) > size:
         raise Unlike(f"turns heads of {size} numbers in a way of its own")
     if size > LARGEST_HEAD or kv < 1 or heads % kv or made != (heads + 2 * kv) * size:
         raise Unlike(f"has {heads} heads of {size} numbers in a way of its own")
     return decoder
-
-
-def _rules(model: LoadedModel, layers: int) -> list[Rules]:
-    """How each layer attends, as it says when it is called: a config may name a window that no layer has, and the reverse."""
-    found = []
-    for place in (model.spec.max_length - 1, 0):
-        watch = Watch()
-        ids_1N, places_1N = (torch.tensor([[one]], device=model.device) for one in (TRIED, place))
-        try:
-            with packed_attention(model.network):
-                model.network.base_model(input_ids=ids_1N, position_ids=places_1N, segments=watch, use_cache=False)
-        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError):
-            raise Unlike("has an attention of its own") from None
-        if sorted(watch.rules, key=str) != sorted(range(layers), key=str):
-            raise Unlike("has an attention of its own")
-        found.append(watch)
-    far, near = found
-    if not hasattr(model.network.base_model, "wpe"):
-        pairs = [pair for at in range(layers) for pair in zip(far.sizes[at], near.sizes[at])]
-        if any(abs(one - other) > TOLERANCE * max(one, other) for one, other in pairs):
-            raise Unlike("makes the queries or keys of later tokens larger")
-    rules = [near.rules[at] for at in range(layers)]
-    if any(one.sinks is not None for one in rules):
-        raise Unlike("has attention sinks")
-    if not all(one.causal for one in rules) or len({(one.scale, one.softcap) for one in rules}) > 1:
-        raise Unlike("has layers that attend each in a way of its own")
-    return rules
 
 
 def _block(layer: Any, turns: Callable[[Any], Turns | None], size: int, window: int | None, apart: bool) -> Block:
@@ -217,6 +168,12 @@ def _base(module: Any) -> Any:
     return base
 
 
+def _shape(module: Any) -> tuple[int, int]:
+    """(out, in): a quantised layer would make its weight to tell."""
+    base = _base(module)
+    return (base.out_features, base.in_features) if isinstance(base, nn.Linear) else shape_of(base)
+
+
 def _weight(module: Any, apart: bool = False) -> Tensor:
     """[out, in] as the layer multiplies, with what an adapter adds to it unless that is kept apart."""
     if isinstance(module, LoraLinear):
@@ -234,7 +191,7 @@ def _is_plain(module: Any) -> bool:
 
 def _linear(modules: Sequence[Any], apart: bool) -> Linear:
     """Of layers that read the same: what they give, one after another."""
-    widths = [shape_of(_base(module))[0] for module in modules]
+    widths = [_shape(module)[0] for module in modules]
     biases = [module.bias for module in modules]
     bias_N = None
     if any(one is not None for one in biases):

@@ -17,10 +17,11 @@ from luthier.engine.rollouts import roll_out
 from luthier.engine.sampling import Sampling
 from luthier.models.adapters import ADAPTERS
 from luthier.models.load import load_model
-from luthier.models.pages import BLOCK
+from luthier.models.pages import BLOCK, writes_by_pages
 from luthier.models.precision import cast_weights
+from luthier.models.quantised.network import quantise
 from luthier.models.save import save_model
-from luthier.native.decoder import TOKENS, Cached, why_no_decoder
+from luthier.native.decoder import TOKENS, Cached, Packed, why_no_decoder
 from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(why_no_decoder() is not None, reason=str(why_no_decoder()))
@@ -106,6 +107,15 @@ def test_logits_that_are_not_the_models_own_are_found_out(monkeypatch):
     said = []
     prepare(model, "auto", Events(sinks=[lambda event: said.append(event)]))
     assert model.native is None and "gives other logits than its parts" in said[0]["why"]
+
+
+def test_a_model_whose_parts_give_far_too_large_logits_is_found_out_too():
+    model = decoder_model("llama")
+    decoder = native.describe(model, apart=False)
+    names = {name: getattr(decoder, name) for name in decoder.__slots__}
+    loud = type(decoder)(**names | {"head_scale": 1e6})
+    quality = native.measure(Packed(loud, "bfloat16"), native._own(model))
+    assert quality.perplexity > 1e300 and quality.apart > native.MOST_APART
 
 
 @pytest.mark.parametrize("execution", ["bfloat16", "int8", "int4"])
@@ -233,6 +243,15 @@ def test_likelihoods_come_from_the_native_decoder_too():
     assert plain.written == told.written and plain.logs == []
 
 
+def test_packing_a_quantised_base_takes_what_packing_a_whole_one_takes(monkeypatch):
+    monkeypatch.setattr(native, "WORTH", 1)
+    model = decoder_model("llama")
+    cast_weights(model, "bfloat16")
+    whole = native.packed_bytes(model, 10)
+    quantise(model.network, "int8", Events())
+    assert native.packed_bytes(model, 10) == whole > 0
+
+
 def in_bf16(tmp_path):
     model = decoder_model("llama")
     cast_weights(model, "bfloat16")
@@ -257,4 +276,6 @@ def test_a_model_that_is_not_packed_computes_in_fp32_as_ever(tmp_path, monkeypat
     model = load_model(source, as_stored=True)
     choose_engine(model, Sampling(), "auto", Events())
     assert model.native is None and model.network.dtype == torch.float32 and not model.as_stored
+    fresh = load_model(source)
+    assert writes_by_pages(model) and writes_by_pages(fresh) and model.pages == fresh.pages
     assert written(model, Sampling(max_tokens=6)) == written(load_model(source), Sampling(max_tokens=6))

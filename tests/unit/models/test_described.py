@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from decoders import decoder_model
-from luthier.models.decoder import Unlike, describe
+from luthier.models.decoder import describe
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
+from luthier.models.rules import Unlike
 from luthier.native.plain import read_plainly
 
 IDS = [(7 * at) % 380 + 5 for at in range(60)]

@@ -7,9 +7,10 @@ import torch
 
 from decoders import FAMILIES, decoder_model
 from luthier.models.adapters import ADAPTERS
-from luthier.models.decoder import Unlike, describe
+from luthier.models.decoder import describe
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
+from luthier.models.rules import Unlike
 from luthier.native.decoder import TOKENS, Cached, Packed, why_no_decoder
 from luthier.native.forms import filled, rounded, to_int4, to_int8
 from luthier.native.plain import read_plainly

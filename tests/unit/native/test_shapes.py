@@ -1,6 +1,7 @@
 """The native decoder over decoders, texts and steps drawn at random: beside plain torch, and beside itself."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -115,3 +116,22 @@ def test_any_shape_in_any_pieces_is_what_plain_torch_says(seed, own_threads):
     for threads in (1, 2, 3):
         for one, other in zip(read_in_pieces(draw, packed, texts, threads), right):
             assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int8"])
+def test_a_long_text_is_what_plain_torch_says(form, own_threads):
+    draw = random.Random(5)
+    decoder = replace(drawn_decoder(draw, 4, 32), places_PE=None)
+    windows = [replace(block, window=window) for block, window in zip(decoder.blocks, (None, 700))]
+    decoder = replace(decoder, blocks=tuple(windows))
+    text = [draw.randrange(len(decoder.embedding_VE)) for _ in range(2000)]
+    table = draw.sample(range(70), 63)
+    torch.set_num_threads(2)
+    packed = Packed(decoder, form)
+    cached, found = Cached(packed, 70), []
+    for start in range(0, len(text), 512):
+        ids = text[start : start + 512]
+        found.append(cached.read(ids, [table], [start], [len(ids)], list(range(len(ids)))))
+    assert apart(torch.cat(found), read_plainly(decoder, torch.tensor(text), form)) < (
+        0.03 if form == "bfloat16" else 0.08
+    )
