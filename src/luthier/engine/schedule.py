@@ -46,6 +46,9 @@ class Schedule:
                 count += self._hold_drafts(request, budget - count)
                 planned[request] = count
                 budget -= count
+        if not budget or len(self.running) >= self.streams:
+            # Thousands may wait, and putting them in order takes its time.
+            return list(planned.items())
         coming = {name for one in self.running for name in one.names[one.read // BLOCK :]}
         for request in self._in_turn():
             if not budget or len(self.running) >= self.streams:
