@@ -2,15 +2,17 @@
 
     python benchmarks/writing.py [--quick] [--shape 15m|135m|0.6b] [--repeats N] [--peers llama,openvino]
 
-Ours in each way it can execute: the native decoder with weights in int8, int4 and bf16, and the module itself (`model`).
+Ours in each way it can execute: the native decoder with weights in int8, int4 and bf16, and the module itself
+(`model`).
 
-A model of a known shape with random weights in bf16, 32 prompts of 64 to 256 tokens, 64 to 192 tokens to write for each,
-greedy, no stop tokens. Tokens are those that were asked for: what `generate` writes beyond a request, because another one
-of its batch is longer, counts for nothing. The peer gets all 32 at once, padded, as its batches are made. In turn in one
-process, medians of the repeats, after one that warms up. `alone` is one request of 128 + 128 tokens, tokens a second while
-writing, without guesses; `prefill` is tokens a second of a prompt of 1,024, `share` what part of the machine's bandwidth one
-request moves in weights, `first_step` seconds of packing the weights. Peers beside it are llama.cpp and OpenVINO GenAI, each in
-an environment of its own and in its best form. Writes benchmarks/results/writing-<shape>.json; the last line printed is the same object.
+A model of a known shape with random weights in bf16, 32 prompts of 64 to 256 tokens, 64 to 192 tokens to write for
+each, greedy, no stop tokens. Tokens are those that were asked for: what `generate` writes beyond a request, because
+another one of its batch is longer, counts for nothing. The peer gets all 32 at once, padded, as its batches are made.
+In turn in one process, medians of the repeats, after one that warms up. `alone` is one request of 128 + 128 tokens,
+tokens a second while writing, without guesses; `prefill` is tokens a second of a prompt of 1,024, `share` what part
+of the machine's bandwidth one request moves in weights, `first_step` seconds of packing the weights. Peers beside it
+are llama.cpp and OpenVINO GenAI, each in an environment of its own and in its best form. Writes
+benchmarks/results/writing-<shape>.json; the last line printed is the same object.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 One JSON argument: `model` (a directory of transformers), `folder` for GGUF files, `asked` [[prompt, tokens], ...], `repeats`,
 `threads`. Prompts are read as they fit into a batch, then all texts that are not finished go on together; greedy, by the
 likeliest of llama.cpp's logits; end tokens are not looked at. Prints JSON: for each form many, alone and prefill in tokens a
-second (medians after one that warms up), peak_gb. Flash attention and the size of a batch are tried, the best is kept.
+second (medians after one that warms up), peak_gb. Flash attention, the size of a batch and the kind of cache are tried, the
+best is kept.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ TYPES = {
     # llama.cpp keeps the output of a Q4_0 model in more bits too.
     "Q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0),
 }
-# (size of a batch, flash attention), of which the best for `many` is kept.
-SETTINGS = ((512, 1), (512, 0), (2048, 1))
+# (size of a batch, flash attention, one cache for all texts or one for each), of which the best for `many` is kept.
+SETTINGS = ((512, 1, False), (2048, 1, False), (512, 1, True), (512, 0, True))
 NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
@@ -87,13 +88,15 @@ def convert(model: Path, to: Path, form: str) -> None:
 class Running:
     """A loaded model with room for `texts` at once."""
 
-    def __init__(self, path: Path, tokens: int, texts: int, batch: int, flash: int, threads: int):
+    def __init__(self, path: Path, longest: int, texts: int, batch: int, flash: int, unified: bool, threads: int):
         settings = llama.llama_model_default_params()
         self.model = llama.llama_model_load_from_file(str(path).encode(), settings)
         context = llama.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch, context.n_seq_max = tokens, batch, min(batch, 512), texts
+        context.n_batch, context.n_ubatch, context.n_seq_max = batch, min(batch, 512), texts
+        # Shared out evenly where each text has a cache of its own, of which one must hold the longest.
+        context.n_ctx = texts * (-(-longest // 256) * 256)
         context.n_threads = context.n_threads_batch = threads
-        context.flash_attn_type, context.kv_unified = flash, True
+        context.flash_attn_type, context.kv_unified = flash, unified
         self.context = llama.llama_init_from_model(self.model, context)
         assert self.context, "llama.cpp made no context"
         self.batch = llama.llama_batch_init(batch, 0, texts)
@@ -153,32 +156,36 @@ def main() -> None:
     asked = [(list(prompt), int(room)) for prompt, room in options["asked"]]
     ids = [token for prompt, _ in asked for token in prompt]
     alone, long = [(ids[:128], 128)], [(ids[:1024], 1)]
-    tokens, wanted = sum(len(prompt) + room for prompt, room in asked) + 64, sum(room for _, room in asked)
+    # The longest first: a text that ends leaves no gap among those that go on.
+    asked.sort(key=lambda one: -one[1])
+    longest, wanted = max(len(prompt) + room for prompt, room in asked), sum(room for _, room in asked)
     found: dict[str, Any] = {"version": llama.__version__}
     for form in TYPES:
         path = Path(options["folder"]) / f"{Path(options['model']).name}-{form}.gguf"
         if not path.exists():
             convert(Path(options["model"]), path, form)
         best, kept = 0.0, SETTINGS[0]
-        for batch, flash in SETTINGS if options["repeats"] > 1 else SETTINGS[:1]:
-            running = Running(path, tokens, len(asked), batch, flash, options["threads"])
+        for settings in SETTINGS if options["repeats"] > 1 else SETTINGS[:1]:
+            running = Running(path, longest, len(asked), *settings, options["threads"])
             running.write(asked)
             rate = wanted / running.write(asked)[1]
             running.close()
             if rate > best:
-                best, kept = rate, (batch, flash)
-        running = Running(path, tokens, len(asked), *kept, options["threads"])
+                best, kept = rate, settings
+        running = Running(path, longest, len(asked), *kept, options["threads"])
+        single = Running(path, 1280, 1, *kept, options["threads"])
         rates: dict[str, list[float]] = {"many": [], "alone": [], "prefill": []}
         for at in range(options["repeats"] + 1):
             many = wanted / running.write(asked)[1]
-            begun, whole = running.write(alone)
-            prefill = 1024 / running.write(long)[0]
+            begun, whole = single.write(alone)
+            prefill = 1024 / single.write(long)[0]
             if at:
                 for name, one in (("many", many), ("alone", 127 / (whole - begun)), ("prefill", prefill)):
                     rates[name].append(one)
         running.close()
+        single.close()
         found[form] = {name: round(statistics.median(one), 1) for name, one in rates.items()}
-        found[form] |= {"batch": kept[0], "flash": kept[1]}
+        found[form] |= {"batch": kept[0], "flash": kept[1], "unified": kept[2]}
         print(form, found[form], file=sys.stderr, flush=True)
     found["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
     print(json.dumps(found))

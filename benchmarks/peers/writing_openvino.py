@@ -1,9 +1,9 @@
-"""OpenVINO GenAI's continuous batching on the requests of benchmarks/writing.py, in FP16, INT8 and INT4; runs in the peer's
-environment.
+"""OpenVINO GenAI's continuous batching on the requests of benchmarks/writing.py, in FP16, INT8 and INT4; runs in the
+peer's environment.
 
-One JSON argument as for writing_llama.py. The model is exported by optimum-intel as its documentation does it. Token ids go
-in, greedy, end tokens ignored, exact lengths. Prints JSON: for each form many, alone and prefill in tokens a second (medians after one that
-warms up), peak_gb.
+One JSON argument as for writing_llama.py. The model is exported by optimum-intel as its documentation does it. Token
+ids go in, greedy, end tokens ignored, exact lengths. Prints JSON: for each form many, alone and prefill in tokens a
+second (medians after one that warms up), peak_gb.
 """
 
 from __future__ import annotations

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,10 +12,11 @@ from pydantic import Field, model_validator
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events, Sink
-from luthier.core.types import Chat, Completion, Message, Prediction, TokenLog
+from luthier.core.types import Chat, Message
 from luthier.engine.backend import Backend, refuse_here
 from luthier.engine.labelling import Labelling, Labels
 from luthier.engine.sampling import Execution, Sampling
+from luthier.verbs.rows import append_rows, as_answer, as_row, read_done
 from luthier.verbs.shots import load_shots, with_shots, writes
 
 if TYPE_CHECKING:
@@ -124,7 +122,7 @@ def generate(
         _warn_empty([{"output": "".join(pieces)}], events)
         return [{"id": "prompt", "output": "".join(pieces)}]
     answers = []
-    done = _read_done(config.output) if config.output is not None else set()
+    done = read_done(config.output) if config.output is not None else set()
     left = [(name, item) for name, item in items if name not in done]
     if done:
         events.choose("resume", f"{len(items) - len(left)} rows", f"they stand in {config.output} already")
@@ -132,7 +130,7 @@ def generate(
     for found in _answer_parts(model, left, config, shots, labeller):
         answers += found
         if config.output is not None:
-            _append(config.output, found)
+            append_rows(config.output, found)
         events.emit("progress", name="generating", done=len(answers), total=total)
     _warn_empty(answers, events)
     return answers
@@ -222,7 +220,7 @@ def _answer_parts(
     names = [name for name, _ in items]
     keys = None if config.input is None else names
     for name, found in zip(names, write_each(model, prompts, config.sampling, keys)):
-        yield [{"id": name, **_as_answer(found)}]
+        yield [{"id": name, **as_answer(found)}]
 
 
 def _answer(
@@ -234,7 +232,7 @@ def _answer(
 ) -> list[dict[str, Any]]:
     if labeller is not None:
         labelled = labeller.predict([(name, _as_prompt(item)) for name, item in items])
-        return [_as_row(one.id, one) for one in labelled]
+        return [as_row(one.id, one) for one in labelled]
     if config.sampling.structure is not None and not writes(model):
         raise ConfigError(
             f"sampling.structure: {config.model} is made to {model.spec.task} and writes no text; leave it out, "
@@ -244,7 +242,7 @@ def _answer(
         from luthier.engine.pooled import predict
 
         found = predict(model, [(item, None) if isinstance(item, str) else item for _, item in items])
-        return [_as_row(name, one) for (name, _), one in zip(items, found)]
+        return [as_row(name, one) for (name, _), one in zip(items, found)]
     if model.spec.task == "masked":
         return [{"id": name, "output": _fill(model, _flat(item))} for name, item in items]
     from luthier.engine.generate import generate as write
@@ -253,27 +251,7 @@ def _answer(
     # A prompt by itself draws what it draws when it is streamed.
     names = None if config.input is None else [name for name, _ in items]
     written = write(model, prompts, config.sampling, raw=config.raw, batch_size=config.batch_size, keys=names)
-    return [{"id": name, **_as_answer(one)} for (name, _), one in zip(items, written)]
-
-
-def _as_answer(found: Completion) -> dict[str, Any]:
-    answer: dict[str, Any] = {"output": found.text, "finish": found.finish, "tokens": len(found.ids)}
-    if found.logprobs is not None:
-        answer["logprobs"] = [_as_log(one) for one in found.logprobs]
-    if found.prompt_logprobs is not None:
-        answer["prompt_logprobs"] = list(found.prompt_logprobs)
-    if found.drafted:
-        answer["guessed"] = {"drafted": found.drafted, "accepted": found.accepted}
-    if found.others:
-        answer["others"] = [_as_answer(one) for one in found.others]
-    return answer
-
-
-def _as_log(log: TokenLog) -> dict[str, Any]:
-    """JSON has no infinity: what could not come is null. What a server does not tell is left out."""
-    known = {"raw": log.raw, **({} if log.processed is None else {"processed": log.processed})}
-    shares = {name: None if value == -math.inf else value for name, value in known.items()}
-    return {"id": log.id, "text": log.text, **shares, **({"top": [_as_log(one) for one in log.top]} if log.top else {})}
+    return [{"id": name, **as_answer(one)} for (name, _), one in zip(items, written)]
 
 
 def _make_labeller(
@@ -352,45 +330,6 @@ def _warn_empty(answers: Sequence[dict[str, Any]], events: Events) -> None:
     empty = sum(one["output"] == "" for answer in answers for one in (answer, *answer.get("others", ())))
     if empty:
         events.warn(f"answers are {EMPTY}", empty)
-
-
-def _append(path: Path, answers: Sequence[dict[str, Any]]) -> None:
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in answers)
-    except OSError as err:
-        raise ConfigError(
-            f"output: {path} cannot be written ({err.strerror}); choose another file, or make room: the same command "
-            "goes on after the answers that stand there"
-        ) from None
-
-
-def _read_done(path: Path) -> set[str]:
-    """Ids of the answers in `path`. A last line that a crash left unfinished is taken off."""
-    if not path.is_file():
-        return set()
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
-    done = set()
-    for number, line in enumerate(_lines(whole), 1):
-        try:
-            done.add(str(json.loads(line)["id"]))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise DataError(
-                f"{path}:{number}: this is no line of answers; give another --output, or remove the file"
-            ) from None
-    return done
-
-
-def _lines(content: bytes) -> Iterator[str]:
-    yield from (line for line in content.decode("utf-8").split("\n") if line.strip())
-
-
-def _as_row(name: str, found: Prediction) -> dict[str, Any]:
-    row = {"id": name, **{key: value for key, value in asdict(found).items() if key in ("output", "probabilities")}}
-    return row if row["probabilities"] is not None else {key: row[key] for key in ("id", "output")}
 
 
 def _as_prompt(item: Any) -> str | tuple[Message, ...]:
