@@ -122,7 +122,8 @@ PREFERRED = [{"prompt": f"say {at}", "chosen": text + " yes", "rejected": "no"} 
 
 @pytest.mark.parametrize(("objective", "rows"), [("sft", CHATS), ("dpo", PREFERRED), ("distil", CHATS)])
 def test_pain_11_logits_are_never_kept(objective, rows, monkeypatch):
-    """Training, validation and evaluation make the logits of 32 tokens at a time, however many there are."""
+    """Training, validation and evaluation make the logits of 32 tokens at a time, however many there are; where answers are
+    written, those of 32 texts and of 32 guesses."""
     monkeypatch.setattr("luthier.models.cross_entropy.CHUNK", 0)
     monkeypatch.setattr("luthier.models.divergence.CHUNK", 0)
     asked = {"kind": "distil", "teacher": str(tiny_model("llama", seed=1))} if objective == "distil" else objective
@@ -130,7 +131,7 @@ def test_pain_11_logits_are_never_kept(objective, rows, monkeypatch):
         events = learn("llama", rows, objective=asked, data={"train": rows, "validation": rows}, name="one")
         assert events["step"][0]["tokens"] > 150 and events["validate"]
         evaluate(model="run:one", data={"train": rows}, likelihood=True)
-    assert 0 < seen.most <= 32
+    assert 0 < seen.most <= 64
 
 
 def test_pain_16_a_loss_that_is_no_number_stops_at_once(runs, tmp_path):

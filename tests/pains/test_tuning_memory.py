@@ -8,7 +8,7 @@ import torch
 from luthier.core.config import resolve
 from luthier.core.errors import ConfigError, TrainingError
 from luthier.core.events import Events
-from luthier.engine import engine as engines
+from luthier.engine import paged as readers
 from luthier.models import memory
 from luthier.models.load import load_model
 from luthier.models.pages import Store
@@ -314,7 +314,7 @@ def test_answers_written_between_steps_are_part_of_the_forecast(monkeypatch):
     rows = {"train": [{"prompt": f"one {at}", "answer": "two"} for at in range(8)], "split": {"validation": 0}}
     asked = {"objective": {"kind": "grpo", "rewards": "exact_match", "max_tokens": 40, "samples": 4}}
     made = []
-    monkeypatch.setattr(engines, "Store", lambda blocks: made.append(Store(blocks)) or made[-1])
+    monkeypatch.setattr(readers, "Store", lambda blocks: made.append(Store(blocks)) or made[-1])
     foretold = plan(ask(rows, **asked))
     tune(ask(rows, **{**asked, "steps": 1}))
     assert foretold["memory_bytes"]["writing"] == pytest.approx(max(one.nbytes for one in made), rel=0.1)

@@ -192,16 +192,16 @@ def source_of(structure: Structure) -> str:
 def _of_schema(text: str) -> str:
     made, schema = _library().LLMatcher, prepare(json.loads(text))
 
-    def compile(schema: dict[str, Any]) -> str:
+    def translate(schema: dict[str, Any]) -> str:
         return str(made.grammar_from_json_schema(json.dumps(schema), overrides=WAYS))
 
-    mistake = _mistake(compile(schema))
+    mistake = _mistake(translate(schema))
     if mistake:
-        where, key = blame(schema, lambda other: not _mistake(compile(other)))
+        where, key = blame(schema, lambda other: not _mistake(translate(other)))
         raise ConfigError(
             f"{where}: `{key}` cannot be kept to while a text is written ({mistake}); leave it out, or say it otherwise"
         )
-    return compile(schema)
+    return translate(schema)
 
 
 @lru_cache(KEPT)
