@@ -16,7 +16,7 @@ from luthier.engine.beams import search
 from luthier.engine.drafts import remember
 from luthier.engine.engine import STREAMS, Engine, numbers_of
 from luthier.engine.logs import logs_of
-from luthier.engine.native import Execution, prepare
+from luthier.engine.native import Execution, prepare, refuse
 from luthier.engine.padded import refuse_logprobs, write, write_on
 from luthier.engine.pieces import complete, pieces
 from luthier.engine.request import Request
@@ -126,6 +126,8 @@ def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, 
     if uses_engine(model):
         prepare(model, execution, events)
         remember(model)
+    else:
+        refuse(execution)
     if model.native is None and model.as_stored:
         cast_weights(model, "float32")
         # Its keys and values are twice as wide now.

@@ -90,6 +90,15 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
     events.choose("engine", f"native {packed.form}", f"{quality}; {packed.nbytes / 1e6:,.0f} MB of weights")
 
 
+def refuse(execution: Execution) -> None:
+    """Raises ConfigError where a form is asked for, and nothing is written by the engine."""
+    if execution not in ("auto", "model"):
+        raise ConfigError(
+            f"execution: {execution} is for language models that the engine here writes with, and nothing is written so; "
+            "leave it out"
+        )
+
+
 def let_go(model: LoadedModel) -> None:
     """Give the memory of a packed model's own layers back: it only writes from here on."""
     if model.native is not None:

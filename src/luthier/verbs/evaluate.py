@@ -108,7 +108,7 @@ def evaluate(
 def _judge(run: Run, config: Evaluate) -> None:
     from luthier.engine.drafts import remember
     from luthier.engine.generate import uses_engine
-    from luthier.engine.native import prepare
+    from luthier.engine.native import prepare, refuse
     from luthier.engine.remote import load_served
     from luthier.evals.baselines import baselines_for
     from luthier.evals.judge import judge
@@ -149,6 +149,8 @@ def _judge(run: Run, config: Evaluate) -> None:
         if task == "causal" and not config.likelihood and uses_engine(model):
             prepare(model, config.execution, run.events)
             remember(model)
+        elif config.backend is None:
+            refuse(config.execution)
         predictions = _predict(config, model, examples, chosen, run.events)
         metrics, details = judge(predictions, task, labels)
     details["evaluated_on"] = "test"

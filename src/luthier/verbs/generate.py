@@ -184,7 +184,7 @@ def inference(model: Any, tokenizer: Any, text: str | Sequence[str], **sampling:
 def _load(config: Generate, events: Events) -> LoadedModel:
     """The model, ready to write if it can, here or by a server."""
     from luthier.engine.generate import choose_engine
-    from luthier.engine.native import let_go
+    from luthier.engine.native import let_go, refuse
     from luthier.engine.remote import load_served
     from luthier.models.load import load_model
 
@@ -196,6 +196,8 @@ def _load(config: Generate, events: Events) -> LoadedModel:
     if writes(model) and not config.labels:
         choose_engine(model, config.sampling, config.execution, events)
         let_go(model)
+    else:
+        refuse(config.execution)
     return model
 
 

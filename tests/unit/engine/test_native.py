@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import luthier
 import luthier.engine.native as native
 from decoders import decoder_model
 from luthier.core.errors import ConfigError
@@ -279,3 +280,9 @@ def test_a_model_that_is_not_packed_computes_in_fp32_as_ever(tmp_path, monkeypat
     fresh = load_model(source)
     assert writes_by_pages(model) and writes_by_pages(fresh) and model.pages == fresh.pages
     assert written(model, Sampling(max_tokens=6)) == written(load_model(source), Sampling(max_tokens=6))
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_a_form_that_nothing_is_written_with_is_refused(family):
+    with pytest.raises(ConfigError, match="execution: int8 is for language models that the engine here writes with"):
+        luthier.generate(model=str(tiny_model(family)), prompt="one [MASK]", execution="int8")
