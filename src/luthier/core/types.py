@@ -186,7 +186,8 @@ class Completion:
     """The answer to one generation request. `finish` is "stop" (a stop token or string) or "length".
 
     `logprobs` has one entry for each of `ids`, and `prompt_logprobs` one for each token of the prompt but the first (in
-    nats, by the model), where they were asked for. `others` are further answers to the same prompt. Of its tokens `drafted`
+    nats, by the model), where they were asked for; `prompt_top` the likeliest tokens in the place of each of those, with
+    theirs, as many as `logprobs` asks for. `others` are further answers to the same prompt. Of its tokens `drafted`
     were guessed before the model read them, and `accepted` guessed right.
     """
 
@@ -196,6 +197,7 @@ class Completion:
     prompt_tokens: int
     logprobs: tuple[TokenLog, ...] | None = None
     prompt_logprobs: tuple[float, ...] | None = None
+    prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
     others: tuple[Completion, ...] = ()
     drafted: int = field(default=0, compare=False)
     accepted: int = field(default=0, compare=False)

@@ -73,11 +73,33 @@ class Door:
         Raises Busy at once where too many wait, Closed where nothing more is written, and ConfigError for what could never
         wait. Whatever else is wrong is raised in place of the next piece.
         """
-        return self._let_in(tuple(prompt), sampling, settings, piecewise=True)
+        return self.begin(prompt, sampling, piecewise=True, **settings)
 
     async def complete(self, prompt: Iterable[int], sampling: Sampling, **settings: Unpack[Settings]) -> Completion:
         """The first answer to a prompt, which holds the others that were asked for. Raises as `stream` does."""
-        return await self._let_in(tuple(prompt), sampling, settings, piecewise=False).whole()
+        return await self.begin(prompt, sampling, piecewise=False, **settings).whole()
+
+    def begin(
+        self, prompt: Iterable[int], sampling: Sampling, *, piecewise: bool, **settings: Unpack[Settings]
+    ) -> Answer:
+        """The answers to a prompt, for who takes them piece by piece, or else as a whole (`Answer.whole`), which wakes its reader
+        at the end alone. Raises as `stream` does."""
+        ids = tuple(prompt)
+        more = sampling.n, sampling.n * len(ids)
+        if _beyond(more, self._most):
+            raise ConfigError(
+                f"{more[0]} texts with {more[1]} tokens to read are asked for at once, and at most {self._most[0]} with "
+                f"{self._most[1]} may wait; set n lower, or shorten the prompt"
+            )
+        writing = Writing(sampling.n, piecewise)
+        with self._lock:
+            self._refuse_closed()
+            waiting = _sum(self._coming, self._standing)
+            if _beyond(_sum(waiting, more), self._most):
+                raise Busy(*waiting)
+            self._coming = _sum(self._coming, more)
+            self._tasks.put(partial(self._enter, writing, ids, sampling, settings))
+        return Answer(self._engine.model, writing, sampling, lambda one: self._tasks.put(partial(self._abort, one)))
 
     async def ask(self, question: Callable[[Engine], T]) -> T:
         """What `question` finds between two steps, after all that was asked for, or left, before."""
@@ -100,23 +122,6 @@ class Door:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
-
-    def _let_in(self, ids: tuple[int, ...], sampling: Sampling, settings: Settings, piecewise: bool) -> Answer:
-        more = sampling.n, sampling.n * len(ids)
-        if _beyond(more, self._most):
-            raise ConfigError(
-                f"{more[0]} texts with {more[1]} tokens to read are asked for at once, and at most {self._most[0]} with "
-                f"{self._most[1]} may wait; set n lower, or shorten the prompt"
-            )
-        writing = Writing(sampling.n, piecewise)
-        with self._lock:
-            self._refuse_closed()
-            waiting = _sum(self._coming, self._standing)
-            if _beyond(_sum(waiting, more), self._most):
-                raise Busy(*waiting)
-            self._coming = _sum(self._coming, more)
-            self._tasks.put(partial(self._enter, writing, ids, sampling, settings))
-        return Answer(self._engine.model, writing, sampling, lambda one: self._tasks.put(partial(self._abort, one)))
 
     def _refuse_closed(self) -> None:
         if self._closed is not None:

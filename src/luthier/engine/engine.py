@@ -16,7 +16,7 @@ from luthier.core.errors import ConfigError, ModelError
 from luthier.engine.blocks import Blocks, names_of
 from luthier.engine.choose import choose, takes_likeliest
 from luthier.engine.drafts import Guesser
-from luthier.engine.logs import prompt_logs
+from luthier.engine.logs import prompt_logs, tops
 from luthier.engine.pieces import stops_here
 from luthier.engine.readers import reader_for
 from luthier.engine.request import Request
@@ -205,6 +205,8 @@ class Engine:
                 if places:
                     following = request.prompt[places.start + 1 : places.stop + 1]
                     request.prompt_logs += prompt_logs(found[start:at], following)
+                    if request.sampling.logprobs:
+                        request.prompt_tops += tops(found[start:at], request.sampling.logprobs)
                 self.schedule.advance(request, count - len(request.drafts))
         return found[: len(rows)], first
 

@@ -196,7 +196,10 @@ def completed(model: LoadedModel, request: Request, sampling: Sampling) -> Compl
     found = replace(found, drafted=request.drafted, accepted=request.accepted)
     if sampling.logprobs is not None:
         found = replace(found, logprobs=logs_of(model, request, len(found.ids)))
-    return replace(found, prompt_logprobs=tuple(request.prompt_logs)) if request.sampling.prompt_logprobs else found
+    if request.sampling.prompt_logprobs:
+        top = tuple(tuple(one) for one in request.prompt_tops)
+        found = replace(found, prompt_logprobs=tuple(request.prompt_logs), prompt_top=top)
+    return found
 
 
 def by_prompt(found: Sequence[Completion], n: int) -> list[Completion]:

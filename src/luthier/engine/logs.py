@@ -28,6 +28,13 @@ def prompt_logs(logits_RV: Tensor, following: Sequence[int]) -> list[float]:
     return (logits_RV.gather(1, tokens_R1)[:, 0] - logits_RV.logsumexp(-1)).tolist()
 
 
+def tops(logits_RV: Tensor, count: int) -> list[list[tuple[int, float]]]:
+    """The `count` likeliest tokens of each row, with their log-probabilities."""
+    values_RK, tokens_RK = logits_RV.topk(count, dim=-1)
+    shares_RK = values_RK - logits_RV.logsumexp(-1, keepdim=True)
+    return [list(zip(*row)) for row in zip(tokens_RK.tolist(), shares_RK.tolist())]
+
+
 def logs_of(model: LoadedModel, request: Request, stop: int, start: int = 0) -> tuple[TokenLog, ...]:
     """Of the tokens that were written, from one place to another."""
     found = []

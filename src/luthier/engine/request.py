@@ -67,6 +67,8 @@ class Request:
     """Of each token that was written, where they are asked for."""
     prompt_logs: list[float] = field(default_factory=list)
     """Of each token of the prompt but the first, where they are asked for."""
+    prompt_tops: list[list[tuple[int, float]]] = field(default_factory=list)
+    """The likeliest tokens in the place of each of those, where they are asked for."""
     matcher: Matcher | None = None
     """What may come next where the answer has a structure; it has taken what was written."""
 

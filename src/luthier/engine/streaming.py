@@ -32,6 +32,17 @@ class Piece:
     """Set in the last piece of an answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens that answers took: `written` of all of them; of the prompt those that were `reused`, read for another text
+    before; guesses at what was written (`drafted`), and those that were right (`accepted`)."""
+
+    written: int
+    reused: int
+    drafted: int
+    accepted: int
+
+
 class Writing:
     """The answers to one prompt, between the engine's thread and a reader on the event loop on which this is made."""
 
@@ -96,6 +107,17 @@ class Answer:
             self._leave(self._writing)
 
     __del__ = leave
+
+    @property
+    def usage(self) -> Usage:
+        """What the answers took so far."""
+        asked = self._writing.requests
+        return Usage(
+            sum(len(one.written) for one in asked),
+            sum(one.reused for one in asked[:1]),
+            sum(one.drafted for one in asked),
+            sum(one.accepted for one in asked),
+        )
 
     @property
     def _over(self) -> bool:

@@ -1,0 +1,81 @@
+"""An answer on its way: in one piece or as server-sent events, and over as soon as nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from luthier.faces.server.refusals import Refusal, body_of, refusal_of
+
+T = TypeVar("T")
+DONE = b"data: [DONE]\n\n"
+
+
+def new_id(prefix: str) -> str:
+    """A name for something that is made here."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+async def while_here(request: Request, work: Awaitable[T], seconds: float) -> T:
+    """What comes of `work`, which is left when the client leaves. Raises Refusal where it takes longer than `seconds`."""
+    doing = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait({doing, leaving}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        if leaving.done():
+            raise Refusal(499, "the client left")
+        raise _late(seconds)
+    finally:
+        for task in (doing, leaving):
+            if not task.done():
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _late(seconds: float) -> Refusal:
+    return Refusal(504, f"the answer was not written within {seconds:.0f} s; ask for fewer tokens", code="timeout")
+
+
+async def stream_events(request: Request, events: AsyncIterator[bytes], seconds: float) -> StreamingResponse:
+    """Server-sent events, once the first is there: what is wrong before that is an answer of its own."""
+    first = await while_here(request, anext(events), seconds)
+
+    async def flow() -> AsyncIterator[bytes]:
+        async with aclosing(events):  # type: ignore[type-var]
+            try:
+                async with asyncio.timeout(seconds):
+                    yield first
+                    async for one in events:
+                        yield one
+            except TimeoutError:
+                yield event(body_of(_late(seconds)))
+            except Exception as err:
+                yield event(body_of(refusal_of(err)))
+
+    return StreamingResponse(flow(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def event(content: dict[str, Any] | BaseModel, name: str | None = None) -> bytes:
+    """One server-sent event."""
+    if isinstance(content, BaseModel):
+        text = content.model_dump_json(exclude_none=True)
+    else:
+        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {text}\n\n".encode("utf-8", "replace")

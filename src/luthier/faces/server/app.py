@@ -1,0 +1,36 @@
+"""The application: every address, behind who may ask and how much."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from luthier import __version__
+from luthier.faces.server import chat, completions, health, models, tokens
+from luthier.faces.server.access import Access
+from luthier.faces.server.bounds import Bounds
+from luthier.faces.server.keys import Key
+from luthier.faces.server.refusals import explain
+from luthier.faces.server.server import Server
+
+ABOUT = "Inference and fine-tuning on your own machine, in the words of OpenAI's API."
+ROUTES = (health, models, chat, completions, tokens)
+
+
+def make_app(server: Server, keys: Sequence[Key] | None) -> FastAPI:
+    """The addresses of a server. `keys` None: whoever is on this machine may ask."""
+    app = FastAPI(title="Luthier", version=__version__, description=ABOUT, redoc_url=None)
+    app.state.server = server
+    explain(app)
+    for one in ROUTES:
+        app.include_router(one.routes)
+    # The last one added is asked first.
+    if server.settings.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(server.settings.origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Bounds, server=server)
+    app.add_middleware(Access, keys=keys, origins=server.settings.origins)
+    return app

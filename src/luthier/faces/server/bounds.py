@@ -1,0 +1,77 @@
+"""What no request may go beyond: the size of its body, and the end of the server."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from luthier.faces.server.access import OPEN
+from luthier.faces.server.refusals import Refusal, answer_of
+from luthier.faces.server.server import Server
+
+# Addresses that take whole files.
+FILES = ("/v1/files",)
+
+
+class Bounds:
+    """Counts what is being answered, takes nothing new while the server ends, and no body that is too large."""
+
+    def __init__(self, app: ASGIApp, server: Server):
+        self._app, self._server = app, server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        server, path = self._server, scope["path"]
+        if server.draining and path not in OPEN and not path.startswith("/health/"):
+            refusal = Refusal(503, "the server is ending, and takes nothing new", code="draining", wait=5.0)
+            await answer_of(refusal)(scope, receive, send)
+            return
+        megabytes = server.settings.file_megabytes if path in FILES else server.settings.body_megabytes
+        server.going += 1
+        server.idle.clear()
+        try:
+            await _Body(self._app, megabytes).answer(scope, receive, send)
+        finally:
+            server.going -= 1
+            if not server.going:
+                server.idle.set()
+
+
+class _TooLarge(Exception):
+    pass
+
+
+class _Body:
+    def __init__(self, app: ASGIApp, megabytes: float):
+        self._app, self._most, self._megabytes = app, int(megabytes * 2**20), megabytes
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        declared = next((int(v) for k, v in scope["headers"] if k == b"content-length" and v.isdigit()), 0)
+        if declared > self._most:
+            await self._refuse(scope, receive, send)
+            return
+        got, begun = 0, False
+
+        async def counted() -> Message:
+            nonlocal got
+            message = await receive()
+            got += len(message.get("body", b""))
+            if got > self._most:
+                raise _TooLarge
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, counted, noted)
+        except _TooLarge:
+            if not begun:
+                await self._refuse(scope, receive, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = Refusal(413, f"the body is larger than {self._megabytes:g} MB, the most that is taken")
+        await answer_of(refusal)(scope, receive, send)

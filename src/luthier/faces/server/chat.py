@@ -1,0 +1,270 @@
+"""/v1/chat/completions"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+from pydantic import BaseModel, Field, JsonValue, model_validator
+
+from luthier.faces.server.answering import DONE, event, new_id, stream_events, while_here
+from luthier.faces.server.drawing import Body, Drawing, ResponseFormat, StreamOptions, Usage, usage_of
+from luthier.faces.server.engines import EngineProcess
+from luthier.faces.server.logprobs import ChatLogs, chat_logs
+from luthier.faces.server.refusals import RESPONSES
+from luthier.faces.server.server import TheKey, TheServer
+from luthier.text.calls import CallForm, CallReader, Part, read_calls
+
+routes = APIRouter(tags=["chat"], responses=RESPONSES)
+
+
+class TextPart(Body):
+    """A part of a turn."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Body):
+    name: str
+    arguments: str
+
+
+class Called(Body):
+    """A call that the assistant made."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class Turn(Body):
+    """A turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[Called] | None = None
+    tool_call_id: str | None = None
+    refusal: None = None
+    """As an answer holds it that is sent back."""
+    annotations: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Turn:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise ValueError("a turn needs a content")
+        return self
+
+
+class Function(Body):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: bool | None = None
+    """Arguments satisfy the schema, whether this is set or not."""
+
+
+class Tool(Body):
+    """A function that may be called."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class Named(Body):
+    name: str
+
+
+class ToolChoice(Body):
+    """The function that is called."""
+
+    type: Literal["function"] = "function"
+    function: Named
+
+
+class ChatRequest(Drawing):
+    """What /v1/chat/completions takes."""
+
+    model: str
+    messages: Annotated[list[Turn], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=50)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    # What other servers may do more: taken where it asks for nothing.
+    store: Literal[False] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=0)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens is the old name of max_completion_tokens; set one of the two")
+        if self.structure is not None and self.response_format is not None:
+            raise ValueError("structure and response_format say the same; set one of the two")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise ValueError("tool_choice needs tools")
+        return self
+
+
+class AnsweredCall(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Answer(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    tool_calls: list[AnsweredCall] | None = None
+
+
+class Choice(BaseModel):
+    index: int
+    message: Answer
+    logprobs: ChatLogs | None = None
+    finish_reason: Literal["stop", "length", "tool_calls"]
+
+
+class ChatCompletion(BaseModel):
+    """What /v1/chat/completions answers."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    system_fingerprint: str | None = None
+
+
+@routes.post("/v1/chat/completions", response_model=ChatCompletion, response_model_exclude_unset=False)
+async def complete_chat(
+    body: ChatRequest, request: Request, server: TheServer, key: TheKey
+) -> Response | ChatCompletion:
+    """Answer a conversation; with `stream`, as server-sent events."""
+    served = server.shelf.find(body.model)
+    asked = question_of(body, key.name)
+    form = form_of(served.process, body)
+    seconds = server.settings.timeout
+    if body.stream:
+        return await stream_events(request, _chunks(served.process, served.name, body, asked, form), seconds)
+    found = await while_here(request, served.process.ask("write", **asked), seconds)
+    choices = [_choice(at, one, form) for at, one in enumerate(found["answers"])]
+    return ChatCompletion(
+        id=new_id("chatcmpl"),
+        created=int(time.time()),
+        model=served.name,
+        choices=choices,
+        usage=usage_of(found["usage"]),
+    )
+
+
+def question_of(body: ChatRequest, tenant: str) -> dict[str, Any]:
+    """What is asked of the engine."""
+    sampling = body.sampling(body.max_completion_tokens or body.max_tokens)
+    if body.logprobs:
+        sampling["logprobs"] = body.top_logprobs or 0
+    structure = body.response_format.structure() if body.response_format is not None else None
+    if structure is not None:
+        sampling["structure"] = structure
+    asked: dict[str, Any] = {
+        "messages": [turn.model_dump(exclude_none=True, exclude={"refusal", "annotations"}) for turn in body.messages],
+        "sampling": sampling,
+        "stream": body.stream,
+        "tenant": tenant,
+        "salt": f"{tenant} {body.user or ''}",
+        "priority": body.priority,
+    }
+    if body.tools:
+        choice = body.tool_choice
+        asked["tools"] = [one.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for one in body.tools]
+        asked["choice"] = choice.function.name if isinstance(choice, ToolChoice) else choice or "auto"
+        asked["parallel"] = body.parallel_tool_calls
+    return asked
+
+
+def form_of(process: EngineProcess, body: ChatRequest) -> CallForm | None:
+    """How calls stand in the answer; None where nothing may be called."""
+    if not body.tools or body.tool_choice == "none":
+        return None
+    calls = process.facts.get("calls")
+    return None if calls is None else CallForm(**calls)
+
+
+def _choice(at: int, one: dict[str, Any], form: CallForm | None) -> Choice:
+    text, calls = read_calls(form, one["text"])
+    made = [AnsweredCall(id=new_id("call"), function=CalledFunction(**call)) for call in calls]
+    return Choice(
+        index=at,
+        message=Answer(content=text if text or not made else None, tool_calls=made or None),
+        logprobs=chat_logs(one.get("logs")),
+        finish_reason="tool_calls" if made and one["finish"] == "stop" else one["finish"],
+    )
+
+
+async def _chunks(
+    process: EngineProcess, name: str, body: ChatRequest, asked: dict[str, Any], form: CallForm | None
+) -> AsyncIterator[bytes]:
+    """Server-sent events of an answer."""
+    head = {"id": new_id("chatcmpl"), "object": "chat.completion.chunk", "created": int(time.time()), "model": name}
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    readers = [CallReader(form) if form is not None else None for _ in range(body.n)]
+
+    def chunk(at: int, delta: dict[str, Any], finish: str | None = None, logs: Any = None) -> bytes:
+        choice: dict[str, Any] = {"index": at, "delta": delta, "finish_reason": finish}
+        if body.logprobs:
+            choice["logprobs"] = None if logs is None else chat_logs(logs).model_dump()  # type: ignore[union-attr]
+        return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+
+    begun: set[int] = set()
+    async for kind, part in process.stream("write", **asked):
+        if kind == "end":
+            if with_usage:
+                yield event({**head, "choices": [], "usage": usage_of(part["usage"]).model_dump()})
+            yield DONE
+            return
+        at, finish, reader = part["which"], part.get("finish"), readers[part["which"]]
+        if at not in begun:
+            begun.add(at)
+            yield chunk(at, {"role": "assistant", "content": ""})
+        if reader is None:
+            deltas: Sequence[dict[str, Any]] = [{"content": part["text"]}] if part["text"] else []
+        else:
+            parts = reader.feed(part["text"]) + (reader.end() if finish is not None else [])
+            deltas = [_delta(one) for one in parts]
+            finish = "tool_calls" if finish == "stop" and reader.calls else finish
+        logs = part.get("logs")
+        for delta in deltas:
+            yield chunk(at, delta, None, logs)
+            logs = None
+        if finish is not None:
+            yield chunk(at, {}, finish, logs)
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    if part.kind == "text":
+        return {"content": part.text}
+    if part.kind == "name":
+        call = {"id": new_id("call"), "type": "function", "function": {"name": part.text, "arguments": ""}}
+        return {"tool_calls": [{"index": part.index, **call}]}
+    return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}

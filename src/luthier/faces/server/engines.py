@@ -1,0 +1,195 @@
+"""An engine's process, seen from the server: started, asked, and started again where it breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any, Literal, TypeAlias
+
+from luthier.core.errors import LuthierError
+from luthier.faces.server import wire
+
+State: TypeAlias = Literal["loading", "ready", "broken", "stopped"]
+# Seconds before a start that follows on a broken one: they double until an engine has run for as long.
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
+# Seconds that a process has for ending by itself.
+GRACE = 5.0
+
+
+class Refused(LuthierError):
+    """The engine says no; `kind` is the class of its error."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+class Gone(LuthierError, RuntimeError):
+    """The engine's process ended, or is not there yet."""
+
+
+class EngineProcess:
+    """One model in a process of its own.
+
+    A process that ends by itself is started again, and whoever waited for it gets Gone at once. `start` returns when the model
+    is loaded, and raises Refused where it cannot be: then nothing is started again.
+    """
+
+    def __init__(self, order: dict[str, Any], tell: Callable[[dict[str, Any]], None] = lambda event: None):
+        self.order, self._tell = order, tell
+        self.state: State = "stopped"
+        self.facts: dict[str, Any] = {}
+        self.restarts = 0
+        self.broke = ""
+        """Why it is not ready, in a sentence."""
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._ids = itertools.count()
+        self._waiting: dict[int, asyncio.Queue[wire.Message | None]] = {}
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def source(self) -> str:
+        return str(self.order["source"])
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that runs now."""
+        return self._process.pid if self._process is not None and self._process.returncode is None else None
+
+    @property
+    def going(self) -> int:
+        """Questions that are not answered."""
+        return len(self._waiting)
+
+    async def start(self) -> None:
+        """Load the model. Raises Refused, and Gone where the process does not live as long."""
+        reader = await self._launch()
+        self._watch = asyncio.create_task(self._keep(reader))
+
+    async def stop(self) -> None:
+        """End the process, and with it all that is written."""
+        self.state, self.broke = "stopped", "the server is ending"
+        if self._watch is not None:
+            self._watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._watch
+        await self._end()
+
+    async def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """The answer to a question that has one. Raises Refused, Gone."""
+        async for kind, part in self.stream(do, **arguments):
+            if kind == "end":
+                return part
+        raise Gone("the engine gave no answer")
+
+    async def stream(self, do: str, **arguments: Any) -> AsyncIterator[tuple[Literal["piece", "end"], dict[str, Any]]]:
+        """The parts of an answer. Leaving the iterator, or being cancelled, ends the work. Raises Refused, Gone."""
+        if self._writer is None or self.state != "ready":
+            raise Gone(self.broke or "the model is being loaded; ask again later")
+        id, queue = next(self._ids), asyncio.Queue[wire.Message | None]()
+        self._waiting[id] = queue
+        over = False
+        try:
+            wire.write(self._writer, {"id": id, "do": do, **arguments})
+            while True:
+                message = await queue.get()
+                if message is None:
+                    over = True
+                    raise Gone("the engine ended while this was written, and is started again; ask again")
+                if "error" in message:
+                    over = True
+                    raise Refused(**message["error"])
+                if "end" in message:
+                    over = True
+                    yield "end", message["end"]
+                    return
+                yield "piece", message["piece"]
+        finally:
+            del self._waiting[id]
+            if not over and self._writer is not None and not self._writer.is_closing():
+                wire.write(self._writer, {"leave": id})
+
+    async def _launch(self) -> asyncio.StreamReader:
+        self.state = "loading"
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "luthier.faces.server.worker", str(theirs.fileno())]
+            # A group of its own: Ctrl-C is for the server, which ends its engines when nobody waits for them.
+            self._process = await asyncio.create_subprocess_exec(
+                *command, pass_fds=[theirs.fileno()], stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+            )
+        reader, writer = await asyncio.open_connection(sock=ours)
+        wire.write(writer, self.order)
+        while (message := await wire.read(reader)) is not None:
+            if "said" in message:
+                self._tell(message["said"])
+            elif "error" in message:
+                self.state, self.broke = "broken", message["error"]["message"]
+                writer.close()
+                await self._end()
+                raise Refused(**message["error"])
+            else:
+                self.facts, self._writer = message["facts"], writer
+                self.state, self.broke = "ready", ""
+                return reader
+        writer.close()
+        code = await self._process.wait()
+        self.state, self.broke = "broken", f"the engine of {self.source} ended while it loaded ({_how(code)})"
+        raise Gone(self.broke)
+
+    async def _keep(self, reader: asyncio.StreamReader) -> None:
+        """Read what comes, and start again what broke."""
+        wait = FIRST_WAIT
+        while True:
+            began = time.monotonic()
+            await self._read(reader)
+            code = await self._end()
+            self.state, self.broke = "broken", f"the engine of {self.source} ended ({_how(code)}) and is started again"
+            self._tell({"event": "warning", "message": self.broke, "count": 1})
+            wait = FIRST_WAIT if time.monotonic() - began > LONGEST_WAIT else wait
+            while True:
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, LONGEST_WAIT)
+                try:
+                    reader = await self._launch()
+                except (LuthierError, OSError) as err:
+                    self._tell({"event": "warning", "message": f"{self.source}: {err}", "count": 1})
+                else:
+                    self.restarts += 1
+                    break
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        while (message := await wire.read(reader)) is not None:
+            if "said" in message:
+                self._tell(message["said"])
+                continue
+            # Of what nobody waits for any more, some may be on its way.
+            queue = self._waiting.get(message["id"])
+            if queue is not None:
+                queue.put_nowait(message)
+
+    async def _end(self) -> int:
+        """Let the process end, tell those who wait for it, and return its code."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+        for queue in self._waiting.values():
+            queue.put_nowait(None)
+        assert self._process is not None
+        try:
+            return await asyncio.wait_for(self._process.wait(), GRACE)
+        except TimeoutError:
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, 9)
+            return await self._process.wait()
+
+
+def _how(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

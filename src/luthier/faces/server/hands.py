@@ -1,0 +1,248 @@
+"""What an engine's process can do with its model, by the names in which the server asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from luthier.core.config import Config
+from luthier.core.errors import ConfigError, DataError, ModelError
+from luthier.core.events import Event, Events
+from luthier.core.types import Completion, Message, TokenLog
+from luthier.data.turns import read_messages
+from luthier.engine.calling import structure_of_calls
+from luthier.engine.door import Door
+from luthier.engine.engine import Engine
+from luthier.engine.generate import choose_engine, uses_engine
+from luthier.engine.logs import BEFORE, added
+from luthier.engine.native import let_go
+from luthier.engine.sampling import Execution, Sampling
+from luthier.engine.streaming import Answer
+from luthier.models.load import load_model
+from luthier.models.spec import LoadedModel
+from luthier.text.calls import find_form
+
+Parts = AsyncIterator[dict[str, Any]]
+
+
+class Order(Config):
+    """Which model, and how much of it at once."""
+
+    source: str
+    execution: Execution = "auto"
+    context: int | None = None
+    streams: int
+    waiting: int
+
+
+class TooLong(DataError):
+    """A prompt leaves no room in the context."""
+
+
+def load(order: dict[str, Any], tell: Callable[[Event], None]) -> Hands:
+    """The model that was ordered, ready to write. Raises what loading raises."""
+    asked = Order.make(order, where="engine")
+    events = Events(sinks=[tell])
+    events.stage(f"loading {asked.source}")
+    model = load_model(
+        asked.source, as_stored=asked.execution != "model", max_length=asked.context, truncate=False, events=events
+    )
+    return Hands(model, asked, events)
+
+
+class Hands:
+    """A model that writes, behind a door."""
+
+    def __init__(self, model: LoadedModel, order: Order, events: Events):
+        if model.spec.task != "causal":
+            raise ModelError(f"{model.spec.source}: this model is made to {model.spec.task}, and cannot be served yet")
+        if not uses_engine(model):
+            raise ModelError(
+                f"{model.spec.source}: {model.spec.family} models do not write text by text side by side, so they cannot be "
+                "served"
+            )
+        choose_engine(model, Sampling(), order.execution, events)
+        let_go(model)
+        self.model, self.form = model, find_form(model.renderer)
+        room = (model.spec.max_length + 64) * order.streams
+        self.engine = Engine(model, room, streams=order.streams)
+        self.door = Door(self.engine, waiting=order.waiting, waiting_tokens=room)
+        self.facts: dict[str, Any] = {
+            "task": model.spec.task,
+            "family": model.spec.family,
+            "context": model.spec.max_length,
+            "streams": order.streams,
+            "kept_tokens": room,
+            "kept_bytes": int(model.pages or 0) * room,
+            "weight_bytes": sum(one.nbytes for one in model.network.parameters())
+            + (model.native.nbytes if model.native is not None else 0),
+            "engine": events.choices.get("engine", ""),
+            "template": None if model.renderer.template is None else model.renderer.template.name,
+            "calls": None if self.form is None else asdict(self.form),
+            "warnings": dict(events.warnings),
+        }
+
+    def close(self) -> None:
+        """Let the texts that are written go, and end."""
+        self.door.close(drain=False)
+
+    def do(self, message: dict[str, Any]) -> Parts:
+        """The parts of the answer to a message. Raises ConfigError for what there is no name for."""
+        name = message["do"]
+        if name not in DOINGS:
+            raise ConfigError(f"{self.model.spec.source} cannot {name}")
+        return DOINGS[name](self, message)
+
+    async def write(self, message: dict[str, Any]) -> Parts:
+        """Answers to a prompt: `messages` (with `tools`, `choice` and `parallel`), `text` or `ids`; in pieces where `stream`."""
+        ids, sampling = self._prompt(message), Sampling.make(message["sampling"], where="sampling")
+        if message.get("tools") and message.get("choice") != "none":
+            sampling = self._with_calls(message, sampling)
+        settings = {name: message[name] for name in ("priority", "tenant", "salt") if name in message}
+        piecewise = bool(message.get("stream"))
+        with self.door.begin(ids, sampling, piecewise=piecewise, **settings) as answer:
+            if not piecewise:
+                whole = await answer.whole()
+                found: dict[str, Any] = {"answers": [_answer(one) for one in (whole, *whole.others)]}
+                found["usage"] = _usage(len(ids), answer)
+                if message.get("echo"):
+                    found["prompt"] = self.model.tokenizer.decode(list(ids), skip_special_tokens=True)
+                if whole.prompt_logprobs is not None:
+                    found["prompt_logs"] = self._prompt_logs(ids, whole)
+                yield {"end": found}
+                return
+            async for piece in answer:
+                part: dict[str, Any] = {"which": piece.which, "text": piece.text, "tokens": len(piece.ids)}
+                if piece.logprobs is not None:
+                    part["logs"] = [_log(one) for one in piece.logprobs]
+                if piece.finish is not None:
+                    part["finish"] = piece.finish
+                yield {"piece": part}
+            yield {"end": {"usage": _usage(len(ids), answer)}}
+
+    async def tokenize(self, message: dict[str, Any]) -> Parts:
+        """The tokens of a prompt, as `write` takes it, and the text of each."""
+        ids = self._ids(message)
+        texts = self.model.tokenizer.convert_ids_to_tokens(list(ids))
+        yield {"end": {"ids": list(ids), "texts": texts, "context": self.model.spec.max_length}}
+
+    async def detokenize(self, message: dict[str, Any]) -> Parts:
+        """The text of tokens."""
+        count = len(self.model.tokenizer)
+        strange = [one for one in message["ids"] if not 0 <= one < count]
+        if strange:
+            raise ConfigError(f"tokens: there is no token {strange[0]}; the vocabulary has {count}, from 0 on")
+        yield {"end": {"text": self.model.tokenizer.decode(message["ids"], skip_special_tokens=False)}}
+
+    async def render(self, message: dict[str, Any]) -> Parts:
+        """A conversation as the model reads it."""
+        text, ids = self.model.renderer.render(self._turns(message), message.get("tools") or (), opened=True)
+        yield {"end": {"text": text, "ids": list(ids)}}
+
+    async def beat(self, message: dict[str, Any]) -> Parts:
+        """Write one token, before all others."""
+        ids = self.model.renderer.first_ids or self.model.renderer.tokens("a")[0]
+        await self.door.complete(ids, Sampling(max_tokens=1), priority=1000)
+        yield {"end": {}}
+
+    async def state(self, message: dict[str, Any]) -> Parts:
+        """How busy the engine is."""
+
+        def look(engine: Engine) -> dict[str, Any]:
+            blocks = engine.blocks
+            return {
+                "running": len(engine.schedule.running),
+                "waiting": len(engine.schedule.waiting),
+                "blocks": blocks.count,
+                "blocks.used": blocks.held,
+            }
+
+        yield {"end": await self.door.ask(look)}
+
+    def _prompt_logs(self, ids: Sequence[int], whole: Completion) -> list[Any]:
+        """Of each token of a prompt; nothing is known of the first."""
+        assert whole.prompt_logprobs is not None
+        texts = [added(self.model, ids[max(0, at - BEFORE) : at], token) for at, token in enumerate(ids)]
+        found: list[Any] = [[ids[0], texts[0], None, []]]
+        tops = whole.prompt_top or ((),) * len(whole.prompt_logprobs)
+        for at, (log, top) in enumerate(zip(whole.prompt_logprobs, tops), 1):
+            before = ids[max(0, at - BEFORE) : at]
+            found.append(
+                [ids[at], texts[at], log, [[one, added(self.model, before, one), share] for one, share in top]]
+            )
+        return found
+
+    def _with_calls(self, message: dict[str, Any], sampling: Sampling) -> Sampling:
+        if self.form is None:
+            raise ConfigError(
+                "tools: the chat template of this model writes no calls of tools that can be read again; leave tools out, or "
+                "tune the model with a template that does"
+            )
+        if sampling.structure is not None:
+            raise ConfigError("response_format and tools do not go together; set tool_choice: none, or leave one out")
+        parallel = message.get("parallel", True)
+        structure = structure_of_calls(self.form, message["tools"], message.get("choice", "auto"), parallel=parallel)
+        return Sampling.make({**sampling.model_dump(exclude_unset=True), "structure": structure}, where="sampling")
+
+    def _turns(self, message: dict[str, Any]) -> Sequence[Message]:
+        try:
+            return read_messages(message["messages"], "messages")
+        except DataError as err:
+            raise DataError(f"messages: {err}") from None
+
+    def _ids(self, message: dict[str, Any]) -> Sequence[int]:
+        """However many there are."""
+        renderer = self.model.renderer
+        if "messages" in message:
+            if renderer.template is None:
+                raise ConfigError("messages: this model has no chat template; use /v1/completions")
+            turns, tools = self._turns(message), message.get("tools") or ()
+            if renderer.template.name == "raw":
+                return renderer.first_ids + renderer.tokens("\n".join(turn.content for turn in turns))[0]
+            return renderer.render(turns, tools, opened=True)[1]
+        if "text" in message:
+            return renderer.first_ids + renderer.tokens(message["text"])[0]
+        count = len(self.model.tokenizer)
+        strange = [one for one in message["ids"] if not 0 <= one < count]
+        if strange:
+            raise ConfigError(f"prompt: there is no token {strange[0]}; the vocabulary has {count}, from 0 on")
+        return message["ids"]
+
+    def _prompt(self, message: dict[str, Any]) -> Sequence[int]:
+        ids, context = self._ids(message), self.model.spec.max_length
+        asked = message["sampling"].get("max_tokens")
+        if len(ids) + (asked or 1) > context:
+            written = f" and {asked} more are to be written" if asked else ""
+            raise TooLong(
+                f"the context of this model is {context} tokens; the prompt has {len(ids)}{written}. Shorten the prompt"
+                + (", or ask for fewer" if asked else "")
+            )
+        if asked is None:
+            message["sampling"]["max_tokens"] = context - len(ids)
+        return ids
+
+
+def _answer(one: Completion) -> dict[str, Any]:
+    found: dict[str, Any] = {"text": one.text, "tokens": len(one.ids), "finish": one.finish}
+    if one.logprobs is not None:
+        found["logs"] = [_log(log) for log in one.logprobs]
+    return found
+
+
+def _log(log: TokenLog) -> list[Any]:
+    return [log.id, log.text, log.raw, [[one.id, one.text, one.raw] for one in log.top]]
+
+
+def _usage(prompt: int, answer: Answer) -> dict[str, int]:
+    return {"prompt": prompt, **asdict(answer.usage)}
+
+
+DOINGS: dict[str, Callable[[Hands, dict[str, Any]], Parts]] = {
+    "write": Hands.write,
+    "tokenize": Hands.tokenize,
+    "detokenize": Hands.detokenize,
+    "render": Hands.render,
+    "beat": Hands.beat,
+    "state": Hands.state,
+}

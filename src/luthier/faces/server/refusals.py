@@ -1,0 +1,166 @@
+"""Errors as OpenAI's API shows them: a status, and an object that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from luthier.core.errors import ConfigError, LuthierError, ModelError, RunError, did_you_mean
+from luthier.faces.server.engines import Gone, Refused
+
+
+class Fault(BaseModel):
+    """What is wrong with a request, or with the server."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class FaultBody(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: Fault
+
+
+class Refusal(LuthierError):
+    """An answer that is an error."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, wait: float | None = None
+    ):
+        super().__init__(message)
+        self.status, self.param, self.code, self.wait = status, param, code, wait
+
+
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+# What an engine says no with.
+STATUSES = {"Busy": 429, "Closed": 503, "Bug": 500, "MissingExtra": 501}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": FaultBody, "description": text}
+    for status, text in (
+        (400, "The request is wrong; the message says where and what to do."),
+        (401, "No key, or one that is not known."),
+        (403, "The key may not do this."),
+        (404, "There is no such thing."),
+        (413, "The body is too large."),
+        (429, "Too much at once; Retry-After says when to ask again."),
+        (500, "A bug in Luthier."),
+        (501, "A package is missing; the message names the extra that brings it."),
+        (503, "Not now: a model is being loaded, or the server is ending."),
+        (504, "It took longer than the server allows."),
+    )
+}
+
+
+def refusal_of(err: Exception) -> Refusal:
+    """An error of any kind as an answer."""
+    if isinstance(err, Refusal):
+        return err
+    if isinstance(err, Refused):
+        status = STATUSES.get(err.kind, 400)
+        code = "context_length_exceeded" if err.kind == "TooLong" else None
+        return Refusal(
+            status, str(err), param=_param(str(err)) if status == 400 else None, code=code, wait=_wait(status)
+        )
+    if isinstance(err, Gone):
+        return Refusal(503, str(err), code="engine_unavailable", wait=2.0)
+    if isinstance(err, RunError):
+        return Refusal(404, str(err))
+    if isinstance(err, ConfigError | ModelError | LuthierError):
+        return Refusal(400, str(err), param=_param(str(err)))
+    return Refusal(500, f"this is a bug in Luthier: {type(err).__name__}: {err}", code="bug")
+
+
+def _wait(status: int) -> float | None:
+    return {429: 1.0, 503: 2.0}.get(status)
+
+
+def _param(message: str) -> str | None:
+    """The setting that a sentence begins with."""
+    head, found, _ = message.partition(":")
+    return head if found and head.replace("_", "").replace(".", "").isalnum() and " " not in head else None
+
+
+def body_of(refusal: Refusal) -> dict[str, Any]:
+    """The object that an error is, in an answer or in a stream."""
+    kind = KINDS.get(refusal.status, "invalid_request_error" if refusal.status < 500 else "server_error")
+    return {
+        "error": {"message": str(refusal), "type": kind, "param": refusal.param, "code": refusal.code},
+    }
+
+
+def answer_of(refusal: Refusal) -> JSONResponse:
+    """The whole answer."""
+    headers = {} if refusal.wait is None else {"Retry-After": str(max(1, round(refusal.wait)))}
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body_of(refusal), refusal.status, headers)
+
+
+def explain(app: FastAPI) -> None:
+    """Let `app` answer every error so."""
+
+    async def ours(_: Request, err: Exception) -> JSONResponse:
+        return answer_of(refusal_of(err))
+
+    async def invalid(_: Request, err: Exception) -> JSONResponse:
+        assert isinstance(err, RequestValidationError)
+        return answer_of(_invalid(err))
+
+    async def plain(_: Request, err: Exception) -> JSONResponse:
+        assert isinstance(err, HTTPException)
+        answer = answer_of(Refusal(err.status_code, _sentence(err)))
+        answer.headers.update(err.headers or {})
+        return answer
+
+    app.add_exception_handler(LuthierError, ours)
+    app.add_exception_handler(Exception, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, plain)
+
+
+def _sentence(err: HTTPException) -> str:
+    known = {
+        404: "there is nothing at this address; /docs lists what there is",
+        405: "this address does not take this method; /docs says which it takes",
+    }
+    return known.get(err.status_code, str(err.detail))
+
+
+def _invalid(err: RequestValidationError) -> Refusal:
+    """All that is wrong with a body, in sentences."""
+    found, param = [], None
+    for mistake in err.errors():
+        # The first part says body, query or path.
+        path = ".".join(str(part) for part in mistake["loc"][1:] if not _is_branch(part)) or "body"
+        param = param or path
+        if mistake["type"] == "extra_forbidden":
+            found.append(f"{path}: this server does not support this field; leave it out")
+        elif mistake["type"] == "json_invalid":
+            found.append(f"the body is not valid JSON ({mistake.get('ctx', {}).get('error', mistake['msg'])})")
+        elif mistake["type"] == "missing":
+            found.append(f"{path}: is required")
+        else:
+            cause = mistake.get("ctx", {}).get("error")
+            found.append(f"{path}: {cause or mistake['msg'][:1].lower() + mistake['msg'][1:]}")
+    return Refusal(400, "; ".join(dict.fromkeys(found)), param=param)
+
+
+def _is_branch(part: int | str) -> bool:
+    """Branches of a union stand in a path under their types' names."""
+    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in ("str", "int", "float", "bool"))
+
+
+def unknown(name: str, known: list[str]) -> Refusal:
+    """There is no such model."""
+    return Refusal(
+        404, f"model: {name!r} is not served here; {did_you_mean(name, known) if known else 'no model is'}", param="model",
+        code="model_not_found",
+    )  # fmt: skip

@@ -1,0 +1,46 @@
+"""What the addresses of a server share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeAlias
+
+from fastapi import Depends, Request
+
+from luthier.faces.server.keys import Key
+from luthier.faces.server.settings import Serve
+from luthier.faces.server.shelf import Shelf
+
+
+@dataclass
+class Server:
+    """The settings, the models, and whether it goes on."""
+
+    settings: Serve
+    shelf: Shelf
+    started: float = field(default_factory=time.time)
+    draining: bool = False
+    """Nothing new is taken up; what is being answered goes on for a while."""
+    going: int = 0
+    """Requests that are being answered."""
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    parts: dict[str, Any] = field(default_factory=dict)
+    """What belongs to some addresses alone."""
+
+
+def server_of(request: Request) -> Server:
+    """Of a request."""
+    found: Server = request.app.state.server
+    return found
+
+
+def key_of(request: Request) -> Key:
+    """Whose request it is."""
+    found: Key = request.state.key
+    return found
+
+
+TheServer: TypeAlias = Annotated[Server, Depends(server_of)]
+TheKey: TypeAlias = Annotated[Key, Depends(key_of)]

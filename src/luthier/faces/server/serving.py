@@ -1,0 +1,138 @@
+"""A server from its start to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from luthier.core.errors import ConfigError, MissingExtra
+from luthier.faces.server.keys import read_keys
+from luthier.faces.server.settings import Serve
+from luthier.faces.server.shelf import Shelf, names_of
+
+Say = Callable[[str], None]
+
+
+def serve(settings: Serve, say: Say) -> int:
+    """Serve until a signal says to stop: the first lets what is being answered end, a second one does not.
+
+    Raises ConfigError for an address that is taken or open to all without keys, MissingExtra, and what loading raises.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as err:
+        raise MissingExtra(err.name or "fastapi", "serve", "luthier serve") from None
+    if settings.keys is None and not settings.local:
+        raise ConfigError(
+            f"host: {settings.host} can be asked from other machines, so it needs keys: "
+            "luthier serve --keys keys.json --new-key NAME makes one"
+        )
+    return asyncio.run(_run(settings, say))
+
+
+async def _run(settings: Serve, say: Say) -> int:
+    import uvicorn
+
+    from luthier.faces.server.app import make_app
+    from luthier.faces.server.server import Server
+
+    keys = read_keys(settings.keys) if settings.keys is not None else None
+    listening = _listen(settings)
+    shelf = Shelf(settings, lambda event: _tell(event, say))
+    server = Server(settings, shelf)
+    server.idle.set()
+    try:
+        for name, source in names_of(settings.models):
+            served = await shelf.load(source, name)
+            say(_plan(name, served.process.facts))
+        config = uvicorn.Config(
+            make_app(server, keys),
+            log_level="warning",
+            access_log=False,
+            ssl_certfile=settings.certificate,
+            ssl_keyfile=settings.private_key,
+            timeout_keep_alive=75,
+            lifespan="off",
+        )
+        web = _Web(config, server, say)
+        host, port = listening.getsockname()[:2]
+        address = f"{'https' if settings.certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+        say(_welcome(address, settings))
+        await web.serve(sockets=[listening])
+    finally:
+        listening.close()
+        await shelf.close()
+    return 0
+
+
+def _listen(settings: Serve) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((settings.host, settings.port))
+    except OSError as err:
+        listening.close()
+        raise ConfigError(
+            f"{settings.host}:{settings.port} cannot be listened at ({err.strerror}); choose another --port"
+        ) from None
+    return listening
+
+
+def _Web(config: Any, server: Any, say: Say) -> Any:
+    import uvicorn
+
+    class Web(uvicorn.Server):
+        """uvicorn, that lets answers end before it does."""
+
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if server.draining:
+                self.should_exit = self.force_exit = True
+                return
+            server.draining = True
+            if server.going:
+                say(f"ending: {server.going} requests have {server.settings.drain:g} s (again: at once)")
+            asyncio.get_running_loop().create_task(self._drain())
+
+        async def _drain(self) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(server.settings.drain):
+                    await server.idle.wait()
+            if server.going:
+                # Their streams end with an error that says so.
+                await server.shelf.close()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(2):
+                        await server.idle.wait()
+            self.should_exit = True
+
+    return Web(config)
+
+
+def _tell(event: dict[str, Any], say: Say) -> None:
+    if event["event"] == "warning":
+        say(f"warning: {event['message']}")
+
+
+def _plan(name: str, facts: dict[str, Any]) -> str:
+    """What a model takes, and how it is read."""
+    weights, kept = facts["weight_bytes"] / 1e6, facts["kept_bytes"] / 1e6
+    return (
+        f"{name}: {facts['family']}, {facts['engine']}\n"
+        f"  {weights:,.0f} MB of weights; up to {kept:,.0f} MB for {facts['kept_tokens']:,} tokens of keys and values: "
+        f"{facts['streams']} texts at once, a context of {facts['context']:,}"
+    )
+
+
+def _welcome(address: str, settings: Serve) -> str:
+    name = names_of(settings.models)[0][0] if settings.models else "NAME"
+    key = ' -H "Authorization: Bearer $LUTHIER_KEY"' if settings.keys is not None else ""
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return (
+        f"listening at {address} (the page is there too; the base URL for OpenAI's client is {address}/v1)\n"
+        f"  curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+    )

@@ -1,0 +1,71 @@
+"""What a server serves, where, and to how many."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from luthier.core.config import Config
+
+
+class Limits(Config):
+    """What one key may take; None: as much as there is."""
+
+    requests_a_minute: int | None = Field(None, gt=0)
+    """Requests a minute."""
+    tokens_a_minute: int | None = Field(None, gt=0)
+    """Tokens a minute, of prompts and answers together."""
+    at_once: int | None = Field(None, gt=0)
+    """Requests that are answered at the same time."""
+
+
+class Serve(Config):
+    """A server for the models of this machine, which speaks OpenAI's API."""
+
+    models: tuple[str, ...] = ()
+    """Models to serve: a shipped name, run:<id>, a directory or a hub id; NAME=MODEL gives it another name."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 for every one of this machine."""
+    port: int = Field(8000, ge=0, le=65535)
+    """Port to listen at; 0 takes a free one."""
+    execution: Literal["auto", "model", "bfloat16", "int8", "int4"] = "auto"
+    """How models are read, as for generate."""
+    context: int | None = Field(None, gt=0)
+    """Most tokens of a prompt and its answer together; by default what the model was made for."""
+    streams: int = Field(32, gt=0)
+    """Texts that are written at once by a model."""
+    waiting: int = Field(256, gt=0)
+    """Texts that wait for a model at most; more are refused with 429."""
+    keys: Path | None = None
+    """File of keys (`luthier serve --new-key`). Without one, and on this machine alone, no key is asked for."""
+    limits: Limits = Limits()
+    """What each key may take, where the file of keys does not say otherwise."""
+    drain: Annotated[float, Field(ge=0)] = 30.0
+    """Seconds that answers have for their end when the server is to stop."""
+    body_megabytes: Annotated[float, Field(gt=0)] = 32.0
+    """Largest body of a request, files aside."""
+    file_megabytes: Annotated[float, Field(gt=0)] = 512.0
+    """Largest file that is uploaded."""
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that an answer may take."""
+    log_prompts: bool = False
+    """Write prompts and answers into the log."""
+    origins: tuple[str, ...] = ()
+    """Origins whose pages may ask this server (CORS)."""
+    certificate: Path | None = None
+    """File of the certificate for TLS."""
+    private_key: Path | None = None
+    """File of its private key."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Serve:
+        if (self.certificate is None) != (self.private_key is None):
+            raise ValueError("certificate and private_key go together; set both, or none")
+        return self
+
+    @property
+    def local(self) -> bool:
+        """Whether nobody outside this machine can ask."""
+        return self.host in ("127.0.0.1", "localhost", "::1")

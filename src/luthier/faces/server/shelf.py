@@ -1,0 +1,100 @@
+"""The models that are served, each under its names, and the processes that hold them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from luthier.core.errors import LuthierError
+from luthier.faces.server.engines import EngineProcess, Gone
+from luthier.faces.server.refusals import Refusal, unknown
+from luthier.faces.server.settings import Serve
+
+
+@dataclass
+class Served:
+    """A model under a name."""
+
+    name: str
+    source: str
+    process: EngineProcess
+    created: int = field(default_factory=lambda: int(time.time()))
+    parent: str | None = None
+    """The name of the base beside which it is an adapter."""
+
+
+class Shelf:
+    """What is served. Names of one source share its process."""
+
+    def __init__(self, settings: Serve, tell: Callable[[dict[str, Any]], None]):
+        self._settings, self._tell = settings, tell
+        self.models: dict[str, Served] = {}
+        self._lock = asyncio.Lock()
+
+    @property
+    def processes(self) -> list[EngineProcess]:
+        """Each once."""
+        return list(dict.fromkeys(one.process for one in self.models.values()))
+
+    def find(self, name: str) -> Served:
+        """The model of a name. Raises Refusal for one that is not served."""
+        if name not in self.models:
+            raise unknown(name, list(self.models))
+        return self.models[name]
+
+    async def load(self, source: str, name: str | None = None) -> Served:
+        """Serve a model, under its own name or another. Raises Refusal for a name that is taken, and what loading raises."""
+        name = name or source
+        async with self._lock:
+            if name in self.models:
+                raise Refusal(409, f"a model is served as {name!r} already; unload it first, or choose another name")
+            process = next((one for one in self.processes if one.source == source), None)
+            if process is None:
+                process = EngineProcess(self._order(source), self._tell)
+                await process.start()
+            served = self.models[name] = Served(name, source, process)
+            return served
+
+    async def unload(self, name: str) -> None:
+        """Serve a model no longer. Raises Refusal for one that is not served."""
+        async with self._lock:
+            served = self.find(name)
+            del self.models[name]
+            if served.process not in self.processes:
+                await served.process.stop()
+
+    async def close(self) -> None:
+        """End all processes."""
+        await asyncio.gather(*(one.stop() for one in self.processes))
+
+    async def check(self) -> dict[str, str]:
+        """What is wrong with each model; one that writes a token, and that alone, has nothing wrong with it."""
+        found = await asyncio.gather(*(_beat(one.process) for one in self.models.values()))
+        return {name: trouble for name, trouble in zip(self.models, found) if trouble}
+
+    def _order(self, source: str) -> dict[str, Any]:
+        wanted = self._settings.model_dump(mode="json", include={"execution", "context", "streams", "waiting"})
+        return {"source": source, **wanted}
+
+
+async def _beat(process: EngineProcess, seconds: float = 10.0) -> str:
+    try:
+        async with asyncio.timeout(seconds):
+            await process.ask("beat")
+    except TimeoutError:
+        return f"no token within {seconds:.0f} s"
+    except (Gone, LuthierError) as err:
+        return str(err)
+    return ""
+
+
+def names_of(models: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, source) of each `MODEL` or `NAME=MODEL`."""
+    found = []
+    for one in models:
+        name, given, source = one.partition("=")
+        found.append((name, source) if given else (one, one))
+    return found

@@ -1,0 +1,35 @@
+"""What goes between the server and an engine's process: JSON objects, each behind its length."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import struct
+from typing import Any, TypeAlias
+
+Message: TypeAlias = dict[str, Any]
+"""From the server: `id`, `do` (what is asked for) and its arguments; or `leave`, the id of what nobody waits for any more.
+
+From the engine: `id`, and one of `piece` (a part of an answer), `end` (the last part, or the whole), `error` (`kind`, the
+name of its class, and `message`). Before all of them, without an id, `facts` of the model, or the `error` of loading it;
+while it loads, `said`: an event as runs keep them.
+"""
+
+LENGTH = struct.Struct("!I")
+
+
+def write(stream: asyncio.StreamWriter, message: Message) -> None:
+    """Put a message on its way."""
+    content = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    stream.write(LENGTH.pack(len(content)) + content)
+
+
+async def read(stream: asyncio.StreamReader) -> Message | None:
+    """The next message; None where the other side is gone."""
+    try:
+        (length,) = LENGTH.unpack(await stream.readexactly(LENGTH.size))
+        content = await stream.readexactly(length)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+    found: Message = json.loads(content)
+    return found

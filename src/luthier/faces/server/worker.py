@@ -1,0 +1,101 @@
+"""An engine's process: loads one model, and does with it what the server asks for, all at once.
+
+Started by `faces.server.engines`, with a socket in place of its arguments; it ends when the other side of that is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from luthier.core.errors import LuthierError
+from luthier.faces.server import wire
+from luthier.faces.server.wire import Message
+
+if TYPE_CHECKING:
+    from luthier.faces.server.hands import Hands
+
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+
+
+def main(descriptor: int) -> int:
+    """Serve the socket of this number until it closes."""
+    from luthier.models.lean import import_lean
+
+    import_lean()
+    asyncio.run(_serve(socket.socket(fileno=descriptor)))
+    return 0
+
+
+async def _serve(sock: socket.socket) -> None:
+    reader, writer = await asyncio.open_connection(sock=sock)
+    order = await wire.read(reader)
+    if order is None:
+        return
+    loop = asyncio.get_running_loop()
+
+    def tell(event: dict[str, Any]) -> None:
+        loop.call_soon_threadsafe(wire.write, writer, {"said": event})
+
+    from luthier.faces.server.hands import load
+
+    try:
+        hands = await asyncio.to_thread(load, order, tell)
+    except Exception as err:
+        wire.write(writer, _error(err))
+        await writer.drain()
+        return
+    wire.write(writer, {"facts": hands.facts})
+    await _work(hands, reader, writer)
+    await asyncio.to_thread(hands.close)
+
+
+async def _work(hands: Hands, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    going: dict[int, asyncio.Task[None]] = {}
+
+    async def send(message: Message) -> None:
+        wire.write(writer, message)
+        # Who reads slowly gets longer pieces, instead of a queue of short ones.
+        await writer.drain()
+
+    while (message := await wire.read(reader)) is not None:
+        if "leave" in message:
+            task = going.get(message["leave"])
+            if task is not None:
+                task.cancel()
+            continue
+        task = asyncio.create_task(_do(hands, message, send))
+        going[message["id"]] = task
+        task.add_done_callback(lambda _, id=message["id"]: going.pop(id, None))
+    for task in list(going.values()):
+        task.cancel()
+
+
+async def _do(hands: Hands, message: Message, send: Send) -> None:
+    id = message["id"]
+    try:
+        async for part in hands.do(message):
+            await send({"id": id, **part})
+    except asyncio.CancelledError:
+        raise
+    except ConnectionError:
+        return
+    except Exception as err:
+        await send({"id": id, **_error(err)})
+
+
+def _error(err: Exception) -> Message:
+    known = isinstance(err, LuthierError)
+    message = str(err) if known else f"this is a bug in Luthier: {type(err).__name__}: {err}"
+    if not known and "--debug" in sys.argv:
+        import traceback
+
+        traceback.print_exception(err)
+    return {"error": {"kind": type(err).__name__ if known else "Bug", "message": message}}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(int(sys.argv[1])))
