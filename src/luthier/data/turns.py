@@ -47,7 +47,7 @@ def _turn(turn: Any, number: int) -> Message:
     content = turn.get("content", turn.get("value"))
     if isinstance(content, list):
         content = "".join(_part(part, number) for part in content)
-    calls = tuple(turn.get("tool_calls") or ())
+    calls = tuple(_parsed(call) for call in turn.get("tool_calls") or ())
     if said == "function_call":
         calls, content = (_call(content, number),), ""
     if content is None and calls:
@@ -72,6 +72,19 @@ def _part(part: Any, number: int) -> str:
         if isinstance(text, str):
             return text
     raise DataError(f"turn {number} holds a part of the type {kind!r}; only text can be learned")
+
+
+def _parsed(call: Any) -> Any:
+    """A call whose arguments are JSON text, as APIs send them, with the object itself: templates write that out, and would
+    write the text as a text."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except json.JSONDecodeError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _call(content: Any, number: int) -> dict[str, Any]:

@@ -214,13 +214,13 @@ def _read_head(text: str, key: str) -> tuple[str, int] | tuple[()] | None:
     """The name of a call, and the length of the object up to the beginning of its arguments; None while that is open, and
     nothing where it is no such object."""
     at = 0
-    expected = ["{", '"name"', ":", str, ",", json.dumps(key), ":"]
     name = ""
-    for want in expected:
+    # An empty one stands for the name itself.
+    for want in ("{", '"name"', ":", "", ",", json.dumps(key), ":"):
         while at < len(text) and text[at] in " \n\t\r":
             at += 1
         rest = text[at:]
-        if want is str:
+        if not want:
             try:
                 value, length = json.JSONDecoder().raw_decode(rest)
             except json.JSONDecodeError:

@@ -164,7 +164,7 @@ async def complete_chat(
     """Answer a conversation; with `stream`, as server-sent events."""
     served = server.shelf.find(body.model)
     asked = question_of(body, key.name)
-    form = form_of(served.process, body)
+    form = form_of(served.process, bool(body.tools) and body.tool_choice != "none")
     seconds = server.settings.timeout
     if body.stream:
         return await stream_events(request, _chunks(served.process, served.name, body, asked, form), seconds)
@@ -203,11 +203,9 @@ def question_of(body: ChatRequest, tenant: str) -> dict[str, Any]:
     return asked
 
 
-def form_of(process: EngineProcess, body: ChatRequest) -> CallForm | None:
-    """How calls stand in the answer; None where nothing may be called."""
-    if not body.tools or body.tool_choice == "none":
-        return None
-    calls = process.facts.get("calls")
+def form_of(process: EngineProcess, callable: bool) -> CallForm | None:
+    """How calls stand in an answer; None where nothing is `callable`."""
+    calls = process.facts.get("calls") if callable else None
     return None if calls is None else CallForm(**calls)
 
 
