@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 import traceback
 import warnings
 import zlib
@@ -255,6 +256,8 @@ class Engine:
     def _write(self, request: Request, token: int | Exception) -> None:
         if isinstance(token, Exception):
             raise token
+        if not request.written:
+            request.first_at = time.monotonic()
         request.written.append(token)
         if (
             token in request.ends

@@ -46,6 +46,8 @@ class Request:
     names: tuple[bytes, ...] = ()
     """Of the full blocks of its prompt."""
     written: list[int] = field(default_factory=list)
+    first_at: float = 0.0
+    """When the first token was there, by time.monotonic."""
     finish: Literal["stop", "length", "abort", "error"] | None = None
     error: Exception | None = None
     """What ended it, where that was an error."""

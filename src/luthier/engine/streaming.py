@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,6 +42,8 @@ class Usage:
     reused: int
     drafted: int
     accepted: int
+    first_seconds: float | None
+    """From the asking to the first token of any."""
 
 
 class Writing:
@@ -48,7 +51,7 @@ class Writing:
 
     def __init__(self, count: int, piecewise: bool):
         self.loop, self.news = asyncio.get_running_loop(), asyncio.Event()
-        self.count, self.piecewise = count, piecewise
+        self.count, self.piecewise, self.asked_at = count, piecewise, time.monotonic()
         """How many answers, and whether the reader wants each token, not the end alone."""
         # Of the engine's thread, which rings on the loop after it changed them:
         self.requests: Sequence[Request] = ()
@@ -117,6 +120,7 @@ class Answer:
             sum(one.reused for one in asked[:1]),
             sum(one.drafted for one in asked),
             sum(one.accepted for one in asked),
+            min((one.first_at - self._writing.asked_at for one in asked if one.written), default=None),
         )
 
     @property

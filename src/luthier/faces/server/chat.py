@@ -16,6 +16,8 @@ from luthier.faces.server.engines import EngineProcess
 from luthier.faces.server.logprobs import ChatLogs, chat_logs
 from luthier.faces.server.refusals import RESPONSES
 from luthier.faces.server.server import TheKey, TheServer
+from luthier.faces.server.shelf import Served
+from luthier.faces.server.writing import write, write_pieces
 from luthier.text.calls import CallForm, CallReader, Part, read_calls
 
 routes = APIRouter(tags=["chat"], responses=RESPONSES)
@@ -167,8 +169,8 @@ async def complete_chat(
     form = form_of(served.process, bool(body.tools) and body.tool_choice != "none")
     seconds = server.settings.timeout
     if body.stream:
-        return await stream_events(request, _chunks(served.process, served.name, body, asked, form), seconds)
-    found = await while_here(request, served.process.ask("write", **asked), seconds)
+        return await stream_events(request, _chunks(request, served, body, asked, form), seconds)
+    found = await while_here(request, write(request, served, asked), seconds)
     choices = [_choice(at, one, form) for at, one in enumerate(found["answers"])]
     return ChatCompletion(
         id=new_id("chatcmpl"),
@@ -221,10 +223,15 @@ def _choice(at: int, one: dict[str, Any], form: CallForm | None) -> Choice:
 
 
 async def _chunks(
-    process: EngineProcess, name: str, body: ChatRequest, asked: dict[str, Any], form: CallForm | None
+    request: Request, served: Served, body: ChatRequest, asked: dict[str, Any], form: CallForm | None
 ) -> AsyncIterator[bytes]:
     """Server-sent events of an answer."""
-    head = {"id": new_id("chatcmpl"), "object": "chat.completion.chunk", "created": int(time.time()), "model": name}
+    head = {
+        "id": new_id("chatcmpl"),
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": served.name,
+    }
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     readers = [CallReader(form) if form is not None else None for _ in range(body.n)]
 
@@ -235,7 +242,7 @@ async def _chunks(
         return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
     begun: set[int] = set()
-    async for kind, part in process.stream("write", **asked):
+    async for kind, part in write_pieces(request, served, asked):
         if kind == "end":
             if with_usage:
                 yield event({**head, "choices": [], "usage": usage_of(part["usage"]).model_dump()})

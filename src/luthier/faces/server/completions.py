@@ -13,12 +13,15 @@ from pydantic import BaseModel, Field, model_validator
 
 from luthier.faces.server.answering import DONE, event, new_id, stream_events, while_here
 from luthier.faces.server.drawing import Drawing, StreamOptions, TokenId, Usage, usage_of
-from luthier.faces.server.engines import EngineProcess
 from luthier.faces.server.logprobs import TextLogs, text_logs
 from luthier.faces.server.refusals import RESPONSES
 from luthier.faces.server.server import TheKey, TheServer
+from luthier.faces.server.shelf import Served
+from luthier.faces.server.writing import write, write_pieces
 
 routes = APIRouter(tags=["completions"], responses=RESPONSES)
+# Of what an engine counts, what adds up over several prompts.
+COUNTED = ("prompt", "written", "reused", "drafted", "accepted")
 Ids = Annotated[list[TokenId], Field(min_length=1)]
 
 
@@ -78,12 +81,12 @@ async def complete_text(
     asked = [_question(body, prompt, key.name) for prompt in body.prompts]
     seconds = server.settings.timeout
     if body.stream:
-        return await stream_events(request, _chunks(served.process, served.name, body, asked[0]), seconds)
-    found = await while_here(request, _ask_all(served.process, asked), seconds)
+        return await stream_events(request, _chunks(request, served, body, asked[0]), seconds)
+    found = await while_here(request, _ask_all(request, served, asked), seconds)
     choices: list[TextChoice] = []
     for one in found:
         choices += [_choice(len(choices) + at, body, answer, one) for at, answer in enumerate(one["answers"])]
-    usage = {name: sum(one["usage"][name] for one in found) for name in found[0]["usage"]}
+    usage = {name: sum(one["usage"][name] for one in found) for name in COUNTED}
     if body.max_tokens == 0:
         usage["written"] = 0
     return Completion(
@@ -107,8 +110,8 @@ def _question(body: CompletionRequest, prompt: str | list[int], tenant: str) -> 
     }
 
 
-async def _ask_all(process: EngineProcess, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    tasks = [asyncio.create_task(process.ask("write", **one)) for one in asked]
+async def _ask_all(request: Request, served: Served, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    tasks = [asyncio.create_task(write(request, served, one)) for one in asked]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -131,12 +134,12 @@ def _choice(at: int, body: CompletionRequest, answer: dict[str, Any], whole: dic
 
 
 async def _chunks(
-    process: EngineProcess, name: str, body: CompletionRequest, asked: dict[str, Any]
+    request: Request, served: Served, body: CompletionRequest, asked: dict[str, Any]
 ) -> AsyncIterator[bytes]:
-    head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": name}
+    head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": served.name}
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     shown = [0] * body.n
-    async for kind, part in process.stream("write", **asked):
+    async for kind, part in write_pieces(request, served, asked):
         if kind == "end":
             if with_usage:
                 yield event({**head, "choices": [], "usage": usage_of(part["usage"]).model_dump()})

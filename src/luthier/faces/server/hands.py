@@ -155,7 +155,7 @@ class Hands:
                 "running": len(engine.schedule.running),
                 "waiting": len(engine.schedule.waiting),
                 "blocks": blocks.count,
-                "blocks.used": blocks.held,
+                "blocks_held": blocks.used,
             }
 
         yield {"end": await self.door.ask(look)}
@@ -234,7 +234,7 @@ def _log(log: TokenLog) -> list[Any]:
     return [log.id, log.text, log.raw, [[one.id, one.text, one.raw] for one in log.top]]
 
 
-def _usage(prompt: int, answer: Answer) -> dict[str, int]:
+def _usage(prompt: int, answer: Answer) -> dict[str, Any]:
     return {"prompt": prompt, **asdict(answer.usage)}
 
 

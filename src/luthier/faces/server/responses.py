@@ -14,9 +14,10 @@ from luthier.core.errors import LuthierError
 from luthier.faces.server.answering import event, new_id, stream_events, while_here
 from luthier.faces.server.chat import form_of
 from luthier.faces.server.drawing import Body
-from luthier.faces.server.engines import EngineProcess
 from luthier.faces.server.refusals import RESPONSES, Refusal, body_of, refusal_of
 from luthier.faces.server.server import TheKey, TheServer
+from luthier.faces.server.shelf import Served
+from luthier.faces.server.writing import write, write_pieces
 from luthier.text.calls import CallForm, CallReader, Part, read_calls
 
 routes = APIRouter(tags=["responses"], responses=RESPONSES)
@@ -212,8 +213,8 @@ async def respond(body: ResponsesRequest, request: Request, server: TheServer, k
     empty = _empty(body, served.name)
     seconds = server.settings.timeout
     if body.stream:
-        return await stream_events(request, _events(served.process, asked, form, empty), seconds)
-    found = await while_here(request, served.process.ask("write", **asked), seconds)
+        return await stream_events(request, _events(request, served, asked, form, empty), seconds)
+    found = await while_here(request, write(request, served, asked), seconds)
     answer = found["answers"][0]
     text, calls = read_calls(form, answer["text"])
     status = _status(answer["finish"])
@@ -367,7 +368,7 @@ class _Items:
 
 
 async def _events(
-    process: EngineProcess, asked: dict[str, Any], form: CallForm | None, empty: ResponseBody
+    request: Request, served: Served, asked: dict[str, Any], form: CallForm | None, empty: ResponseBody
 ) -> AsyncIterator[bytes]:
     reader = CallReader(form) if form is not None else None
     items, number = _Items(), 0
@@ -379,7 +380,7 @@ async def _events(
 
     finish = "stop"
     try:
-        async for kind, part in process.stream("write", **asked):
+        async for kind, part in write_pieces(request, served, asked):
             if number == 0:
                 yield tell({"type": "response.created", "response": empty.model_dump()})
                 yield tell({"type": "response.in_progress", "response": empty.model_dump()})

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from fastapi import Depends, Request
 
 from luthier.faces.server.keys import Key
+from luthier.faces.server.limits import Taken
 from luthier.faces.server.settings import Serve
 from luthier.faces.server.shelf import Shelf
+
+if TYPE_CHECKING:
+    from luthier.faces.server.metrics import Metrics
 
 
 @dataclass
@@ -20,6 +24,9 @@ class Server:
 
     settings: Serve
     shelf: Shelf
+    metrics: Metrics
+    taken: dict[str, Taken] = field(default_factory=dict)
+    """What each key took, by its name."""
     started: float = field(default_factory=time.time)
     draining: bool = False
     """Nothing new is taken up; what is being answered goes on for a while."""

@@ -23,6 +23,7 @@ def serve(settings: Serve, say: Say) -> int:
     """
     try:
         import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as err:
         raise MissingExtra(err.name or "fastapi", "serve", "luthier serve") from None
@@ -38,19 +39,20 @@ async def _run(settings: Serve, say: Say) -> int:
     import uvicorn
 
     from luthier.faces.server.app import make_app
+    from luthier.faces.server.metrics import Metrics
     from luthier.faces.server.server import Server
 
     keys = read_keys(settings.keys) if settings.keys is not None else None
     listening = _listen(settings)
     shelf = Shelf(settings, lambda event: _tell(event, say))
-    server = Server(settings, shelf)
+    server = Server(settings, shelf, Metrics())
     server.idle.set()
     try:
         for name, source in names_of(settings.models):
             served = await shelf.load(source, name)
             say(_plan(name, served.process.facts))
         config = uvicorn.Config(
-            make_app(server, keys),
+            make_app(server, keys, lambda line: print(line, flush=True)),
             log_level="warning",
             access_log=False,
             ssl_certfile=settings.certificate,
@@ -75,6 +77,8 @@ def _listen(settings: Serve) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((settings.host, settings.port))
+        # Whoever is told of the address may ask at once.
+        listening.listen(1024)
     except OSError as err:
         listening.close()
         raise ConfigError(

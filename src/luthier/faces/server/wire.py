@@ -7,6 +7,8 @@ import json
 import struct
 from typing import Any, TypeAlias
 
+from luthier.core.errors import DataError
+
 Message: TypeAlias = dict[str, Any]
 """From the server: `id`, `do` (what is asked for) and its arguments; or `leave`, the id of what nobody waits for any more.
 
@@ -19,8 +21,12 @@ LENGTH = struct.Struct("!I")
 
 
 def write(stream: asyncio.StreamWriter, message: Message) -> None:
-    """Put a message on its way."""
-    content = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    """Put a message on its way. Raises DataError for a text that is none."""
+    try:
+        content = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as err:
+        half = ascii(err.object[err.start])
+        raise DataError(f"a text holds half of a character ({half}), which is no text; take it out") from None
     stream.write(LENGTH.pack(len(content)) + content)
 
 
