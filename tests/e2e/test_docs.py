@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # What it shows needs a server elsewhere; tests/unit/engine/test_remote.py has one of its own.
-ELSEWHERE = "server.md"
+ELSEWHERE = "backend.md"
 GUIDES = [path for path in sorted((ROOT / "docs" / "guides").glob("*.md")) if path.name != ELSEWHERE]
 PAGES = [ROOT / "docs" / "quickstart.md", ROOT / "docs" / "tour.md", *GUIDES]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
