@@ -29,3 +29,21 @@ def peer_python(name: str) -> str:
         subprocess.run([*pip, *PACKAGES[name]], cwd=ROOT, check=True, env={**os.environ, **ENVIRONMENT.get(name, {})})
         done.touch()
     return str(python)
+
+
+def llama_server() -> str:
+    """llama.cpp's own server, built from the sources inside the package `llama-cpp-python` (some ten minutes)."""
+    folder = ROOT / "build" / "peers" / "llama-server"
+    program = folder / "source" / "vendor" / "llama.cpp" / "build" / "bin" / "llama-server"
+    if not program.exists():
+        source = folder / "source"
+        source.mkdir(parents=True, exist_ok=True)
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+        subprocess.run([*pip, "--no-binary", "llama-cpp-python", "llama-cpp-python", "-d", str(folder)], check=True)
+        (archive,) = folder.glob("llama_cpp_python-*.tar.gz")
+        subprocess.run(["tar", "xzf", str(archive), "--strip-components=1", "-C", str(source)], check=True)
+        inside = source / "vendor" / "llama.cpp"
+        settings = ["-DGGML_NATIVE=ON", "-DLLAMA_CURL=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF"]
+        subprocess.run(["cmake", "-B", "build", "-DCMAKE_BUILD_TYPE=Release", *settings], cwd=inside, check=True)
+        subprocess.run(["cmake", "--build", "build", "--target", "llama-server", "-j2"], cwd=inside, check=True)
+    return str(program)
