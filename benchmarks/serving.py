@@ -2,14 +2,15 @@
 
     python benchmarks/serving.py [--quick] [--peers transformers,llama] [--clients 1,8,32]
 
-The 135M shape with random weights, saved in bf16 (rows of the output layer that the tokenizer has no text for, and those of special tokens,
-are 0, so that every token is text and none ends an answer). Each client sends one request after the other, streamed: chats of 64 to 256
-tokens, 64 to 128 to write, greedy, at least as many requests as clients. `luthier serve` as it starts by itself; `transformers serve` as it
-starts by itself and with continuous batching; llama.cpp's server with a slot for each client, weights in Q8_0 and Q4_0 (it gets the same
-number of token ids, for its file has no real tokenizer). One server at a time, the same load, tokens counted as they were asked for.
-`first` is seconds to the first text, `between` seconds from one text to the next (50th and 99th percentile). `bare` is the engine in this process
-without a server, on the same prompts at once; `overhead` what the server loses of it at the most clients. Writes
-benchmarks/results/serving-135m.json; the last line printed is the same object.
+The 135M shape with random weights, saved in bf16 (rows of the output layer that the tokenizer has no text for, and
+those of special tokens, are 0, so that every token is text and none ends an answer). Each client sends one request
+after the other, streamed: chats of 64 to 256 tokens, 64 to 128 to write, greedy, at least as many requests as
+clients. `luthier serve` as it starts by itself; `transformers serve` as it starts by itself and with continuous
+batching; llama.cpp's server with a slot for each client, weights in Q8_0 and Q4_0 (it gets the same number of token
+ids, for its file has no real tokenizer). One server at a time, the same load, tokens counted as they were asked for.
+`first` is seconds to the first text, `between` seconds from one text to the next (50th and 99th percentile). `bare`
+is the engine in this process without a server, on the same prompts at once; `overhead` what the server loses of it at
+the most clients. Writes benchmarks/results/serving-135m.json; the last line printed is the same object.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +120,7 @@ def measure(url: str, kind: str, model: str, clients: int, load: list[tuple[str,
         text_of = lambda event: event["choices"] and event["choices"][0]["delta"].get("content")  # noqa: E731
     asyncio.run(drive(url, path, 1, [bodies[0] | {"n_predict" if kind == "llama" else "max_tokens": 8}], text_of))
     seconds, answers = asyncio.run(drive(url, path, clients, bodies, text_of))
-    gaps = [after - before for one in answers for before, after in zip(one, one[1:])]
+    gaps = [after - before for one in answers for before, after in pairwise(one)]
     firsts = [one[0] for one in answers if one]
     return {
         "tokens_per_second": round(sum(tokens for _, tokens in load) / seconds, 1),

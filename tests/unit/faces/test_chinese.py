@@ -25,7 +25,33 @@ SOURCE = Path(luthier.__file__).parent
 TABLE = dict(read_table())
 
 # Texts that stay English, and why.
-EXEMPT_FILES = {"reporting/": "the page of a run"}
+EXEMPT_FILES = {
+    "engine/calling.py": "answers over HTTP, for the tools of a request",
+    "reporting/": "the page of a run",
+    **{
+        f"faces/server/{name}.py": "answers over HTTP, which programs read, as OpenAI's are in English"
+        for name in (
+            "access",
+            "answering",
+            "bounds",
+            "chat",
+            "completions",
+            "drawing",
+            "engines",
+            "hands",
+            "limits",
+            "metrics",
+            "models",
+            "refusals",
+            "responses",
+            "shelf",
+            "tokens",
+            "wire",
+            "worker",
+            "app",
+        )
+    },
+}
 NOTES = "a note in the record, which the page shows"
 METHODS = "the name of a statistical method, in the record"
 EXEMPT_CALLS = {
@@ -52,6 +78,11 @@ EXEMPT = {
     "{} GB": "a unit",
     "hub               {}: {}": "names",
     "luthier {}": "the program's name",
+    "luthier serve": "a command",
+    "not ready": "a state, which programs read",
+    '{} -H "Authorization: Bearer $LUTHIER_KEY"': "a part of a command",
+    '{"model": "{}", "messages": [{"role": "user", "content": "Hello"}]}': "the same",
+    "curl {}/v1/chat/completions{} -H 'Content-Type: application/json' -d '{}'": "a command",
     "luthier: {}": "the program's name",
     "{} of {} answers: {}": "a Python warning of `inference`",
     'generate run:{} "some text"': "a command",
