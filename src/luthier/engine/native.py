@@ -15,7 +15,9 @@ from torch import Tensor
 from luthier.core.errors import ConfigError
 from luthier.core.events import Events
 from luthier.engine.sampling import Execution
+from luthier.models.adapters.freeze import find_layers
 from luthier.models.decoder import describe
+from luthier.models.mapped import letting_go
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
 from luthier.models.quantised.network import quantised_layers
@@ -185,9 +187,14 @@ def _own(model: LoadedModel) -> Own:
     model.module.eval()
     text = (files("luthier") / "assets" / "calibration.txt").read_text(encoding="utf-8")
     ids = list(model.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])[: model.spec.max_length]
+    let_go = letting_go(model.network)
+    let_go()
+    hooks = [layer.register_forward_hook(lambda *_: let_go()) for layer in find_layers(model)[1]]
     try:
         return Own(ids, hidden_states(model, torch.tensor(ids), (len(ids),)), head_of(model))
     finally:
+        for hook in hooks:
+            hook.remove()
         model.module.train(training)
 
 
@@ -196,7 +203,7 @@ def _choose(model: LoadedModel, decoder: Decoder, own: Own, execution: Execution
         return _try(model, decoder, execution, own)
     packed, quality = _try(model, decoder, "int8", own)
     if execution == "int4":
-        packed = Packed(decoder, "int4")
+        packed = Packed(decoder, "int4", letting_go(model.network))
         return packed, measure(packed, own)
     if quality.kl <= MOST_KL and quality.perplexity <= MOST_PERPLEXITY:
         return packed, quality
@@ -208,8 +215,12 @@ def _choose(model: LoadedModel, decoder: Decoder, own: Own, execution: Execution
 
 def _try(model: LoadedModel, decoder: Decoder, form: Form, own: Own) -> tuple[Packed, Quality]:
     """Pack, and compare. Raises Unlike where it gives other logits: the model does something that was not read off it."""
-    packed = Packed(decoder, form)
+    # In memory once, not as a file's pages too.
+    let_go = letting_go(model.network)
+    let_go()
+    packed = Packed(decoder, form, let_go)
     quality = measure(packed, own)
+    let_go()
     if not quality.apart <= MOST_APART:
         raise Unlike(
             f"a {model.spec.family} model gives other logits than its parts in {form} ({quality.apart:.2f} apart)"

@@ -8,6 +8,7 @@ from luthier.core.types import Completion
 from luthier.engine.sampling import Sampling
 from luthier.engine.terms import ends_of
 from luthier.models.spec import LoadedModel
+from luthier.text.growing import GrowingText
 
 
 def pieces(model: LoadedModel, tokens: Iterable[int], sampling: Sampling) -> Iterator[str]:
@@ -34,8 +35,9 @@ class Growing:
         self.ended = False
         """Whether a stop token or a stop text came."""
         self._model, self._sampling, self._ends = model, sampling, ends_of(model, sampling)
+        self._text = GrowingText(model.tokenizer, model.renderer.decode)
+        self._held, self._cut = "", False
         self._shown = self._early = 0
-        self._cut: int | None = None
 
     def take(self, token: int) -> str:
         """What can be shown after one token more."""
@@ -43,26 +45,29 @@ class Growing:
             self.ended = True
             return ""
         self.ids.append(token)
-        stops = self._sampling.stop
-        text = self._model.renderer.decode(self.ids)
-        if len(self.ids) < self._sampling.min_tokens:
-            self._early = len(text.rstrip("\ufffd"))
-        self._cut = find_stop(text, stops, self._early)
-        if self._cut is not None:
-            self.ended = True
-            return self._show(text, self._cut)
-        return self._show(text, len(text[: len(text) - _held(text, stops)].rstrip("\ufffd")))
+        self._held += self._text.take(token)
+        if len(self.ids) < self._sampling.min_tokens - 1:
+            # Any stop text in it comes too early.
+            self._early = self._shown + len(self._held)
+        elif len(self.ids) == self._sampling.min_tokens - 1:
+            self._early = _early(self._model, self.ids, self._sampling.min_tokens)
+        return self._show(len(self._held) - _beginning(self._held, self._sampling.stop))
 
     def rest(self) -> str:
         """What was held back, where no token comes any more."""
-        if self._cut is not None:
+        if self._cut:
             return ""
-        text = self._model.renderer.decode(self.ids)
-        return self._show(text, len(text))
+        self._held += self._text.rest()
+        return self._show(len(self._held))
 
-    def _show(self, text: str, upto: int) -> str:
-        piece = text[self._shown : upto]
-        self._shown = max(self._shown, upto)
+    def _show(self, upto: int) -> str:
+        """So much of what is held, or less where a stop text is in it: then nothing comes after that."""
+        cut = find_stop(self._held, self._sampling.stop, self._early - self._shown)
+        if cut is not None:
+            self.ended = self._cut = True
+            return self._held[:cut]
+        piece, self._held = self._held[:upto], self._held[upto:]
+        self._shown += upto
         return piece
 
 
@@ -102,7 +107,7 @@ def _early(model: LoadedModel, ids: Sequence[int], least: int) -> int:
     return len(model.renderer.decode(ids[: least - 1]).rstrip("\ufffd")) if least > 1 else 0
 
 
-def _held(text: str, stops: Sequence[str]) -> int:
+def _beginning(text: str, stops: Sequence[str]) -> int:
     """How many last characters may be the beginning of a stop text."""
     sizes = range(min(len(text), max(map(len, stops), default=0)), 0, -1)
     return next((size for size in sizes if any(stop.startswith(text[-size:]) for stop in stops)), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -118,9 +118,9 @@ def kernels() -> str:
 
 class Packed:
     """The weights of a decoder in one form, as the C code reads them. Takes what it needs besides the decoder's own tensors;
-    the head of int4 is int8, since it decides every token."""
+    the head of int4 is int8, since it decides every token. `let_go` is called whenever a part of those was packed."""
 
-    def __init__(self, decoder: Decoder, form: Form):
+    def __init__(self, decoder: Decoder, form: Form, let_go: Callable[[], None] = lambda: None):
         self.decoder, self.form = decoder, form
         self.nbytes = 0
         self._held: list[Any] = []
@@ -139,6 +139,7 @@ class Packed:
             for name in PRODUCTS:
                 setattr(layer, name, self._product(getattr(block, name), form))
             layer.window = block.window or 0
+            let_go()
         head_form: Form = "int8" if form == "int4" else form
         inner = self._layers[0].up.n
         self.c = CDecoder(
@@ -151,6 +152,7 @@ class Packed:
             head_scale=decoder.head_scale, head_softcap=decoder.head_softcap or 0.0, layer=self._layers,
         )  # fmt: skip
         assert inner >= self.c.inner * (1 + self.c.gated)
+        let_go()
 
     def _hold(self, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()

@@ -12,10 +12,10 @@ from pydantic import Field, model_validator
 from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events, Sink
-from luthier.core.types import Chat, Message
 from luthier.engine.backend import Backend, refuse_here
 from luthier.engine.labelling import Labelling, Labels
 from luthier.engine.sampling import Execution, Sampling
+from luthier.verbs.asked import as_prompt, flat, read_items
 from luthier.verbs.rows import append_rows, as_answer, as_row, read_done
 from luthier.verbs.shots import load_shots, with_shots, writes
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from luthier.models.spec import LoadedModel
 
 EMPTY = "empty, since the model ended at once; that is what it learned where training texts end in such a place"
-Item = str | tuple[Message, ...] | tuple[str, str | None]
 
 
 class Generate(Config):
@@ -55,7 +54,8 @@ class Generate(Config):
     truncate: bool = False
     """Cut texts that are too long for a classifier instead of refusing them."""
     batch_size: int = Field(16, gt=0)
-    """Rows at a time."""
+    """Rows at a time; where a language model writes, answers that run side by side: one that is done makes room for the
+    next row."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda ..."""
     execution: Execution = "auto"
@@ -92,7 +92,7 @@ def generate(
 ) -> list[dict[str, Any]]:
     """Run the prompt or the input file through the model; the answers as plain dicts, in order.
 
-    With an output file each answer is appended as soon as its batch is done, and a second call goes on after the last
+    With an output file each answer is appended as soon as it and all before it are done, and a second call goes on after the last
     whole line; the list then holds what this call added. `on_text` is handed the pieces of a single written answer as
     they come. Answers of classifiers, and of language models that were given `labels`, carry the probability of each
     class; where they are asked for, written ones carry `logprobs` and `prompt_logprobs`, and `others`, further answers to the
@@ -104,7 +104,7 @@ def generate(
     events = Events(sinks=sinks)
     if config.prompt is None and config.input is None:
         raise ConfigError("there is nothing to run: give a prompt, or --input FILE")
-    items = _read_items(config, events) if config.input is not None else [("prompt", config.prompt or "")]
+    items = read_items(config.input) if config.input is not None else [("prompt", config.prompt or "")]
     events.stage(f"loading the model {config.model}")
     model = _load(config, events)
     shots = load_shots(model, config.model, config.shots, events)
@@ -208,21 +208,47 @@ def _answer_parts(
     shots: Sequence[tuple[str, str]],
     labeller: Labeller | None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """The answers in order: a batch at a time, or those of a server one by one, so that it never waits for a batch's last."""
-    if model.server is None:
+    """The answers in order: where they are written one beside another as soon as those before are there, else by batches."""
+    names = [name for name, _ in items]
+    if model.server is not None:
+        from luthier.engine.remote import write_each
+
+        keys = None if config.input is None else names
+        prompts = list(_encode(model, items, config, shots))
+        for name, found in zip(names, write_each(model, prompts, config.sampling, keys)):
+            yield [{"id": name, **as_answer(found)}]
+    elif config.input is not None and labeller is None and _flows(model, config.sampling):
+        from luthier.engine.flow import room_in_order, write_in_order
+
+        # They are encoded twice, for those of a large file are not held.
+        lengths = [len(ids) for ids in _encode(model, items, config, shots)]
+        room = room_in_order(model, lengths, config.sampling, config.batch_size)
+        keyed = zip(names, _encode(model, items, config, shots))
+        left = iter(names)
+        for ready in write_in_order(model, keyed, config.sampling, room=room, streams=config.batch_size):
+            yield [{"id": next(left), **as_answer(one)} for one in ready]
+    else:
         for start in range(0, len(items), config.batch_size):
             yield _answer(model, items[start : start + config.batch_size], config, shots, labeller)
-        return
-    from luthier.engine.remote import write_each
 
-    prompts = [
-        model.renderer.prompt(with_shots(model, _as_prompt(item), shots, config.raw), raw=config.raw)
-        for _, item in items
-    ]
-    names = [name for name, _ in items]
-    keys = None if config.input is None else names
-    for name, found in zip(names, write_each(model, prompts, config.sampling, keys)):
-        yield [{"id": name, **as_answer(found)}]
+
+def _encode(
+    model: LoadedModel, items: Sequence[tuple[str, Any]], config: Generate, shots: Sequence[tuple[str, str]]
+) -> Iterator[tuple[int, ...]]:
+    """The ids to go on from. Raises DataError with the row's name."""
+    for name, item in items:
+        try:
+            prompt = with_shots(model, as_prompt(item), shots, config.raw)
+            yield model.renderer.prompt(prompt, raw=config.raw)
+        except DataError as err:
+            raise DataError(f"{name}: {err}") from None
+
+
+def _flows(model: LoadedModel, sampling: Sampling) -> bool:
+    """Whether rows can come and go while others are written."""
+    from luthier.engine.generate import uses_engine
+
+    return writes(model) and sampling.beams == 1 and uses_engine(model)
 
 
 def _answer(
@@ -233,7 +259,7 @@ def _answer(
     labeller: Labeller | None = None,
 ) -> list[dict[str, Any]]:
     if labeller is not None:
-        labelled = labeller.predict([(name, _as_prompt(item)) for name, item in items])
+        labelled = labeller.predict([(name, as_prompt(item)) for name, item in items])
         return [as_row(one.id, one) for one in labelled]
     if config.sampling.structure is not None and not writes(model):
         raise ConfigError(
@@ -246,10 +272,10 @@ def _answer(
         found = predict(model, [(item, None) if isinstance(item, str) else item for _, item in items])
         return [as_row(name, one) for (name, _), one in zip(items, found)]
     if model.spec.task == "masked":
-        return [{"id": name, "output": _fill(model, _flat(item))} for name, item in items]
+        return [{"id": name, "output": _fill(model, flat(item))} for name, item in items]
     from luthier.engine.generate import generate as write
 
-    prompts = [with_shots(model, _as_prompt(item), shots, config.raw) for _, item in items]
+    prompts = [with_shots(model, as_prompt(item), shots, config.raw) for _, item in items]
     # A prompt by itself draws what it draws when it is streamed.
     names = None if config.input is None else [name for name, _ in items]
     written = write(model, prompts, config.sampling, raw=config.raw, batch_size=config.batch_size, keys=names)
@@ -296,51 +322,7 @@ def _fill(model: LoadedModel, text: str) -> str:
     return model.renderer.decode(ids[0].tolist())
 
 
-def _read_items(config: Generate, events: Events) -> list[tuple[str, Any]]:
-    """(id, text or messages or two texts) of each row; gold columns, if any, are left aside."""
-    from luthier.data.shapes import Columns, find_columns, to_example
-    from luthier.data.sources import read_rows
-
-    def refuse(where: str, why: str) -> None:
-        raise DataError(f"{where}: {why}")
-
-    items: list[tuple[str, Any]] = []
-    for row in read_rows(config.input, bad=refuse):
-        found = find_columns(row.values, Columns())
-        name = str(row.values.get("id", row.where))
-        if "messages" in found:
-            turns = row.values[found["messages"]]
-            filled = (
-                {"messages": [*turns, {"role": "assistant", "content": "?"}]} if isinstance(turns, list) else row.values
-            )
-            example = to_example(type(row)(filled, row.where), "messages", {"messages": "messages"})
-            assert isinstance(example, Chat)
-            items.append((name, example.messages[:-1]))
-            continue
-        role = next((role for role in ("text", "prompt", "source", "instruction") if role in found), None)
-        value = row.values.get(found[role]) if role else None
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(
-                f"{row.where}: no text here; the columns may be text, prompt, source, instruction or messages"
-            )
-        second = row.values.get(found["text_pair"]) if "text_pair" in found else None
-        items.append((name, value if second is None else (value, str(second))))
-    return items
-
-
 def _warn_empty(answers: Sequence[dict[str, Any]], events: Events) -> None:
     empty = sum(one["output"] == "" for answer in answers for one in (answer, *answer.get("others", ())))
     if empty:
         events.warn(f"answers are {EMPTY}", empty)
-
-
-def _as_prompt(item: Any) -> str | tuple[Message, ...]:
-    if isinstance(item, str):
-        return item
-    return item if isinstance(item[0], Message) else _flat(item)
-
-
-def _flat(item: Any) -> str:
-    if isinstance(item, str):
-        return item
-    return "\n".join(part.content if isinstance(part, Message) else str(part) for part in item if part is not None)
