@@ -48,6 +48,7 @@ static inline bf16 to_bf16(float x) {
 #define NAME(x) x##_bf16
 #include "layers.h"
 #include "likely.h"
+#include "masks.h"
 #include "softmax.h"
 #include "pages.h"
 #undef T
@@ -61,6 +62,7 @@ static inline bf16 to_bf16(float x) {
 #define NAME(x) x##_f32
 #include "layers.h"
 #include "likely.h"
+#include "masks.h"
 #include "softmax.h"
 #include "pages.h"
 

@@ -16,7 +16,7 @@ from luthier.engine.engine import Engine, numbers_of
 from luthier.engine.generate import generate, stream
 from luthier.engine.sampling import Sampling
 from luthier.engine.schemas import prepare
-from luthier.engine.structure import Matcher, Structure, bias_of, matcher_for
+from luthier.engine.structure import Matcher, Structure, matcher_for
 from luthier.faces.cli.flags import add_structure, make_parser, read_structure
 from luthier.models.load import load_model
 from luthier.verbs.generate import Generate, answer_texts
@@ -237,15 +237,6 @@ def test_settings_that_leave_nothing_over_are_an_error():
     with pytest.raises(ConfigError, match="no token is left"):
         engine.run()
     assert request.finish == "stop"
-
-
-def test_tokens_beyond_the_tokenizer_may_never_come():
-    matcher = Matcher(None, (), 40)
-    matcher.bits[:] = -1
-    cpu, inf = torch.device("cpu"), torch.inf
-    assert bias_of(matcher.bits[None], 100, cpu)[0].tolist() == [0.0] * 64 + [-inf] * 36
-    matcher.bits[:] = (1 << 3, 1 << 31 - 1)
-    assert bias_of(matcher.bits[None], 63, cpu)[0].isfinite().nonzero().flatten().tolist() == [3, 62]
 
 
 def test_flags_take_their_values_as_they_stand(tmp_path):
