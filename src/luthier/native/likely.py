@@ -27,6 +27,7 @@ def log_shares(logits_RV: Tensor, columns: Sequence[Sequence[int]]) -> Tensor:
 
 def naive_log_shares(logits_RV: Tensor, columns: Sequence[Sequence[int]]) -> Tensor:
     """The same, all rows whole."""
-    sizes_R, at_M = torch.tensor([len(row) for row in columns]), [one for row in columns for one in row]
-    rows_M = torch.arange(len(columns)).repeat_interleave(sizes_R).to(logits_RV.device)
-    return logits_RV.float().log_softmax(-1)[rows_M, torch.tensor(at_M, device=logits_RV.device)].cpu()
+    device = logits_RV.device
+    rows_M = torch.tensor([row for row, some in enumerate(columns) for _ in some], dtype=torch.long, device=device)
+    at_M = torch.tensor([one for row in columns for one in row], dtype=torch.long, device=device)
+    return logits_RV.float().log_softmax(-1)[rows_M, at_M].cpu()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.native.layers import kernel, usable
@@ -26,13 +27,13 @@ def mask_rows_(logits_RV: Tensor, rows: Sequence[int], masks: Sequence[np.ndarra
 
 
 def naive_mask_rows_(logits_RV: Tensor, rows: Sequence[int], masks: Sequence[np.ndarray]) -> None:
-    """The same, each row by a boolean for every token."""
-    width = logits_RV.shape[1]
-    for row, mask in zip(rows, masks):
-        set_V = np.zeros(width, dtype=bool)
-        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[:width]
-        set_V[: len(bits)] = bits
-        logits_RV[row].masked_fill_(torch.from_numpy(~set_V).to(logits_RV.device), -torch.inf)
+    """The same, by a boolean for every token of every row."""
+    width, device = logits_RV.shape[1], logits_RV.device
+    words_SW = torch.from_numpy(np.stack(masks)).to(device)
+    unset_SN = (words_SW[:, :, None] >> torch.arange(32, device=device) & 1).flatten(1)[:, :width] == 0
+    unset_SV = F.pad(unset_SN, (0, width - unset_SN.shape[1]), value=True)
+    places = torch.tensor(rows, device=device)
+    logits_RV[places] = logits_RV[places].masked_fill_(unset_SV, -torch.inf)
 
 
 def address_of(array: np.ndarray) -> int:
