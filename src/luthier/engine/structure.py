@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from pydantic import field_validator, model_validator
 from torch import Tensor
 
@@ -19,7 +22,7 @@ from luthier.core.config import Config
 from luthier.core.errors import ConfigError, MissingExtra, ModelError
 from luthier.engine.schemas import blame, prepare, read_schema
 from luthier.models.spec import LoadedModel
-from luthier.native.masks import address_of, mask_rows_
+from luthier.native.masks import Mask, mask_rows_
 
 if TYPE_CHECKING:
     from luthier.engine.request import Request
@@ -70,11 +73,14 @@ class Structure(Config):
 class Matcher:
     """Where one answer is in its structure."""
 
-    def __init__(self, state: Any, stop_ids: Sequence[int], width: int):
-        self._state, self._stop_ids = state, stop_ids
-        self.bits = np.zeros(-(-width // 32), dtype=np.int32)
+    def __init__(self, state: Any, stop_ids: Sequence[int], width: int, ahead: bool = False):
+        self._state, self._stop_ids, self._ahead = state, stop_ids, ahead
+        self.mask: Mask = (ctypes.c_int32 * -(-width // 32))()
+        self._place = ctypes.addressof(self.mask), ctypes.sizeof(self.mask)
+        self.bits = np.frombuffer(self.mask, dtype=np.int32)
         """A bit for each token, set where it may come next."""
-        self._place = address_of(self.bits), self.bits.nbytes
+        self.ready = False
+        """Whether they are those of the place where it is."""
         self.error: Exception | None = None
         """Why they could not be made."""
 
@@ -86,26 +92,42 @@ class Matcher:
                 f"structure: the next token cannot be found ({_first(self._state.get_error())}); simplify it"
             )
 
+    def try_fill(self) -> None:
+        """Make the bits, and keep what goes wrong."""
+        try:
+            self.fill()
+        except Exception as err:
+            self.error = err
+        self.ready = True
+
     def take(self, token: int) -> bool:
-        """Go on by a token that is no stop token; whether nothing more can follow it."""
+        """Go on by a token that is no stop token; whether nothing more can follow it. `ahead`, the next bits are made at once,
+        while what they are made of is at hand."""
+        self.ready = False
         if not self._state.consume_token(token):
             raise ConfigError(
                 "structure: no token is left that both it and the other sampling settings allow; leave one of them out"
             )
-        return bool(self._state.is_stopped())
+        stopped = bool(self._state.is_stopped())
+        if self._ahead and not stopped:
+            self.try_fill()
+        return stopped
 
 
 def matcher_for(model: LoadedModel, structure: Structure) -> Matcher:
     """One that has seen nothing yet. Raises ConfigError, MissingExtra, and ModelError for a tokenizer that it cannot read."""
     tokens, states = _compiled(model)
-    return Matcher(states(source_of(structure)).deep_copy(), model.spec.stop_ids, tokens.vocab_size)
+    # Where the model's own threads take every core, one more for masks would only stand in their way.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ahead = model.device.type == "cpu" and torch.get_num_threads() >= cores
+    return Matcher(states(source_of(structure)).deep_copy(), model.spec.stop_ids, tokens.vocab_size, ahead)
 
 
 @contextmanager
 def masks_made(requests: Iterable[Request]) -> Iterator[None]:
-    """While this is entered, a thread finds what may come next in the texts that have a structure; leaving waits for it. What
-    goes wrong is kept in the matcher of the text."""
-    matchers = [one.matcher for one in requests if one.matcher is not None]
+    """While this is entered, a thread finds what may come next in the texts that have a structure, where that was not found
+    before; leaving waits for it. What goes wrong is kept in the matcher of the text."""
+    matchers = [one.matcher for one in requests if one.matcher is not None and not one.matcher.ready]
     if not matchers:
         yield
         return
@@ -118,17 +140,14 @@ def masks_made(requests: Iterable[Request]) -> Iterator[None]:
 
 def _fill(matchers: Sequence[Matcher]) -> None:
     for one in matchers:
-        try:
-            one.fill()
-        except Exception as err:
-            one.error = err
+        one.try_fill()
 
 
 def restrict(logits_RV: Tensor, requests: Sequence[Request]) -> None:
     """Leave the logits of what may come next in each text that has a structure; the others of its row become -inf."""
     rows = [at for at, one in enumerate(requests) if one.matcher is not None]
     if rows:
-        mask_rows_(logits_RV, rows, [one.matcher.bits for one in requests if one.matcher is not None])
+        mask_rows_(logits_RV, rows, [one.matcher.mask for one in requests if one.matcher is not None])
 
 
 class Restrict:
@@ -148,7 +167,7 @@ class Restrict:
                 for token in row:
                     matcher.take(token)
                 matcher.fill()
-                mask_rows_(scores_SV, [at], [matcher.bits])
+                mask_rows_(scores_SV, [at], [matcher.mask])
         return scores_SV
 
 

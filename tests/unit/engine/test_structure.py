@@ -317,6 +317,22 @@ def test_masks_are_made_while_the_model_reads(monkeypatch):
     assert model.renderer.decode(request.written).isdigit()
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_masks_are_the_same_made_ahead_or_by_a_thread(temperature, monkeypatch):
+    model, found, filled = load_model(str(tiny_model("llama"))), [], []
+    own = Matcher.fill
+    monkeypatch.setattr(Matcher, "fill", lambda matcher: (filled.append(threading.current_thread()), own(matcher))[1])
+    for threads in (10**6, 0):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        filled.clear()
+        requests, _ = ask(model, {"json_schema": PERSON}, range(6), temperature=temperature, guessed=0)
+        found.append([(one.written, one.finish) for one in requests])
+        here = sum(one is threading.main_thread() for one in filled)
+        # Before its first token nothing was taken that a mask could be made after.
+        assert len(filled) - here == (6 if threads else len(filled))
+    assert found[0] == found[1]
+
+
 def test_a_mask_that_cannot_be_made_is_an_error():
     engine = Engine(load_model(str(tiny_model("llama"))), 512)
     engine.add([5], Sampling(structure={"regex": "[0-9]+"})).matcher._state = Broken()

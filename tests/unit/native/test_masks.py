@@ -1,5 +1,7 @@
 """Masks over rows of logits: the kernel leaves bit for bit what plain torch leaves."""
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,8 @@ def made(rows, words, share, seed=0):
     draw = np.random.default_rng(seed)
     bits = draw.random((rows, words, 32)) < share
     bits[:, ::5], bits[:, 1::7] = False, True
-    return list(np.packbits(bits.reshape(rows, -1), axis=1, bitorder="little").view(np.int32))
+    words_SW = np.packbits(bits.reshape(rows, -1), axis=1, bitorder="little").view(np.int32)
+    return [(ctypes.c_int32 * words)(*row) for row in words_SW.tolist()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
