@@ -56,9 +56,9 @@ class Evaluate(Config):
     device: str = "auto"
     """Where to compute: auto, cpu, cuda ..."""
     execution: Execution = "auto"
-    """How a language model is read while it writes, on a CPU: by itself (model), or by the native decoder with its weights
-    in bfloat16, int8 or int4. auto: int8 where it changes next to nothing (measured at loading, and said), else bfloat16,
-    else model; small models always by themselves."""
+    """How a language model is read while it writes or scores labels, on a CPU: by itself (model), or by the native decoder
+    with its weights in bfloat16, int8 or int4. auto: int8 where it changes next to nothing (measured at loading, and said),
+    else bfloat16, else model; small models always by themselves."""
     backend: Backend | None = None
     """A server that holds the weights and writes in place of this machine: its address, or a table of settings. `model` then
     gives tokenizer and template alone."""
@@ -146,9 +146,10 @@ def _judge(run: Run, config: Evaluate) -> None:
         logs, before = read_answers(model, examples, run.events), _read_reference(config, spec, examples, run.events)
         predictions, metrics, details, found = judge_answers(examples, logs, before, refers=before is not None)
     else:
-        if task == "causal" and not config.likelihood and uses_engine(model):
+        if spec.task == "causal" and not config.likelihood and uses_engine(model):
             prepare(model, config.execution, run.events)
-            remember(model)
+            if not chosen:
+                remember(model)
         elif config.backend is None:
             refuse(config.execution)
         predictions = _predict(config, model, examples, chosen, run.events)

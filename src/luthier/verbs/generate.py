@@ -59,9 +59,9 @@ class Generate(Config):
     device: str = "auto"
     """Where to compute: auto, cpu, cuda ..."""
     execution: Execution = "auto"
-    """How a language model is read while it writes, on a CPU: by itself (model), or by the native decoder with its weights
-    in bfloat16, int8 or int4. auto: int8 where it changes next to nothing (measured at loading, and said), else bfloat16,
-    else model; small models always by themselves."""
+    """How a language model is read while it writes or scores labels, on a CPU: by itself (model), or by the native decoder
+    with its weights in bfloat16, int8 or int4. auto: int8 where it changes next to nothing (measured at loading, and said),
+    else bfloat16, else model; small models always by themselves."""
     backend: Backend | None = None
     """A server that holds the weights and writes in place of this machine: its address, or a table of settings. `model` then
     gives tokenizer and template alone."""
@@ -183,8 +183,8 @@ def inference(model: Any, tokenizer: Any, text: str | Sequence[str], **sampling:
 
 def _load(config: Generate, events: Events) -> LoadedModel:
     """The model, ready to write if it can, here or by a server."""
-    from luthier.engine.generate import choose_engine
-    from luthier.engine.native import let_go, refuse
+    from luthier.engine.generate import choose_engine, uses_engine
+    from luthier.engine.native import let_go, prepare, refuse
     from luthier.engine.remote import load_served
     from luthier.models.load import load_model
 
@@ -195,6 +195,9 @@ def _load(config: Generate, events: Events) -> LoadedModel:
     model = load_model(config.model, **lengths, device=config.device, as_stored=as_stored, events=events)
     if writes(model) and not config.labels:
         choose_engine(model, config.sampling, config.execution, events)
+        let_go(model)
+    elif config.labels and model.spec.task == "causal" and uses_engine(model):
+        prepare(model, config.execution, events)
         let_go(model)
     else:
         refuse(config.execution)
