@@ -61,7 +61,9 @@ def make(width: int, layers: int, build: Path) -> LoadedModel:
 def ask(count: int) -> Asked:
     """Sources, and how many tokens to write for each."""
     draw = random.Random(0)
-    return [([draw.randrange(5, 2000) for _ in range(draw.randint(8, 128))], draw.randint(4, 128)) for _ in range(count)]
+    return [
+        ([draw.randrange(5, 2000) for _ in range(draw.randint(8, 128))], draw.randint(4, 128)) for _ in range(count)
+    ]
 
 
 def run_ours(model: LoadedModel, asked: Asked) -> list[list[int]]:
@@ -82,7 +84,9 @@ def run_padded(model: LoadedModel, asked: Asked) -> list[list[int]]:
     return found
 
 
-def timed(run: Callable[[LoadedModel, Asked], list[list[int]]], model: LoadedModel, asked: Asked) -> tuple[float, list[list[int]]]:
+def timed(
+    run: Callable[[LoadedModel, Asked], list[list[int]]], model: LoadedModel, asked: Asked
+) -> tuple[float, list[list[int]]]:
     """Tokens a second, and what was written."""
     started = time.perf_counter()
     found = run(model, asked)
@@ -112,7 +116,9 @@ def main() -> None:
                 rates[name]["many"].append(many)
                 rates[name]["alone"].append(alone)
         same = [ours == peer for ours, peer in zip(written["ours"], written["peer"])]
-    medians = {name: {key: round(statistics.median(all_), 1) for key, all_ in one.items()} for name, one in rates.items()}
+    medians = {
+        name: {key: round(statistics.median(all_), 1) for key, all_ in one.items()} for name, one in rates.items()
+    }
     result = {
         "benchmark": "translating",
         "shape": {"width": shape[0], "layers": shape[1]},

@@ -18,8 +18,10 @@ T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers
 # What a family needs, or calls its sizes.
 SETTINGS = {
     "t5": T5, "mt5": T5, "umt5": T5, "bart": {**BART, "forced_eos_token_id": 2},
-    "mbart": {**BART, "forced_bos_token_id": 7, "scale_embedding": True}, "marian": {**BART, "decoder_start_token_id": 1, "tie_word_embeddings": False},
-    "pegasus": BART, "blenderbot": {**BART, "encoder_no_repeat_ngram_size": 0}, "m2m_100": {**BART, "forced_bos_token_id": 9}, "led": BART,
+    "mbart": {**BART, "forced_bos_token_id": 7, "scale_embedding": True},
+    "marian": {**BART, "decoder_start_token_id": 1, "tie_word_embeddings": False},
+    "pegasus": BART,
+    "blenderbot": {**BART, "encoder_no_repeat_ngram_size": 0}, "m2m_100": {**BART, "forced_bos_token_id": 9}, "led": BART,
     "switch_transformers": {**T5, "num_experts": 2},
 }  # fmt: skip
 # What its own module keeps in another way, and is padded.

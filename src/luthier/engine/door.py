@@ -1,4 +1,4 @@
-"""The door to an engine before which many wait: a thread of its own writes, or reads, and each who asked gets what comes of it."""
+"""The door to an engine before which many wait: a thread of its own writes, or reads, and each who asked gets what comes."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ class Door:
     async def pool(
         self, ids: Iterable[int], embedding: Embedding | None = None, *, priority: int = 0, tenant: str = ""
     ) -> Tensor:
-        """What comes of a text that is read once (tokens, as `pooled.encode_item` or `renderer.framed` makes them): raw scores [C]
-        of a head, which `pooled.prediction_of` puts into words, or the vector [E] that `embedding` says. Raises as `complete` and
-        `Pooler.pool` do.
+        """What comes of a text that is read once (tokens, as `pooled.encode_item` or `renderer.framed` makes them): raw scores
+        [C] of a head, which `pooled.prediction_of` puts into words, or the vector [E] that `embedding` says. Raises as `complete`
+        and `Pooler.pool` do.
         """
         engine, prompt = self._engine, tuple(ids)
         if isinstance(engine, Engine) and embedding is None:

@@ -44,7 +44,8 @@ class Engine:
     `room` is how many tokens of all texts together are kept at most; what is read of a prompt is kept for others that
     begin alike. A step is: plan, read, write one token more of every text that is read to its end. On a CPU what a text
     becomes does not depend on the texts beside it, bit for bit; of an encoder-decoder but for rounding. Raises ModelError for a
-    model that cannot write so (`readers.writes_side_by_side`). Of what comes next, `guessed` tokens of all texts are guessed for a step (`engine.drafts`).
+    model that cannot write so (`readers.writes_side_by_side`). Of what comes next, `guessed` tokens of all texts are guessed
+    for a step (`engine.drafts`). Vectors of texts are made beside it (`pool`).
     """
 
     def __init__(

@@ -75,7 +75,8 @@ def each_part(
 ) -> int:
     """`run` for the rows of these lengths, `tokens` at once; where memory runs out, for the rest with half as many.
 
-    Gives how many that are in the end. `run` must have kept nothing of a part at which it fails. Raises ModelError where memory runs out at one row.
+    Gives how many that are in the end. `run` must have kept nothing of a part at which it fails. Raises ModelError where memory
+    runs out at one row.
     """
     waiting = fill_batches(lengths, tokens)
     while waiting:

