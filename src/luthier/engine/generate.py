@@ -147,7 +147,7 @@ def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
         if model.native is not None:  # said when it was chosen
             return
         if model.spec.kind == "encoder-decoder":
-            events.choose("engine", "by rows", "texts come and go; each has its source beside it")
+            events.choose("engine", "rows", "texts come and go; each has its source beside it")
             return
         alone = "texts come and go; each is written as if it were alone"
         events.choose(

@@ -56,7 +56,7 @@ def _read_manner(model: LoadedModel) -> Manner:
     ways: dict[str, Pooling] = {**WAYS, "mean": "mean", "cls": "first", "lasttoken": "last"}
     if len(asked) != 1 or asked[0] not in ways:
         raise ModelError(
-            f"{spec.source}: {name} asks for {' and '.join(asked) or 'nothing'}, which is not done here; say how in "
+            f"{spec.source}: {name} asks for {', '.join(asked) or 'nothing'}, which is not done here; say how in "
             "pooling and normalise"
         )
     return Manner(ways[asked[0]], "Normalize" in kinds)

@@ -204,7 +204,7 @@ def test_pooling_is_what_the_files_of_the_model_say(tmp_path):
     assert (manner_of(newer).pooling, manner_of(newer).normalised) == ("last", False)
     for name, settings, said in (
         ("most", {"pooling_mode_max_tokens": True}, "pooling_mode_max_tokens"),
-        ("two", {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, " and "),
+        ("two", {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "mean_tokens, pooling"),
         ("dense", {"modules": ("Transformer", "Pooling", "Dense"), "pooling_mode_mean_tokens": True}, "Dense"),
     ):
         model = sentence_model(tmp_path / name, **settings)
