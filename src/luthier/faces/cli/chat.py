@@ -67,7 +67,7 @@ def parser():  # type: ignore[no-untyped-def]
 def run(arguments: Sequence[str]) -> int:
     found = parser().parse(arguments)
     from luthier.engine.engine import Engine
-    from luthier.engine.generate import choose_engine, stream, uses_engine
+    from luthier.engine.generate import choose_engine, room_for, stream, uses_engine
     from luthier.engine.native import let_go
     from luthier.engine.remote import load_served
     from luthier.models.load import load_model
@@ -91,7 +91,8 @@ def run(arguments: Sequence[str]) -> int:
         choose_engine(model, sampling, config.execution, Events(sinks=sinks))
     let_go(model)
     # Kept from turn to turn, so that what was said before is not read again.
-    engine = Engine(model, min(model.spec.max_length, ROOM)) if uses_engine(model) else None
+    limit = model.spec.max_length
+    engine = Engine(model, min(room_for(model, [limit], limit, 1), ROOM)) if uses_engine(model) else None
     system = [Message("system", found.system)] if found.system else []
     turns: list[Message] = []
     if people:
