@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
@@ -13,12 +14,16 @@ from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
 from torch import Tensor
 
 from luthier.core.errors import ConfigError, LuthierError
+from luthier.core.events import Events
 from luthier.core.types import Completion
+from luthier.engine.adapters import Loaded
 from luthier.engine.engine import Engine
 from luthier.engine.generate import add_answer
 from luthier.engine.pooler import Embedding, Pooler, Reading
 from luthier.engine.sampling import Sampling
 from luthier.engine.streaming import Answer, Outcome, Work, Writing
+from luthier.models.adapters.additions import read_additions
+from luthier.models.spec import LoadedModel
 
 T = TypeVar("T")
 # Texts that wait at most, and the tokens of their prompts, where nobody says.
@@ -47,7 +52,7 @@ class Settings(TypedDict, total=False):
     priority: int
     salt: str
     tenant: str
-    adapter: int
+    adapter: str
 
 
 class Door:
@@ -121,6 +126,15 @@ class Door:
             self._refuse_closed()
             self._tasks.put(partial(_tell, answer, partial(question, self._engine)))
         return await asyncio.wrap_future(answer)
+
+    async def load_adapter(self, name: str, source: str | Path | LoadedModel) -> Loaded:
+        """`Engine.load_adapter` between two steps; it is read and checked before, while texts go on being written."""
+        read = await asyncio.to_thread(read_additions, self._engine.model, source)
+        return await self.ask(lambda engine: engine.load_adapter(name, read, Events()))
+
+    async def unload_adapter(self, name: str, *, now: bool = False) -> Loaded:
+        """`Engine.unload_adapter` between two steps."""
+        return await self.ask(lambda engine: engine.unload_adapter(name, now=now))
 
     def close(self, *, drain: bool = True) -> None:
         """Let nothing more in, and wait until all is written; without `drain`, those who still read get Closed instead. This

@@ -7,17 +7,21 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from luthier.core.errors import ConfigError, ModelError
+from luthier.core.events import Events
+from luthier.engine.adapters import NONE, Adapters, Loaded
 from luthier.engine.blocks import Blocks, names_of
 from luthier.engine.choose import choose, takes_likeliest
 from luthier.engine.crossed import never_of, opening_of
+from luthier.engine.draft_model import DraftModel
 from luthier.engine.drafts import Guesser
 from luthier.engine.logs import prompt_logs, tops
 from luthier.engine.pieces import stops_here
@@ -28,6 +32,7 @@ from luthier.engine.sampling import Sampling
 from luthier.engine.scoring import Asked, Score, Scorer
 from luthier.engine.structure import masks_made, matcher_for
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
+from luthier.models.adapters.additions import Additions
 from luthier.models.memory import out_of_memory, return_freed_memory
 from luthier.models.pages import BLOCK
 from luthier.models.spec import LoadedModel
@@ -46,7 +51,7 @@ class Engine:
     begin alike. A step is: plan, read, write one token more of every text that is read to its end. On a CPU what a text
     becomes does not depend on the texts beside it, bit for bit; of an encoder-decoder but for rounding. Raises ModelError for a
     model that cannot write so (`readers.writes_side_by_side`). Of what comes next, `guessed` tokens of all texts are guessed
-    for a step (`engine.drafts`). Vectors of texts are made beside it (`pool`).
+    for a step (`engine.drafts`), by the model's `draft` too, where it has one. Vectors of texts are made beside it (`pool`).
     """
 
     def __init__(
@@ -61,6 +66,10 @@ class Engine:
         self._apart = model.spec.kind == "encoder-decoder"
         self._scorer = None if self._apart else Scorer(model)
         self._pooler: Pooler | None = None
+        self._beside = Adapters(model, self._reader)
+        # Its texts share no beginnings, and a few more tokens of each are guessed.
+        draft = model.draft if guessed else None
+        self._draft = None if draft is None else DraftModel(draft, model, blocks + streams)
         self._failed: list[Request] = []
 
     def add(
@@ -72,10 +81,10 @@ class Engine:
         priority: int = 0,
         salt: str = "",
         tenant: str = "",
-        adapter: int = -1,
+        adapter: str = "",
     ) -> Request:
         """A text to go on from, which waits until a step takes it up. `draw` gives the number for each place of the answer;
-        without it one is drawn from the sampling's seed, or from chance. `adapter` is one of those beside the packed weights.
+        without it one is drawn from the sampling's seed, or from chance. `adapter` is the name of one that was loaded.
 
         Raises DataError for a prompt that leaves no room, and ConfigError for settings that no step can follow.
         """
@@ -94,15 +103,13 @@ class Engine:
             )
         ends, banned = ends_of(self.model, sampling), (*banned_of(self.model, sampling), *never_of(self.model))
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        if adapter >= 0:
-            held = len(self.model.native.adapters) if self.model.native is not None else 0
-            if adapter >= held:
-                raise ConfigError(f"adapter: there is no adapter {adapter} beside the packed weights; {held} are there")
-            # What a token's keys and values are depends on it.
-            salt = f"{adapter} {salt}"
+        beside = self._beside.find(adapter) if adapter else None
+        # What a token's keys and values are depends on its adapter, which a later one of the same name is not.
+        salt = f"{NONE if beside is None else beside.serial} {salt}"
         request = Request(
-            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, tenant, adapter, ends,
-            banned, () if self._apart else tuple(names_of(prompt, salt)), opening_of(self.model) if self._apart else None,
+            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, tenant,
+            NONE if beside is None else beside.slot, ends, banned, () if self._apart else tuple(names_of(prompt, salt)),
+            opening_of(self.model) if self._apart else None,
         )  # fmt: skip
         if sampling.structure is not None:
             request.matcher = matcher_for(self.model, sampling.structure)
@@ -126,11 +133,44 @@ class Engine:
         elif request.finish is None:
             request.finish = "abort"
             self.schedule.finish(request)
+            self._let_go()
+
+    @property
+    def adapters(self) -> Mapping[str, Loaded]:
+        """The adapters that texts can be written with, by name."""
+        return self._beside.named
+
+    def load_adapter(
+        self, name: str, source: str | Path | LoadedModel | Additions, events: Events | None = None
+    ) -> Loaded:
+        """Let texts be written with the adapter at `source` from here on: run:<id>, a directory in PEFT's format, a tuned model
+        in memory, or what `models.adapters.additions.read_additions` read of these on another thread. Nothing changes for
+        texts that are being written.
+
+        Raises ConfigError for a name that is taken, and ModelError for an adapter with which anything is wrong.
+        """
+        return self._beside.load(name, source, events)
+
+    def unload_adapter(self, name: str, *, now: bool = False) -> Loaded:
+        """Let no text more be written with this adapter. Those that are go on to their end, after which what it holds is
+        freed; `now`: they end with an error, in the next step. Raises ConfigError where there is none of that name."""
+        gone = self._beside.unload(name)
+        for request in [*self.schedule.running, *self.schedule.waiting] if now else []:
+            if request.adapter == gone.slot:
+                self._fail(request, ModelError(f"the adapter {name!r} was unloaded while this was written; ask again"))
+        self._let_go()
+        return gone
+
+    def _let_go(self) -> None:
+        """Free the adapters that were unloaded and are of no more use, and what was read with them."""
+        for one in self._beside.let_go([*self.schedule.running, *self.schedule.waiting]):
+            self.blocks.forget(one.slot)
 
     @property
     def busy(self) -> bool:
-        """Whether any text is not finished."""
-        return bool(self.schedule.waiting or self.schedule.running or (self._pooler is not None and self._pooler.busy))
+        """Whether any text is not finished, or ended with an error that no step has told yet."""
+        pooling = self._pooler is not None and self._pooler.busy
+        return bool(self.schedule.waiting or self.schedule.running or self._failed or pooling)
 
     @property
     def waiting(self) -> list[Request | Reading]:
@@ -144,19 +184,22 @@ class Engine:
         What goes wrong with one text ends that one alone, with the error kept on it; what goes wrong in reading ends those
         that were read together. Either way the engine goes on with the others, whose tokens are what they would have been.
         """
-        self._failed, ready = [], list[Request]()
+        ready = list[Request]()
         try:
             self._guess()
-            ready = self._commit(*self._read(self.schedule.plan()))
+            planned = self.schedule.plan()
+            ready = self._commit(*self._read(planned)) if planned else []
         except Exception as err:
             # Nobody knows which of them is to blame.
             for request in [*self.schedule.running, *self.schedule.waiting]:
                 self._fail(request, err)
-        for one in self._failed:
+        failed, self._failed = self._failed, []
+        for one in failed:
             # What the frames of an error hold is as large as a step.
             traceback.clear_frames(one.error.__traceback__ if one.error is not None else None)
+        self._let_go()
         read = self._pooler.step() if self._pooler is not None and self._pooler.busy else []
-        return [*dict.fromkeys([*ready, *self._failed]), *read]
+        return [*dict.fromkeys([*ready, *failed]), *read]
 
     def run(self, on_progress: Callable[[list[Request | Reading]], None] | None = None) -> None:
         """Step until every text is finished. Raises the error of one that ended with it."""
@@ -240,11 +283,16 @@ class Engine:
     def _guess(self) -> None:
         """Give the texts that are about to write guesses at what that will be."""
         most = self._guessed // max(1, len(self.schedule.running))
+        without = dict[Request, int]()
         for request in list(self.schedule.running):
             if request.guesser is not None and request.length - request.read == 1:
                 left = min(most, request.room - len(request.written) - 1)
                 with self._of(request):
                     request.drafts = request.guesser.guess(request.written, len(request.prompt), left)
+                    if not request.drafts:
+                        without[request] = left
+        if self._draft is not None:
+            self._draft.guess(without, self.schedule.running)
 
     def _commit(self, found: torch.Tensor, first: dict[Request, int]) -> list[Request]:
         """Give each text its next token, and those after it as long as they were guessed; end those that are complete.
@@ -273,7 +321,7 @@ class Engine:
         """All that is new but the last token was guessed, and read with the guess."""
         right = request.length - request.read - 1
         self.schedule.advance(request, right)
-        if request.guesser is not None:
+        if request.guesser is not None and not (self._draft is not None and self._draft.learn(request, right)):
             request.guesser.learn(len(request.drafts), right)
         request.drafted += len(request.drafts)
         request.accepted += right

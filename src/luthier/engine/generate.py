@@ -14,16 +14,18 @@ from luthier.core.types import Completion, Message
 from luthier.engine import remote
 from luthier.engine.beams import search
 from luthier.engine.crossed import why_padded
+from luthier.engine.draft_model import check_draft
 from luthier.engine.drafts import remember
 from luthier.engine.engine import STREAMS, Engine, numbers_of
 from luthier.engine.logs import logs_of
-from luthier.engine.native import Execution, prepare, refuse
+from luthier.engine.native import Execution, let_go, prepare, refuse
 from luthier.engine.padded import refuse_logprobs, write, write_on
 from luthier.engine.pieces import complete, pieces
 from luthier.engine.pooler import Reading
 from luthier.engine.readers import writes_side_by_side
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
+from luthier.models.load import load_model
 from luthier.models.pages import BLOCK
 from luthier.models.precision import cast_weights
 from luthier.models.spec import LoadedModel
@@ -139,6 +141,21 @@ def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, 
     tell_engine(model, sampling, events)
 
 
+def take_draft(model: LoadedModel, source: str, execution: Execution, events: Events) -> None:
+    """Let a smaller model guess what this one writes, and say so. Raises ConfigError where it cannot, and as `load_model`
+    does."""
+    if not uses_engine(model):
+        refuse("auto", source)
+    draft = load_model(source, device=str(model.device), as_stored=execution != "model")
+    check_draft(draft, model)
+    # How it is read is no matter of what is written.
+    choose_engine(draft, Sampling(), "model" if execution == "model" else "auto", Events())
+    let_go(draft)
+    model.draft = draft
+    form = "by itself" if draft.native is None else f"natively in {draft.native.form}"
+    events.choose("draft", source, f"guesses what comes next, read {form}; what is written stays the same")
+
+
 def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
     """Say by which way answers come, and why."""
     if model.server is not None:  # said when it was found
@@ -194,7 +211,7 @@ def add_answer(
     priority: int = 0,
     salt: str = "",
     tenant: str = "",
-    adapter: int = -1,
+    adapter: str = "",
 ) -> Request:
     """One of the answers to a prompt. What is said of the prompt itself the first finds out."""
     one = sampling.model_copy(update={"n": 1, "prompt_logprobs": sampling.prompt_logprobs and which == 0})

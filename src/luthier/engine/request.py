@@ -38,7 +38,7 @@ class Request:
     salt: str = ""
     tenant: str = ""
     adapter: int = -1
-    """Which of the adapters beside packed weights it is written with."""
+    """The number of the adapter it is written with; -1: none."""
     ends: tuple[int, ...] = ()
     """Tokens that end the answer."""
     banned: tuple[tuple[int, ...], ...] = ()

@@ -67,7 +67,7 @@ class Schedule(Line[Request]):
             return
         for at, name in enumerate(names_of(request.ids(0, request.read), request.salt)):
             if at >= before // BLOCK:
-                self.blocks.name(request.table[at], name)
+                self.blocks.name(request.table[at], name, request.adapter)
 
     def finish(self, request: Request) -> None:
         """Let go of a text, whether it waits or runs."""

@@ -102,8 +102,14 @@ class LoadedModel:
     learned: Any = None
     """The rows of its tuning, as `engine.drafts.Learned`: what it writes is guessed from them."""
 
+    draft: Any = None
+    """A smaller model of the same tokenizer that guesses what it writes (`engine.draft_model`); None: there is none."""
+
     packable: bool | None = None
     """Whether the native decoder computes what it computes; None: not tried yet (`engine.native.natively`)."""
+
+    fingerprint: str | None = None
+    """Of its weights; None: not taken yet (`models.facts.base_fingerprint`)."""
 
     head: Any = None
     """Its output layer, and how logits are made with it; None: not read yet (`models.output.head_of`)."""

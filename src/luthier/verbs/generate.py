@@ -62,6 +62,8 @@ class Generate(Config):
     """How a language model is read while it writes or scores labels, on a CPU: by itself (model), or by the native decoder
     with its weights in bfloat16, int8 or int4. auto: int8 where it changes next to nothing (measured at loading, and said),
     else bfloat16, else model; small models always by themselves."""
+    draft: str | None = None
+    """A smaller model with the same tokenizer, which guesses what the language model writes; that changes the time alone."""
     backend: Backend | None = None
     """A server that holds the weights and writes in place of this machine: its address, or a table of settings. `model` then
     gives tokenizer and template alone."""
@@ -69,7 +71,7 @@ class Generate(Config):
     @model_validator(mode="after")
     def _check(self) -> Generate:
         if self.backend is not None:
-            refuse_here(self.device, self.execution)
+            refuse_here(self.device, self.execution, self.draft)
             if self.labels:
                 raise ValueError("labels are scored by the weights, which a backend holds; leave labels or backend out")
         if self.prompt is not None and self.input is not None:
@@ -183,7 +185,7 @@ def inference(model: Any, tokenizer: Any, text: str | Sequence[str], **sampling:
 
 def _load(config: Generate, events: Events) -> LoadedModel:
     """The model, ready to write if it can, here or by a server."""
-    from luthier.engine.generate import choose_engine, uses_engine
+    from luthier.engine.generate import choose_engine, take_draft, uses_engine
     from luthier.engine.native import let_go, prepare, refuse
     from luthier.engine.remote import load_served
     from luthier.models.load import load_model
@@ -196,11 +198,13 @@ def _load(config: Generate, events: Events) -> LoadedModel:
     if writes(model) and not config.labels:
         choose_engine(model, config.sampling, config.execution, events)
         let_go(model)
+        if config.draft is not None:
+            take_draft(model, config.draft, config.execution, events)
     elif config.labels and model.spec.task == "causal" and uses_engine(model):
         prepare(model, config.execution, events)
         let_go(model)
     else:
-        refuse(config.execution)
+        refuse(config.execution, config.draft)
     return model
 
 

@@ -33,12 +33,13 @@ class Chat(Config):
 
     sampling: Sampling = Sampling()
     execution: Execution = "auto"
+    draft: str | None = None
     backend: Backend | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Chat:
         if self.backend is not None:
-            refuse_here("auto", self.execution)
+            refuse_here("auto", self.execution, self.draft)
         return self
 
 
@@ -56,6 +57,9 @@ def parser():  # type: ignore[no-untyped-def]
         choices=get_args(Execution),
         help="how the model is read (luthier schema generate)",
     )
+    made.add_argument(
+        "--draft", metavar="MODEL", help="a smaller model with the same tokenizer that guesses what comes next"
+    )
     add_structure(made)
     made.add_argument("--backend", metavar="URL", help="a server that writes in place of this machine")
     made.add_argument(
@@ -67,7 +71,7 @@ def parser():  # type: ignore[no-untyped-def]
 def run(arguments: Sequence[str]) -> int:
     found = parser().parse(arguments)
     from luthier.engine.engine import Engine
-    from luthier.engine.generate import choose_engine, room_for, stream, uses_engine
+    from luthier.engine.generate import choose_engine, room_for, stream, take_draft, uses_engine
     from luthier.engine.native import let_go
     from luthier.engine.remote import load_served
     from luthier.models.load import load_model
@@ -75,6 +79,7 @@ def run(arguments: Sequence[str]) -> int:
     settings: dict[str, Any] = {"max_tokens": found.max_tokens, "temperature": found.temperature}
     settings |= {name: getattr(found, name) for name in ("top_p", "seed") if getattr(found, name) is not None}
     values = {"sampling": settings | read_structure(found), "execution": found.execution}
+    values |= {"draft": found.draft} if found.draft is not None else {}
     values |= {"backend": found.backend} if found.backend is not None else {}
     config = resolve(Chat, values=values, overrides=found.set).config
     sampling, people = config.sampling, sys.stdin.isatty()
@@ -89,7 +94,9 @@ def run(arguments: Sequence[str]) -> int:
         )
     with show_progress(quiet=not people) as sinks:
         choose_engine(model, sampling, config.execution, Events(sinks=sinks))
-    let_go(model)
+        let_go(model)
+        if config.draft is not None:
+            take_draft(model, config.draft, config.execution, Events(sinks=sinks))
     # Kept from turn to turn, so that what was said before is not read again.
     limit = model.spec.max_length
     engine = Engine(model, min(room_for(model, [limit], limit, 1), ROOM)) if uses_engine(model) else None
