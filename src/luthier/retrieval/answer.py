@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from luthier.core.errors import DataError
@@ -15,6 +15,7 @@ from luthier.retrieval.words import is_dense
 
 # [1], [1, 2], 【1】, and [1][2] one by one.
 CITED = re.compile(r"[ \t]*[\[【]\s*(\d{1,3}(?:\s*[,，、]\s*\d{1,3})*)\s*[\]】]")
+OPEN = re.compile(r"(?:[ \t]*[\[【][\d\s,，、]*|[ \t]*)\Z")
 ASKED = {
     "en": "Answer the question from the numbered passages alone. After each statement cite its passage as [1]. If the passages "
     "do not answer the question, say: {unknown}",
@@ -95,7 +96,9 @@ def build_prompt(question: str, sources: Sequence[Source]) -> str:
     """What a model is asked: the rules, the passages by number, and the question last, in the question's language."""
     language = language_of(question)
     rules = ASKED[language].format(unknown=UNKNOWN[language])
-    passages = [f"[{one.number}] {' › '.join((one.passage.file, *one.passage.heading))}\n{one.passage.shown}" for one in sources]
+    passages = [
+        f"[{one.number}] {' › '.join((one.passage.file, *one.passage.heading))}\n{one.passage.shown}" for one in sources
+    ]
     return "\n\n".join([rules, *passages, QUESTION[language].format(question)])
 
 
@@ -130,6 +133,20 @@ def check_citations(text: str, sources: Sequence[Source]) -> tuple[str, tuple[So
 
     kept = CITED.sub(keep, text)
     return kept, tuple(cited.values()), removed
+
+
+def stream_checked(pieces: Iterable[str], sources: Sequence[Source]) -> Iterator[str]:
+    """The pieces of an answer as they come, without the citations that name no passage: the beginning of what may become a
+    citation is held until that is known."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        ready = OPEN.search(held).start()  # type: ignore[union-attr]
+        if ready:
+            yield check_citations(held[:ready], sources)[0]
+        held = held[ready:]
+    if held:
+        yield check_citations(held, sources)[0]
 
 
 def answer(

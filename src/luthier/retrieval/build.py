@@ -23,7 +23,7 @@ from luthier.retrieval.store import META, Held, Meta, Stored, Vectors, open_stor
 
 # The share of halves of sentences that are refused where their own file is left out. Higher refuses more of what has no
 # answer, and more of what has one (benchmarks/retrieval.py).
-REFUSED = 0.8
+REFUSED = 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,12 @@ def build_index(
     vectors: Literal["float32", "float16"] = "float32",
     events: Events | None = None,
 ) -> Built:
-    """Make the index in `path` hold the files of `docs` as they are now, and measure it (`measure.measure`). Raises ConfigError and DataError where there is
-    nothing to index, MissingExtra where a package is missing for a kind of file, and RunError where it cannot be written."""
+    """Make the index in `path` hold the files of `docs` as they are now, and measure it (`measure.measure`).
+
+    A file that cannot be read or holds no text is left out, and named in a warning. Raises ConfigError and DataError where
+    there is nothing to index, MissingExtra where a package is missing for a kind of file, and RunError where the index
+    cannot be written.
+    """
     events, chunking, columns = events or Events(), chunking or Chunking(), columns or Columns()
     old = _open_old(path, events)
     same = old is not None and _same(old.meta, encoder, chunking, columns, events)
@@ -84,9 +88,7 @@ def build_index(
         passages += own
         events.emit("progress", name="reading", done=done, total=len(found))
     if not passages:
-        raise DataError(
-            f"none of the {len(found)} files can be indexed; the first: {next(iter(left_out.values()))}"
-        )
+        raise DataError(f"none of the {len(found)} files can be indexed; the first: {next(iter(left_out.values()))}")
     made, embedded = _embed(passages, encoder, old if same else None, vectors, events)
     words = index_words([one.searched for one in passages])
     events.stage("measuring when it does not know")
@@ -121,11 +123,14 @@ def _same(meta: Meta, encoder: Encoder | None, chunking: Chunking, columns: Colu
     """Whether passages and vectors of before are what they would be now."""
     now = (chunking, columns, None if encoder is None else encoder.fingerprint)
     changed = [
-        name for name, one, other in zip(("chunking", "columns", "encoder"), now, (meta.chunking, meta.columns, meta.fingerprint))
+        name
+        for name, one, other in zip(
+            ("chunking", "columns", "encoder"), now, (meta.chunking, meta.columns, meta.fingerprint)
+        )
         if one != other
     ]
     if changed:
-        events.choose("index", "all files anew", f"{' and '.join(changed)} changed since the last time")
+        events.choose("index", "all files anew", f"{', '.join(changed)} changed since the last time")
     return not changed
 
 
@@ -141,11 +146,15 @@ def _embed(
     new = list(dict.fromkeys(one.compared for one in passages if one.compared not in known))
     events.stage(f"embedding {len(new)} passages")
     made_ME = encoder.embed(
-        new, events=events, on_progress=lambda done, total: events.emit("progress", name="embedding", done=done, total=total)
+        new,
+        events=events,
+        on_progress=lambda done, total: events.emit("progress", name="embedding", done=done, total=total),
     ).astype(dtype)
     place = {text: at for at, text in enumerate(new)}
     rows = [
-        old.vectors_NE[known[one.compared]] if old is not None and one.compared in known else made_ME[place[one.compared]]  # type: ignore[index]
+        old.vectors_NE[known[one.compared]]
+        if old is not None and one.compared in known
+        else made_ME[place[one.compared]]  # type: ignore[index]
         for one in passages
     ]
     return np.stack(rows), len(new)

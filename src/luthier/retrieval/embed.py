@@ -72,7 +72,9 @@ class Encoder:
         cut = sum(row.cut > 0 for row in rows)
         if cut and events is not None:
             most = self.model.spec.max_length
-            events.warn(f"texts are longer than the {most} tokens that the encoder reads, and are compared by their start", cut)
+            events.warn(
+                f"texts are longer than the {most} tokens that the encoder reads, and are compared by their start", cut
+            )
         found: list[Tensor] = [torch.empty(0)] * len(rows)
 
         def pool(model: LoadedModel, batch: Batch) -> Tensor:
@@ -105,7 +107,9 @@ def load_encoder(source: str, *, device: str = "auto", events: Events | None = N
     if source == "auto":
         found = find_spec(PACKAGE)
         if found is None or found.origin is None:
-            events.choose("encoder", "none", "no encoder is named or installed (luthier[retrieval]); words alone are compared")
+            events.choose(
+                "encoder", "none", "no encoder is named or installed (luthier[retrieval]); words alone are compared"
+            )
             return None
         source = str(Path(found.origin).parent / FOLDER)
     place = resolve_source(source)
@@ -149,7 +153,9 @@ def _refuse_layers(source: str, modules: Any) -> None:
     names = [str(one.get("type", "")).rpartition(".")[2] for one in modules] if isinstance(modules, list) else []
     other = next((name for name in names if name not in known), None)
     if other is not None:
-        raise ModelError(f"{source}: this encoder has a layer {other} after its network, which is not computed here; choose another")
+        raise ModelError(
+            f"{source}: this encoder has a layer {other} after its network, which is not computed here; choose another"
+        )
 
 
 def _read(folder: Path | None, place: Path | str, name: str, events: Events) -> Any:

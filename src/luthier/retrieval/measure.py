@@ -73,10 +73,10 @@ def measure(
             made = made.model_copy(update=update)
         found[script] = made
         if not made.compares_meaning:
-            kind = "Chinese and other writing without spaces" if script == "dense" else "writing with spaces"
             events.warn(
-                f"the encoder cannot tell {kind} apart: it finds the file of only {made.nearest:.0%} of half sentences, so words "
-                "alone are compared there; an encoder of that language would help"
+                f"the encoder cannot tell texts {'without' if script == 'dense' else 'with'} spaces between "
+                f"words apart: it finds the file of only {made.nearest:.0%} of half sentences, so words alone are compared "
+                "there; an encoder of that language would help"
             )
     if questions is not None:
         _fit_questions(found, words, vectors_NE, encoder, questions)
@@ -144,5 +144,3 @@ def _read_questions(path: Path) -> list[tuple[str, bool]]:
             raise DataError(f"{row.where}: a row needs a question, and answerable: true or false")
         found.append((question, answerable in TRUE))
     return found
-
-

@@ -87,8 +87,10 @@ def fit_rows(known: Sequence[Evidence], unknown: Sequence[Evidence], fitted_on: 
     Raises DataError where there are none of either kind.
     """
     if not known or not unknown:
-        kind = "with" if not known else "without"
-        raise DataError(f"{fitted_on}: there is no question {kind} an answer, so a threshold cannot be fitted; add some")
+        raise DataError(
+            f"{fitted_on}: there is no question {'with' if not known else 'without'} an answer, so a threshold cannot be "
+            "fitted; add some"
+        )
     weights_2, unknown_N = _weigh(unknown, unknown, meaning)
     _, known_N = _weigh(known, unknown, meaning)
     values = np.unique(np.concatenate([known_N, unknown_N]))

@@ -16,8 +16,8 @@ ENDS = re.compile(
     r"|\n[ \t]*(?=\n)"
     r"|\n(?=[ \t]*(?:[-*+•]|\d{1,3}[.)、])[ \t])"
 )
-# Full stops inside a sentence: titles, initials, and what is shortened before a number or a name.
-SHORT = re.compile(r"(?:^|[\s(])(?:Mr|Mrs|Ms|Dr|Prof|St|No|Fig|Eq|vs|etc|e\.g|i\.e|cf|al|[A-Z])\.$")
+# Full stops inside a sentence: the number of an item, titles, initials, and what is shortened before a number or a name.
+SHORT = re.compile(r"^\s*\d{1,3}\.$|(?:^|[\s(])(?:Mr|Mrs|Ms|Dr|Prof|St|No|Fig|Eq|vs|etc|e\.g|i\.e|cf|al|[A-Z])\.$")
 
 
 def split_sentences(text: str) -> list[Span]:

@@ -182,7 +182,12 @@ def write_index(
             folder.mkdir()
             lines = [(json.dumps(asdict(one), ensure_ascii=False) + "\n").encode("utf-8") for one in passages]
             places_N1 = np.concatenate([[0], np.cumsum([len(line) for line in lines])]).astype(np.int64)
-            arrays = {"places": places_N1, "starts": words.starts_V1, "postings": words.passages_P, "scores": words.scores_P}
+            arrays = {
+                "places": places_N1,
+                "starts": words.starts_V1,
+                "postings": words.passages_P,
+                "scores": words.scores_P,
+            }
             if vectors_NE is not None:
                 arrays["vectors"] = vectors_NE
             for name, array in arrays.items():
@@ -201,7 +206,9 @@ def write_index(
                     shutil.rmtree(other, ignore_errors=True)
             return meta
     except OSError as err:
-        raise RunError(f"{path}: the index cannot be written ({err.strerror}); the earlier one, if any, is untouched") from None
+        raise RunError(
+            f"{path}: the index cannot be written ({err.strerror}); the earlier one, if any, is untouched"
+        ) from None
 
 
 def _next_part(path: Path) -> int:

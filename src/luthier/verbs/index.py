@@ -36,7 +36,7 @@ class Index(Config):
     questions: Path | None = None
     """A file of questions with a column `answerable` (true or false), from which is learned when to say "I do not know"; by
     default it is learned from the documents."""
-    refuse: float = Field(0.8, gt=0, lt=1)
+    refuse: float = Field(0.75, gt=0, lt=1)
     """How much is refused where that is learned from the documents: the share of their half sentences for which the other
     files hold too little. Higher says "I do not know" more often, rightly and wrongly."""
     vectors: Literal["float32", "float16"] = "float32"
@@ -54,7 +54,9 @@ def index(asked: Resolved[Index] | Index | None = None, *, sinks: Sequence[Sink]
         asked = Resolved(asked, dict.fromkeys(asked.model_fields_set, "override"))
     asked = asked or resolve(Index, values=settings)
     again = _find(asked.config.name)
-    run = Run.open(again, sinks) if again is not None else Run.create("index", asked, name=asked.config.name, sinks=sinks)
+    run = (
+        Run.open(again, sinks) if again is not None else Run.create("index", asked, name=asked.config.name, sinks=sinks)
+    )
     with run.working():
         try:
             _index(run, asked.config)
@@ -103,5 +105,7 @@ def _find(name: str | None) -> Path | None:
         return None
     verb = read_record(path).verb
     if verb != "index":
-        raise RunError(f"{path}: this run exists and is no index (it is the run of `luthier {verb}`); choose another --name")
+        raise RunError(
+            f"{path}: this run exists and is no index (it is the run of `luthier {verb}`); choose another --name"
+        )
     return path

@@ -14,7 +14,9 @@ def parser():  # type: ignore[no-untyped-def]
     from luthier.verbs.index import Index
 
     made = make_parser("index", "Index documents, so that chat and generate answer from them: --index NAME.")
-    made.add_argument("docs", nargs="+", help="directories and files: txt, md, html, pdf, and tables of questions and answers")
+    made.add_argument(
+        "docs", nargs="+", help="directories and files: txt, md, html, pdf, and tables of questions and answers"
+    )
     add_fields(made, Index, skip=("docs", "chunking", "columns"))
     made.add_argument("--json", action="store_true", help="print the record as JSON")
     return made
@@ -31,6 +33,10 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     numbers = record.numbers
     print(say(f"{numbers['files']} files, {numbers['passages']} passages ({numbers['embedded']} embedded now)"))
-    print(say(f"{numbers['unchanged']} files unchanged, {numbers['removed']} removed, {len(numbers['left_out'])} left out"))
+    print(
+        say(
+            f"{numbers['unchanged']} files unchanged, {numbers['removed']} removed, {len(numbers['left_out'])} left out"
+        )
+    )
     print(say(f"run:{record.id} is in {runs_root() / record.id}; next: luthier chat MODEL --index {record.id}"))
     return 0

@@ -16,6 +16,7 @@ HELP = """luthier: one workshop for the whole life of a fine-tuned language mode
   luthier evaluate MODEL --data D    judge a model on held-out rows
   luthier generate MODEL "text"      answer one text, a file (--input, --output) or a pipe
   luthier chat MODEL                 talk to a model
+  luthier index DOCS --name NAME     documents to answer from: chat MODEL --index NAME
   luthier prepare show DATA          rows as the model sees them;  luthier prepare profile DATA
   luthier merge run:ID --output DIR  fold an adapter into its base: a whole model
   luthier report run:ID              write a run's page anew
@@ -32,6 +33,7 @@ COMMANDS = {
     "evaluate": "luthier.faces.cli.evaluate",
     "generate": "luthier.faces.cli.generate",
     "chat": "luthier.faces.cli.chat",
+    "index": "luthier.faces.cli.index",
     "prepare": "luthier.faces.cli.prepare",
     "merge": "luthier.faces.cli.merge",
     "report": "luthier.faces.cli.report",
@@ -41,7 +43,7 @@ COMMANDS = {
     "quickstart": "luthier.faces.cli.quickstart",
 }
 # Those that run a model.
-WORKING = {"tune", "evaluate", "generate", "chat", "merge", "quickstart"}
+WORKING = {"tune", "evaluate", "generate", "chat", "index", "merge", "quickstart"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,7 +25,9 @@ def read_pdf(path: Path, content: bytes, events: Events) -> list[Section]:
         locked = reader.is_encrypted and not reader.decrypt("")
         pages = [] if locked else [page.extract_text() for page in reader.pages]
     except Exception as err:  # pypdf raises its own errors, KeyError, RecursionError ... for what is damaged
-        raise DataError(f"{path}: cannot be read as PDF ({type(err).__name__}); save it anew, or leave it out") from None
+        raise DataError(
+            f"{path}: cannot be read as PDF ({type(err).__name__}); save it anew, or leave it out"
+        ) from None
     if locked:
         raise DataError(f"{path}: the PDF is locked with a password; save it without, or leave it out")
     sections, start, empty = [], 0, 0

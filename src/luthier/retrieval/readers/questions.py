@@ -12,7 +12,20 @@ from luthier.data.sources.files import read_file
 from luthier.retrieval.passage import Section
 
 QUESTIONS = ("question", "questions", "q", "query", "prompt", "instruction", "问题", "问", "提问", "标准问题")
-ANSWERS = ("answer", "answers", "a", "response", "reply", "completion", "output", "答案", "回答", "答", "回复", "标准答案")
+ANSWERS = (
+    "answer",
+    "answers",
+    "a",
+    "response",
+    "reply",
+    "completion",
+    "output",
+    "答案",
+    "回答",
+    "答",
+    "回复",
+    "标准答案",
+)
 
 
 class Columns(Config):

@@ -7,20 +7,20 @@ from html.parser import HTMLParser
 
 from luthier.retrieval.passage import Section
 
-DROPPED = frozenset(("script", "style", "noscript", "template", "svg", "iframe", "nav", "footer", "form", "button", "select"))
-# They end a line; other elements stand inside one.
-BLOCKS = frozenset(
-    "address article aside blockquote br dd div dl dt fieldset figcaption figure h1 h2 h3 h4 h5 h6 header hr li main ol p "
-    "pre section table td th tr ul title".split()
+DROPPED = frozenset(
+    ("script", "style", "noscript", "template", "svg", "iframe", "nav", "footer", "form", "button", "select")
 )
+# They end a line; other elements stand inside one.
+INNER = "address article aside blockquote br dd div dl dt fieldset figcaption figure header hr li main ol p pre section table"
+BLOCKS = frozenset((*INNER.split(), "td", "th", "tr", "ul", "title", *(f"h{level}" for level in range(1, 7))))
 PARAGRAPHS = frozenset(("p", "li", "pre", "table", "blockquote", "ul", "ol", "section", "article", "div", "tr"))
-VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
+VOID = frozenset(["area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"])
 
 
 def read_html(text: str) -> list[Section]:
-    """Sections of a page, each with the headings above it, in the characters of the text that is seen: a reader finds them by
-    heading, and lines of the source would say little. The page's title
-    stands above all where no heading of the first level says the same."""
+    """Sections of a page, each with the headings above it, in the characters of the text that is seen. Lines
+    of the source would say little to a reader, and are left out. The page's title stands above all headings, unless the first
+    says the same."""
     parser = _Reader()
     parser.feed(text)
     parser.close()
