@@ -56,6 +56,12 @@ class Encoder:
         found = self.model.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return [len(ids) for ids in found]
 
+    def unknown(self, texts: Sequence[str]) -> float:
+        """The share of the tokens of these texts that stand for what is outside the vocabulary."""
+        found = self.model.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [token for one in found for token in one]
+        return sum(token == self.model.renderer.unknown_id for token in ids) / max(1, len(ids))
+
     def embed(
         self,
         texts: Sequence[str],

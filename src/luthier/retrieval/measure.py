@@ -47,10 +47,10 @@ def measure(
 ) -> dict[Script, Measured]:
     """For each kind of writing whether meaning helps, and when a question is refused.
 
-    A half sentence is asked twice: its own file should be nearest by meaning, and what the other files have for it is what an
-    index has for a question that it does not answer; `share` of those are refused. `questions` with `answerable` take the
-    place of the latter. A half sentence shares its words with its own file, as questions do not: how well own files are found
-    says nothing of the threshold, which is why it is set by the other files alone.
+    A half sentence is asked twice: its own file should be nearest by meaning (of documents), and what the other files have for
+    it is what an index has for a question that it does not answer; `share` of those are refused. `questions` with `answerable`
+    take the place of the latter. A half sentence shares its words with its own file, as questions do not: how well own files
+    are found says nothing of the threshold, which is why it is set by the other files alone.
     """
     groups_N = group(passages)
     found: dict[Script, Measured] = {}
@@ -64,19 +64,24 @@ def measure(
             if own_N.all():
                 continue
             unknown.append(scored.evidence(~own_N))
-            if scored.cosine_N is not None:
+            if scored.cosine_N is not None and passages[half.place].question is None:
                 nearest.append(bool(scored.cosine_N[own_N].max() > scored.cosine_N[~own_N].max()))
-        made = Measured(sentences=len(halves), nearest=float(np.mean(nearest)) if nearest else None)
+        made = Measured(
+            sentences=len(halves),
+            unknown=None if encoder is None else encoder.unknown([one.text for one in halves]),
+            nearest=float(np.mean(nearest)) if len(nearest) >= LEAST else None,
+        )
         if len(unknown) >= LEAST:
             said = f"{len(unknown)} halves of sentences against the other files"
-            update = {"refusal": fit_quantile(unknown, share, said, made.nearest is not None and made.compares_meaning)}
+            update = {"refusal": fit_quantile(unknown, share, said, encoder is not None and made.compares_meaning)}
             made = made.model_copy(update=update)
         found[script] = made
         if not made.compares_meaning:
             events.warn(
-                f"the encoder cannot tell texts {'without' if script == 'dense' else 'with'} spaces between "
-                f"words apart: it finds the file of only {made.nearest:.0%} of half sentences, so words alone are compared "
-                "there; an encoder of that language would help"
+                f"the encoder cannot read texts {'without' if script == 'dense' else 'with'} spaces between words: "
+                f"{made.unknown:.0%} of their tokens are not in its vocabulary"
+                f"{'' if made.nearest is None else f', and it finds the file of {made.nearest:.0%} of half sentences'}; "
+                "words alone are compared there, and an encoder of that language would help"
             )
     if questions is not None:
         _fit_questions(found, words, vectors_NE, encoder, questions)

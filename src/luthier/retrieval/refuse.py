@@ -24,6 +24,8 @@ Script: TypeAlias = Literal["dense", "spaced"]
 
 # The least spread that a kind of evidence is taken to have.
 LEAST = 0.01
+# An encoder that lacks more of the tokens cannot read the text.
+MOST_UNKNOWN = 0.1
 
 
 class Refusal(Config):
@@ -48,16 +50,19 @@ class Measured(Config):
 
     sentences: int
     """How many halves of its own sentences were asked."""
+    unknown: float | None = None
+    """The share of their tokens that the encoder's vocabulary lacks; None without an encoder."""
     nearest: float | None = None
-    """The share of them whose own file was the nearest by meaning; None without an encoder."""
+    """The share of those from documents whose own file was the nearest by meaning; None where too few were asked. Rows of
+    questions do not count: half of one fits many."""
     refusal: Refusal | None = None
     """When a question is refused; None where there is nothing else to tell its answer from."""
 
     @property
     def compares_meaning(self) -> bool:
-        """Whether the encoder can read this writing: it must know where most half sentences come from. One that cannot would
-        drown in the fusion what words find."""
-        return self.nearest is None or self.nearest >= 0.5
+        """Whether the encoder can read this writing: its vocabulary must hold it, and it must know where most half sentences
+        come from. One that cannot would drown in the fusion what words find."""
+        return (self.unknown is None or self.unknown <= MOST_UNKNOWN) and (self.nearest is None or self.nearest >= 0.5)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ RRF, DEPTH = 60, 100
 class Hit:
     """A passage that was found. `bm25` is its score by words and `cosine` by meaning; `by_words`
     and `by_meaning` its ranks from 1 (None beyond the first hundred, or without a shared word); `fused` the sum of
-    1 / (60 + rank). `cosine` is None without an encoder, and where it was measured that it cannot read the question."""
+    1 / (60 + rank). `cosine` is None without an encoder, and where it was measured that the encoder cannot read the question."""
 
     passage: Passage
     bm25: float

@@ -71,7 +71,7 @@ def index(asked: Resolved[Index] | Index | None = None, *, sinks: Sequence[Sink]
 
 def _index(run: Run, config: Index) -> None:
     from luthier.retrieval.build import build_index
-    from luthier.retrieval.embed import load_encoder, name_encoder
+    from luthier.retrieval.embed import PACKAGE, load_encoder, name_encoder
 
     run.events.stage("loading the encoder")
     encoder = load_encoder(config.encoder, device=config.device, events=run.events)
@@ -86,9 +86,10 @@ def _index(run: Run, config: Index) -> None:
         vectors=config.vectors,
         events=run.events,
     )
+    found = name_encoder(encoder)
     run.update(
         numbers=asdict(built),
-        lineage={"data": ", ".join(map(str, config.docs)), "model": name_encoder(encoder)},
+        lineage={"data": ", ".join(map(str, config.docs)), "model": PACKAGE if found == "auto" else found},
         artefacts={"index": "artefacts/index"},
         # Those of before are of files as they were.
         warnings={},

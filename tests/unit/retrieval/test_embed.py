@@ -84,6 +84,11 @@ def test_a_damaged_file_of_an_encoder_is_named(tmp_path):
         load_encoder(str(folder))
 
 
+def test_tokens_outside_the_vocabulary_are_counted():
+    encoder = load_encoder(str(tiny_model("bert")))
+    assert encoder.unknown(["the fox"]) == 0 and encoder.unknown(["the ☃"]) == 0.5 and encoder.unknown([""]) == 0
+
+
 def test_none_is_no_encoder():
     assert load_encoder("none") is None
 
@@ -94,3 +99,4 @@ def test_the_installed_encoder_tells_meanings_apart():
     one, two, other = encoder.embed(["How do I send goods back?", "Returning an item", "The sea is blue."])
     assert one @ two > one @ other + 0.2
     assert encoder.pooling == "mean" and encoder.model.spec.max_length == 256
+    assert encoder.unknown(["营业时间是早上九点到晚上六点，退货由买家承担运费"]) > 0.1

@@ -264,13 +264,25 @@ def test_an_encoder_that_cannot_read_is_left_out_and_what_is_foreign_refused(tmp
     index = open_index(tmp_path / "index", encoder=encoder)
     measured = index.stored.meta.measured["spaced"]
     assert measured.sentences == 40 and measured.nearest is not None and measured.refusal is not None
-    assert measured.compares_meaning == (measured.nearest >= 0.5)
+    assert measured.unknown < 0.1 and measured.compares_meaning == (measured.nearest >= 0.5)
     assert any("words alone are compared" in one for one in events.warnings) != measured.compares_meaning
     found = search(index, "Who made number 17 in 1717?")
     assert (found[0].cosine is not None) == measured.compares_meaning
     assert measured.refusal.cosine_weight == 0 or measured.compares_meaning
     assert retrieve(index, "The violin with number 8 was made by master 24").known
     assert not retrieve(index, "Kann ich morgen im Garten Tomaten pflanzen?").known
+
+
+def test_halves_of_questions_do_not_judge_the_encoder(tmp_path, encoder):
+    """Half of a question fits many rows: on 77 intents of a bank it left out the way that found the most."""
+    rows = [f"How do I {verb} my card number {at}?,Answer {at}" for at in range(12) for verb in ("lose", "find")]
+    faq = tmp_path / "faq.csv"
+    faq.write_text("question,answer\n" + "\n".join(rows), encoding="utf-8")
+    build_index(tmp_path / "index", [faq], encoder=encoder)
+    index = open_index(tmp_path / "index", encoder=encoder)
+    measured = index.stored.meta.measured["spaced"]
+    assert measured.sentences == 24 and measured.nearest is None and measured.compares_meaning
+    assert search(index, "lose card")[0].cosine is not None
 
 
 def test_a_threshold_from_questions(docs, tmp_path):

@@ -131,5 +131,10 @@ def test_meaning_is_left_out_where_the_encoder_finds_less_than_half():
     assert Measured(sentences=9, nearest=0.5).compares_meaning and Measured(sentences=9).compares_meaning
 
 
+def test_meaning_is_left_out_where_the_vocabulary_lacks_the_writing():
+    assert not Measured(sentences=9, unknown=0.3, nearest=0.9).compares_meaning
+    assert Measured(sentences=9, unknown=0.1, nearest=0.9).compares_meaning
+
+
 def test_the_writing_of_a_question():
     assert [script_of(text) for text in ("怎么用 USB 接口？", "what is 琴?", "123")] == ["dense", "spaced", "spaced"]

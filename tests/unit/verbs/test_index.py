@@ -34,6 +34,8 @@ def test_an_index_is_a_run_that_is_brought_up_to_date(docs, runs, capsys):
     (docs / "zero.pdf").unlink()
     assert main(["index", str(docs), "--name", "help", *encoder, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["warnings"] == {}, "what is mended is not warned of again"
+    assert main(["report", "run:help"]) == 0 and main(["runs"]) == 0
+    assert "run:help" in capsys.readouterr().out
 
 
 def test_mistakes_are_sentences(docs, tmp_path, runs, capsys):

@@ -81,10 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     from luthier.engine.generate import choose_engine, stream, uses_engine
     from luthier.engine.native import let_go
     from luthier.engine.remote import load_served
-    from luthier.faces.cli.sources import show_passages, show_sources
     from luthier.models.load import load_model
-    from luthier.retrieval.answer import say_unknown, stream_checked
-    from luthier.verbs.grounding import Grounded
 
     settings: dict[str, Any] = {"max_tokens": found.max_tokens, "temperature": found.temperature}
     settings |= {name: getattr(found, name) for name in ("top_p", "seed") if getattr(found, name) is not None}
@@ -93,6 +90,10 @@ def run(arguments: Sequence[str]) -> int:
     values["passages"] = found.passages
     config = resolve(Chat, values=values, overrides=found.set).config
     sampling, people = config.sampling, sys.stdin.isatty()
+    if config.index is not None:
+        from luthier.faces.cli.sources import show_passages, show_sources
+        from luthier.retrieval.answer import say_unknown, stream_checked
+        from luthier.verbs.grounding import Grounded
     if config.backend is not None:
         with show_progress(quiet=not people) as sinks:
             model = load_served(found.model, config.backend, events=Events(sinks=sinks))
@@ -127,10 +128,8 @@ def run(arguments: Sequence[str]) -> int:
             if command == "/reset":
                 turns, sources = [], ()
             elif command == "/sources":
-                print(
-                    show_passages(sources)
-                    or say("the last answer has no passages; --index names what is answered from")
-                )
+                unsaid = say("the last answer has no passages; --index names what is answered from")
+                print(show_passages(sources) if sources else unsaid)
             elif command == "/undo":
                 turns = turns[:-2]
             elif command == "/system":
