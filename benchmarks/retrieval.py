@@ -205,21 +205,35 @@ def as_text(answer: Any) -> str:
 
 
 def run_intents(train: list[dict[str, Any]], test: list[dict[str, Any]], encoder: Encoder | None) -> dict[str, Any]:
-    """BANKING77 as an FAQ."""
+    """BANKING77 as an FAQ; for questions without an answer half of its intents are left out of another index."""
     intents = {label: at for at, label in enumerate(sorted({row["label"] for row in train}))}
     with tempfile.TemporaryDirectory() as folder:
-        faq = Path(folder) / "faq.jsonl"
-        rows = [{"question": row["text"], "answer": f"Answer {intents[row['label']]}"} for row in train]
-        faq.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-        build_index(Path(folder) / "index", [faq], encoder=encoder)
-        index = open_index(Path(folder) / "index", encoder=encoder)
+        index = index_intents(Path(folder) / "all", train, intents, encoder)
         groups_N = np.array([int(one.text.split()[1]) for one in index.stored.all_passages()])
         # Each row is an entry, so ranks count rows.
         places_N = np.arange(len(groups_N))
         right = [groups_N == intents[row["label"]] for row in test]
         found = {"entries": len(groups_N), "intents": len(intents)}
         found["measured"] = {name: one.model_dump() for name, one in index.stored.meta.measured.items()}
-        return found | {"ways": compare_ways(index, [row["text"] for row in test], right, places_N)}
+        found["ways"] = compare_ways(index, [row["text"] for row in test], right, places_N)
+        half = [row for row in train if intents[row["label"]] % 2]
+        asked = retrieve_all(index_intents(Path(folder) / "half", half, intents, encoder), [row["text"] for row in test])
+        found["abstention"] = {
+            name: share([not one.known for one, row in zip(asked, test) if intents[row["label"]] % 2 == side])
+            for name, side in (("refused", 1), ("caught", 0))
+        }
+        return found
+
+
+def index_intents(
+    path: Path, rows: list[dict[str, Any]], intents: dict[str, int], encoder: Encoder | None
+) -> Index:
+    """An index of questions with the number of their intent as the answer."""
+    path.mkdir()
+    faq = [{"question": row["text"], "answer": f"Answer {intents[row['label']]}"} for row in rows]
+    (path / "faq.jsonl").write_text("\n".join(map(json.dumps, faq)), encoding="utf-8")
+    build_index(path / "index", [path / "faq.jsonl"], encoder=encoder)
+    return open_index(path / "index", encoder=encoder)
 
 
 def main() -> None:
