@@ -217,7 +217,9 @@ def run_intents(train: list[dict[str, Any]], test: list[dict[str, Any]], encoder
         found["measured"] = {name: one.model_dump() for name, one in index.stored.meta.measured.items()}
         found["ways"] = compare_ways(index, [row["text"] for row in test], right, places_N)
         half = [row for row in train if intents[row["label"]] % 2]
-        asked = retrieve_all(index_intents(Path(folder) / "half", half, intents, encoder), [row["text"] for row in test])
+        asked = retrieve_all(
+            index_intents(Path(folder) / "half", half, intents, encoder), [row["text"] for row in test]
+        )
         found["abstention"] = {
             name: share([not one.known for one, row in zip(asked, test) if intents[row["label"]] % 2 == side])
             for name, side in (("refused", 1), ("caught", 0))
@@ -225,9 +227,7 @@ def run_intents(train: list[dict[str, Any]], test: list[dict[str, Any]], encoder
         return found
 
 
-def index_intents(
-    path: Path, rows: list[dict[str, Any]], intents: dict[str, int], encoder: Encoder | None
-) -> Index:
+def index_intents(path: Path, rows: list[dict[str, Any]], intents: dict[str, int], encoder: Encoder | None) -> Index:
     """An index of questions with the number of their intent as the answer."""
     path.mkdir()
     faq = [{"question": row["text"], "answer": f"Answer {intents[row['label']]}"} for row in rows]

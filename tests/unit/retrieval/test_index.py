@@ -71,10 +71,12 @@ def test_what_is_written_is_read_again(docs, tmp_path, encoder, meaning):
     assert [one.citation for one in passages] == [
         "faq.csv, line 2", "faq.csv, line 3", "hours.txt, line 1", "returns.md › Shop › Returns, line 5", "退货.txt, line 1"
     ]  # fmt: skip
-    found = search(index, "return the goods", 3)
-    assert found[0].passage.file == "returns.md" and found[0].by_words == 1 and found[0].bm25 > 0
-    assert (found[0].cosine is not None) == meaning
-    assert search(index, "怎么退货", 1)[0].passage.file == "退货.txt" or meaning
+    for question, file in (("return the goods", "returns.md"), ("怎么退货", "退货.txt")):
+        found = search(index, question, 5)
+        # The vectors of random weights may put any passage first.
+        best = next(one for one in found if one.by_words == 1)
+        assert best.passage.file == file and best.bm25 > 0 and (meaning or best == found[0])
+        assert (best.cosine is not None) == meaning
     if meaning:
         vectors = encoder.embed([one.compared for one in passages])
         assert np.allclose(index.stored.vectors_NE, vectors, atol=1e-6)
@@ -264,7 +266,7 @@ def test_an_encoder_that_cannot_read_is_left_out_and_what_is_foreign_refused(tmp
     index = open_index(tmp_path / "index", encoder=encoder)
     measured = index.stored.meta.measured["spaced"]
     assert measured.sentences == 40 and measured.nearest is not None and measured.refusal is not None
-    assert measured.unknown < 0.1 and measured.compares_meaning == (measured.nearest >= 0.5)
+    assert measured.compares_meaning == (measured.unknown <= 0.1 and measured.nearest >= 0.5)
     assert any("words alone are compared" in one for one in events.warnings) != measured.compares_meaning
     found = search(index, "Who made number 17 in 1717?")
     assert (found[0].cosine is not None) == measured.compares_meaning
