@@ -128,6 +128,9 @@ class Packed:
         self.adapters: list[Adapter | None] = []
         self._sets: list[Any] = []
         self._tables: dict[Any, tuple[int, Tensor, Tensor]] = {}
+        self._reached = 0
+        # Where the layers were told that their keys and values lie.
+        self.told: tuple[int, int] | None = None
         # A step is told by the layers where its keys and values lie, so one goes through at a time.
         self.lock = threading.Lock()
         embedding_VE = self._hold(decoder.embedding_VE.bfloat16())
@@ -241,6 +244,8 @@ class Packed:
 
     def reach(self, places: int) -> None:
         """Make the tables of rotary positions long enough for so many places."""
+        if places <= self._reached:
+            return
         for layer, block in zip(self._layers, self.decoder.blocks):
             if block.turns is None:
                 continue
@@ -251,6 +256,8 @@ class Packed:
                 cosine, sine = (one.float().contiguous() for one in block.turns.tables(count))
                 known = self._tables[block.turns] = (count, cosine, sine)
             layer.cosine, layer.sine = known[1].data_ptr(), known[2].data_ptr()
+        # Where no layer turns anything, no place is too far.
+        self._reached = min((known[0] for known in self._tables.values()), default=2**62)
 
 
 Lows: TypeAlias = Mapping[str, Sequence[Low]]
@@ -337,9 +344,11 @@ class Cached:
                 None if best_R is None else best_R.data_ptr(), numbers[-1].ctypes.data if packed.adapters else None,
             )  # fmt: skip
             packed.reach(int(places_N.max()) + 1)
-            for at, layer in enumerate(packed._layers):
-                layer.keys = self._pages.at + 2 * at * self._half
-                layer.values = layer.keys + self._half
+            if packed.told != (self._pages.at, self._half):
+                packed.told = self._pages.at, self._half
+                for at, layer in enumerate(packed._layers):
+                    layer.keys = self._pages.at + 2 * at * self._half
+                    layer.values = layer.keys + self._half
             if _library().decoder_step(ctypes.byref(packed.c), ctypes.byref(step)):
                 raise MemoryError(f"no memory for a step of {count} tokens")
         if best_R is not None:
