@@ -121,7 +121,7 @@ class Hands:
         ids, sampling = self._prompt(message), Sampling.make(message["sampling"], where="sampling")
         if message.get("tools") and message.get("choice") != "none":
             sampling = self._with_calls(message, sampling)
-        settings = {name: message[name] for name in ("priority", "tenant", "salt") if name in message}
+        settings = {name: message[name] for name in ("priority", "tenant", "salt", "adapter") if name in message}
         piecewise = bool(message.get("stream"))
         with self.door.begin(ids, sampling, piecewise=piecewise, **settings) as answer:
             if not piecewise:
@@ -161,6 +161,20 @@ class Hands:
         """A conversation as the model reads it."""
         text, ids = self.model.renderer.render(self._turns(message), message.get("tools") or (), opened=True)
         yield {"end": {"text": text, "ids": list(ids)}}
+
+    async def load_adapter(self, message: dict[str, Any]) -> Parts:
+        """Write with the adapter at `source` too, where texts are asked for under `name`. One that was tuned on text that the
+        base is not asked with here is refused, as is all that `read_additions` refuses."""
+        found = await self.door.load_adapter(message["name"], message["source"])
+        if any("template" in note for note in found.notes):
+            await self.door.unload_adapter(message["name"], now=True)
+            raise ModelError(f"{message['source']}: {'; '.join(found.notes)}")
+        yield {"end": {"layers": len(found.layers), "parameters": found.parameters, "notes": list(found.notes)}}
+
+    async def unload_adapter(self, message: dict[str, Any]) -> Parts:
+        """Write with it no longer; what is being written goes on to its end."""
+        await self.door.unload_adapter(message["name"])
+        yield {"end": {}}
 
     async def beat(self, message: dict[str, Any]) -> Parts:
         """Write one token, or read one text, before all others."""
@@ -282,6 +296,8 @@ DOINGS: dict[str, Callable[[Hands, dict[str, Any]], Parts]] = {
     "embed": embed,
     "classify": classify,
     "relate": relate,
+    "load_adapter": Hands.load_adapter,
+    "unload_adapter": Hands.unload_adapter,
     "beat": Hands.beat,
     "state": Hands.state,
 }

@@ -16,7 +16,7 @@ from luthier.faces.server.shelf import Served
 async def write(request: Request, served: Served, asked: dict[str, Any]) -> dict[str, Any]:
     """The whole answers to a prompt. Raises Refused, Gone."""
     began = time.monotonic()
-    found = await served.process.ask("write", **asked)
+    found = await served.process.ask("write", **asked, **_beside(served))
     _note(request, served, asked, found["usage"], began, [one["text"] for one in found["answers"]])
     return found
 
@@ -35,12 +35,17 @@ async def write_pieces(
     """The same, piece by piece."""
     began, texts = time.monotonic(), dict[int, str]()
     keep = server_of(request).settings.log_prompts
-    async for kind, part in served.process.stream("write", **asked):
+    async for kind, part in served.process.stream("write", **asked, **_beside(served)):
         if kind == "end":
             _note(request, served, asked, part["usage"], began, list(texts.values()))
         elif keep:
             texts[part["which"]] = texts.get(part["which"], "") + part["text"]
         yield kind, part
+
+
+def _beside(served: Served) -> dict[str, Any]:
+    """The adapter that a model is, beside its base."""
+    return {"adapter": served.name} if served.parent is not None else {}
 
 
 def _note(
