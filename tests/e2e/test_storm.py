@@ -115,6 +115,6 @@ def test_ten_thousand_requests(tmp_path):
         # The same engine as before, and nothing of what was asked stays.
         assert engine_of(served.process.pid) == engine
         assert resident(engine) - before < 60e6 and resident(served.process.pid) - own < 60e6
-        assert httpx.get(f"{served.url}/health/ready").status_code == 200
+        assert httpx.get(f"{served.url}/health/ready", timeout=60).status_code == 200
     finally:
         assert served.stop() == 0

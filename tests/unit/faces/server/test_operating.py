@@ -103,7 +103,7 @@ def test_malformed_bodies_are_answered(served):
 
 def test_readiness_is_a_token(served):
     assert httpx.get(f"{served.url}/health/live").json() == {"status": "live"}
-    ready = httpx.get(f"{served.url}/health/ready")
+    ready = httpx.get(f"{served.url}/health/ready", timeout=60)
     assert ready.status_code == 200 and ready.json() == {"status": "ready", "troubles": {}}
 
 
@@ -147,13 +147,17 @@ def test_keys_do_what_their_scopes_say(keyed):
     assert httpx.get(f"{running.url}/v1/models", headers=app).status_code == 200
     assert httpx.get(f"{running.url}/metrics", headers=app).status_code == 403
     assert httpx.get(f"{running.url}/metrics", headers=boss).status_code == 200
-    assert httpx.post(f"{running.url}/admin/models", headers=app, json={"source": "mini"}).status_code == 403
+    assert (
+        httpx.post(f"{running.url}/admin/models", timeout=60, headers=app, json={"source": "mini"}).status_code == 403
+    )
     assert httpx.post(f"{running.url}/v1/completions", headers=boss, json={}).status_code == 403
-    wrong = httpx.post(f"{running.url}/admin/models", headers=boss, json={"source": "./nowhere"})
+    wrong = httpx.post(f"{running.url}/admin/models", timeout=60, headers=boss, json={"source": "./nowhere"})
     assert wrong.status_code == 400 and "nowhere" in wrong.json()["error"]["message"]
-    made = httpx.post(f"{running.url}/admin/models", headers=boss, json={"source": "mini", "name": "other"})
+    made = httpx.post(f"{running.url}/admin/models", timeout=60, headers=boss, json={"source": "mini", "name": "other"})
     assert made.status_code == 201 and made.json()["id"] == "other"
-    again = httpx.post(f"{running.url}/admin/models", headers=boss, json={"source": "mini", "name": "other"})
+    again = httpx.post(
+        f"{running.url}/admin/models", timeout=60, headers=boss, json={"source": "mini", "name": "other"}
+    )
     assert again.status_code == 409
     assert httpx.delete(f"{running.url}/admin/models/other", headers=boss).json()["deleted"]
     assert httpx.delete(f"{running.url}/admin/models/other", headers=boss).status_code == 404
@@ -174,7 +178,9 @@ def test_a_key_takes_no_more_at_once_than_it_may(keyed):
 def test_an_engine_that_is_killed_comes_back(keyed):
     running, keys = keyed
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=keys["app"], max_retries=0)
-    until(lambda: httpx.get(f"{running.url}/health/ready", headers=with_key(keys["boss"])).status_code == 200)
+    until(
+        lambda: httpx.get(f"{running.url}/health/ready", timeout=60, headers=with_key(keys["boss"])).status_code == 200
+    )
     stream = client.chat.completions.create(
         model="mini", messages=ASK["messages"], max_tokens=400, stream=True, extra_body={"ignore_eos": True}
     )
@@ -184,7 +190,10 @@ def test_an_engine_that_is_killed_comes_back(keyed):
         list(stream)
     with pytest.raises(openai.InternalServerError, match=r"started again|being loaded"):
         client.chat.completions.create(model="mini", messages=ASK["messages"], max_tokens=3)
-    until(lambda: httpx.get(f"{running.url}/health/ready", headers=with_key(keys["boss"])).status_code == 200, 60)
+    until(
+        lambda: httpx.get(f"{running.url}/health/ready", timeout=60, headers=with_key(keys["boss"])).status_code == 200,
+        60,
+    )
     assert client.chat.completions.create(model="mini", messages=ASK["messages"], max_tokens=3).choices
 
 
@@ -203,7 +212,10 @@ def test_a_signal_lets_answers_end(keyed):
     next(stream)
     running.process.terminate()
     until(
-        lambda: httpx.get(f"{running.url}/health/ready", headers=with_key(keys["app"])).json()["status"] == "draining"
+        lambda: (
+            httpx.get(f"{running.url}/health/ready", timeout=60, headers=with_key(keys["app"])).json()["status"]
+            == "draining"
+        )
     )
     with pytest.raises(openai.InternalServerError, match="the server is ending"):
         client.chat.completions.create(model="mini", messages=ASK["messages"], max_tokens=3)
