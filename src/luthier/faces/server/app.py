@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from luthier import __version__
-from luthier.faces.server import chat, completions, health, models, tokens
+from luthier.faces.server import chat, completions, health, models, page, tokens
 from luthier.faces.server.access import Access
 from luthier.faces.server.bounds import Bounds
 from luthier.faces.server.keys import Key
@@ -16,7 +16,7 @@ from luthier.faces.server.refusals import explain
 from luthier.faces.server.server import Server
 
 ABOUT = "Inference and fine-tuning on your own machine, in the words of OpenAI's API."
-ROUTES = (health, models, chat, completions, tokens)
+ROUTES = (health, models, chat, completions, tokens, page)
 
 
 def make_app(server: Server, keys: Sequence[Key] | None) -> FastAPI:
