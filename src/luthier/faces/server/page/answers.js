@@ -17,7 +17,7 @@ export function answerElement(answer, view, key, model, acts) {
     put(text, answer);
     calls.replaceChildren(...answer.calls.map(callElement));
     if (!writing) putEnd(root, answer, text);
-    facts.textContent = factsOf(answer, model).join(" · ");
+    facts.replaceChildren(...factsOf(answer, model).map((one) => make("span", { text: one })));
     if (tools.dataset.state !== answer.state) tools.replaceChildren(...actsOf(answer, key, acts));
     tools.dataset.state = answer.state;
   };

@@ -3,7 +3,7 @@ import { answerElement } from "./answers.js";
 import { MOST_COLUMNS } from "./conversation.js";
 import { action, at, copy, keepingFocus, make, toast } from "./dom.js";
 import { canChat, labelOf, stateWord } from "./models.js";
-import { say } from "./words.js";
+import { number, say } from "./words.js";
 
 const live = new WeakMap();
 const waiting = new Set();
@@ -65,7 +65,7 @@ function tab(app, column, place) {
 function columnElement(app, column, place) {
   const log = make("div", { class: "log", "data-column": column.id, tabindex: "0", role: "log", "aria-live": "off", "aria-label": say("column", { n: place + 1 }) });
   if (column.turns.length) log.append(...column.turns.map((turn, at) => turnElement(app, column, turn, at === column.turns.length - 1)));
-  else log.append(emptyElement(app));
+  else log.append(emptyElement(app, column));
   return make(
     "section", { class: "column", id: `column-${column.id}`, "data-chosen": String(place === app.state.chosen), "aria-label": say("column", { n: place + 1 }) },
     headElement(app, column, place), stateElement(app, column), log,
@@ -114,12 +114,20 @@ function stateElement(app, column) {
   return make("p", { class: "column-state", role: "status", text });
 }
 
-function emptyElement(app) {
+// What the model is, until there is something that it said.
+function emptyElement(app, column) {
   if (app.known && !app.models.length) {
     return make("div", { class: "empty" }, make("h2", { text: say("no_models") }), make("p", { text: say("no_models_help") }));
   }
-  const text = say(app.state.columns.length > 1 ? "empty_many" : "empty_one");
-  return make("div", { class: "empty" }, make("h2", { text: say("empty_title") }), make("p", { text }));
+  if (app.state.columns.length === 1) {
+    return make("div", { class: "empty" }, make("h2", { text: say("empty_title") }), make("p", { text: say("empty_one") }));
+  }
+  const model = app.models.find((one) => one.id === column.model), context = model?.max_model_len;
+  return make(
+    "div", { class: "empty" }, make("h2", { text: column.model }),
+    model && model.root !== model.id ? make("p", { text: say("from", { source: model.root }) }) : null,
+    context ? make("p", { text: say("context", { n: number(context) }) }) : null,
+  );
 }
 
 function turnElement(app, column, turn, last) {
@@ -170,5 +178,6 @@ function drawTargets(state) {
   if (!state.columns.some((column) => column.id === state.target)) state.target = "all";
   select.value = state.target;
   select.hidden = state.columns.length < 2;
+  at("message").placeholder = say(state.columns.length > 1 && state.target === "all" ? "message_placeholder_all" : "message_placeholder");
 }
 

@@ -23,7 +23,8 @@ const app = {
     draw();
   },
   stop,
-  regenerate(column, turn) { start(column, turn, Math.floor(Math.random() * 2 ** 31)); },
+  // What failed is asked again as it was; what was answered, with another seed.
+  regenerate(column, turn) { start(column, turn, turn.answer.error ? turn.answer.seed : Math.floor(Math.random() * 2 ** 31)); },
   removeTurn,
   resend,
   save,
@@ -36,6 +37,7 @@ const showSettings = wireSettings(state, changed);
 function draw() {
   hideTip();
   drawColumns(app);
+  at("legend").hidden = state.view !== "tokens";
   drawSending();
 }
 
@@ -185,7 +187,7 @@ function wire() {
     for (const menu of document.querySelectorAll("details.menu[open]")) if (!menu.contains(event.target)) menu.open = false;
   });
   at("stop").addEventListener("click", stopAll);
-  at("target").addEventListener("change", () => { state.target = at("target").value; changed(); });
+  at("target").addEventListener("change", () => { state.target = at("target").value; changed(); draw(); });
   at("views").addEventListener("change", (event) => { state.view = event.target.value; changed(); draw(); });
   at("add-column").addEventListener("click", addColumn);
   at("new-conversation").addEventListener("click", () => {

@@ -2,7 +2,7 @@
 // stay text, so that no answer leads anywhere.
 import { make } from "./dom.js";
 
-const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(\s+)(.*)$/;
 
 export function render(text) {
   const lines = text.split("\n"), found = document.createDocumentFragment();
@@ -42,7 +42,7 @@ export function render(text) {
 
 // Lines that are further in than the first item belong to the item above them.
 function list(lines) {
-  const [, margin, mark] = ITEM.exec(lines[0]);
+  const [, margin, mark, gap] = ITEM.exec(lines[0]), depth = (margin + mark + gap).length;
   const root = make(/\d/.test(mark) ? "ol" : "ul", /\d/.test(mark) ? { start: parseInt(mark) } : {});
   let inner = [];
   const close = () => {
@@ -53,9 +53,9 @@ function list(lines) {
     const item = ITEM.exec(line);
     if (item && item[1].length <= margin.length) {
       close();
-      root.append(inline(make("li"), item[3]));
+      root.append(inline(make("li"), item[4]));
     } else {
-      inner.push(line.slice(Math.min(margin.length + 2, line.search(/\S/))));
+      inner.push(line.slice(Math.min(depth, line.search(/\S|$/))));
     }
   }
   close();

@@ -2,6 +2,9 @@
 import { at, make } from "./dom.js";
 import { percent, say } from "./words.js";
 
+// The log-probability (of 0.1 %) from which on tokens have the full tint.
+const FAINTEST = 6.9;
+
 // Lines up log-probabilities with the text as it comes. A token is [text, logprob, [[text, logprob], ...], parts]; `parts` counts
 // tokens that are only together a text: one character may be several tokens.
 export function lineUp(tokens) {
@@ -39,7 +42,7 @@ const topOf = (one) => one.top_logprobs.map((top) => [top.token, round(top.logpr
 export function tokenSpan(token, first) {
   const [text, logprob] = token;
   const span = make("span", { class: "token", text, tabindex: first ? "0" : "-1" });
-  span.style.setProperty("--doubt", logprob === null ? 0 : (1 - Math.exp(logprob)).toFixed(3));
+  span.style.setProperty("--doubt", logprob === null ? 0 : Math.min(1, -logprob / FAINTEST).toFixed(3));
   span.token = token;
   return span;
 }
@@ -78,6 +81,11 @@ function showTip(span) {
   tip.hidden = false;
   shown = span;
   span.setAttribute("aria-describedby", "tip");
+  placeTip(span);
+}
+
+function placeTip(span) {
+  const tip = at("tip");
   // Below the token, or above where there is no room.
   const box = span.getClientRects()[0] ?? span.getBoundingClientRect(), { width, height } = tip.getBoundingClientRect();
   const left = Math.max(8, Math.min(box.left, innerWidth - width - 8));
@@ -99,7 +107,11 @@ export function wireTokens(root) {
   root.addEventListener("mouseout", (event) => { if (tokenOf(event)) hideTip(); });
   root.addEventListener("focusin", (event) => { const span = tokenOf(event); if (span) showTip(span); });
   root.addEventListener("focusout", (event) => { if (tokenOf(event)) hideTip(); });
-  root.addEventListener("scroll", hideTip, true);
+  // A token that is gone to by key may scroll into sight: the tip stays with it.
+  root.addEventListener("scroll", () => {
+    if (shown && shown === document.activeElement) placeTip(shown);
+    else hideTip();
+  }, true);
   root.addEventListener("keydown", (event) => {
     const span = tokenOf(event);
     if (!span) return;

@@ -33,8 +33,8 @@ export function seconds(milliseconds) {
 
 export function percent(logprob) {
   const value = 100 * Math.exp(logprob);
-  if (value < 0.1) return "< 0.1 %";
-  return `${number(value, value < 99.95 ? 1 : 0)} %`;
+  if (value < 0.1) return "<0.1%";
+  return `${number(value, value < 99.95 ? 1 : 0)}%`;
 }
 
 // Fill in what stands in index.html.
