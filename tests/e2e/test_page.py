@@ -111,11 +111,10 @@ def ask_two(page):
 
 def show_probabilities(page):
     """Tokens make up the answer; pointing at one, or going there by key, shows what else was likely."""
-    texts = page.run("JSON.parse(localStorage.getItem('luthier.conversation') ?? 'null')?.columns.map((one) => one.turns[0].answer.text)")
+    texts = page.run(TEXTS)
     page.click("#views label:nth-of-type(3)")
     page.wait("document.querySelectorAll('.token').length > 4")
-    if texts:
-        assert page.run(TEXTS) == texts
+    assert page.run(TEXTS) == texts
     page.hover(".token")
     page.wait("!document.getElementById('tip').hidden")
     rows = page.run("[...document.querySelectorAll('.tip-row')].map((one) => one.textContent)")
