@@ -13,10 +13,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --disable-dev-shm-usage --no-first-run --hide-scrollbars "
-    "--disable-background-networking --disable-component-update --disable-sync --disable-extensions --remote-debugging-pipe"
-).split()
+FLAGS = [
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-extensions",
+    "--remote-debugging-pipe",
+]
 # Chromium reads commands from the descriptor 3, and answers to 4.
 LAUNCH = (
     "import fcntl, os, sys; r, w = (fcntl.fcntl(int(one), fcntl.F_DUPFD, 10) for one in sys.argv[1:3]); "
@@ -72,9 +82,9 @@ class Page:
     def wait(self, condition, seconds=30):
         """Until an expression is true in the page."""
         looked = (
-            "new Promise((done) => { const end = performance.now() + %d; const look = () => { let found = false; "
-            "try { found = (%s); } catch {} if (found || performance.now() > end) done(!!found); else setTimeout(look, 20); "
-            "}; look(); })" % (seconds * 1000, condition)
+            f"new Promise((done) => {{ const end = performance.now() + {seconds * 1000}; const look = () => {{ "
+            f"let found = false; try {{ found = ({condition}); }} catch {{}} "
+            "if (found || performance.now() > end) done(!!found); else setTimeout(look, 20); }; look(); })"
         )
         assert self.run(looked), f"not within {seconds} s: {condition}\n{self.run('document.body.innerText')[:2000]}"
 
@@ -98,11 +108,11 @@ class Page:
         self.do("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
     def middle(self, selector):
-        box = self.run(
+        """Where it is, scrolled into sight."""
+        return self.run(
             f"(() => {{ const one = document.querySelector({json.dumps(selector)}); one.scrollIntoView({{block: 'nearest'}}); "
             "const box = one.getClientRects()[0]; return [box.x + box.width / 2, box.y + box.height / 2]; })()"
         )
-        return box
 
     def type(self, text):
         self.do("Input.insertText", text=text)
@@ -115,9 +125,7 @@ class Page:
             )
 
     def size(self, width, height, dark=False, scale=1, phone=False):
-        self.do(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone
-        )
+        self.do("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.do("Emulation.setEmulatedMedia", features=[scheme])
 

@@ -9,6 +9,7 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+
 from browser import browsing, find_browser
 
 pytestmark = [
@@ -27,7 +28,9 @@ ENTER = {"name": "Enter", "code": 13, "text": "\r"}
 def serving(folder, *arguments):
     """The address of a server of the command line."""
     environment = os.environ | {"LUTHIER_RUNS": str(folder / "runs"), "HF_HUB_OFFLINE": "1", "LUTHIER_LANG": "en"}
-    process = subprocess.Popen([*LUTHIER, *arguments, "--port", "0"], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [*LUTHIER, *arguments, "--port", "0"], stderr=subprocess.PIPE, text=True, env=environment
+    )
     lines = queue.Queue()
     reading = threading.Thread(target=lambda: [lines.put(line) for line in process.stderr])
     reading.start()
@@ -47,20 +50,23 @@ def serving(folder, *arguments):
 def test_two_models_are_asked_side_by_side(tmp_path):
     keys = tmp_path / "keys.json"
     made = subprocess.run([*LUTHIER, "--keys", keys, "--new-key", "page"], capture_output=True, text=True, check=True)
-    with serving(tmp_path, "mini", "twin=mini", "--keys", str(keys)) as address:
-        with browsing(tmp_path / "profile", "--lang=en-US") as page:
-            page.size(1280, 800)
-            page.open(address)
-            give_key(page, made.stdout.strip())
-            ask_two(page)
-            show_probabilities(page)
-            stop_one(page)
-            go_on(page)
-            refuse(page)
-            export(page)
-            find_again(page)
-            use_phone(page)
-            assert page.troubles == []
+    with (
+        serving(tmp_path, "mini", "twin=mini", "--keys", str(keys)) as address,
+        browsing(tmp_path / "profile", "--lang=en-US") as page,
+    ):
+        page.size(1280, 800)
+        page.open(address)
+        give_key(page, made.stdout.strip())
+        ask_two(page)
+        show_probabilities(page)
+        stop_one(page)
+        go_on(page)
+        refuse(page)
+        export(page)
+        find_again(page)
+        use_phone(page)
+        line_up(page)
+        assert page.troubles == []
 
 
 def put(page, setting, text):
@@ -97,8 +103,9 @@ def ask_two(page):
     )
     assert page.run("document.querySelectorAll('.answer').length") == 0
     page.run(
-        "window.lengths = new Map(); new MutationObserver(() => document.querySelectorAll('.answer .text').forEach((one, at) => "
-        "lengths.set(at, (lengths.get(at) ?? new Set()).add(one.textContent.length)))).observe(document.getElementById('columns'), "
+        "window.lengths = new Map(); new MutationObserver(() => document.querySelectorAll('.answer .text')"
+        ".forEach((one, at) => lengths.set(at, (lengths.get(at) ?? new Set()).add(one.textContent.length))))"
+        ".observe(document.getElementById('columns'), "
         "{childList: true, subtree: true, characterData: true})"
     )
     page.key(**ENTER)
@@ -131,11 +138,13 @@ def show_probabilities(page):
 def stop_one(page):
     """One column alone is asked, and stopped by Esc; what it wrote stays."""
     page.run(
-        "(() => { const one = document.getElementById('target'); one.selectedIndex = 2; one.dispatchEvent(new Event('change')); })()"
+        "(() => { const one = document.getElementById('target'); one.selectedIndex = 2; "
+        "one.dispatchEvent(new Event('change')); })()"
     )
     # Whatever is written is stopped at its first piece.
     page.run(
-        "new MutationObserver((_, seeing) => { const one = document.querySelectorAll('.column')[1].querySelectorAll('.answer .text')[1]; "
+        "new MutationObserver((_, seeing) => { "
+        "const one = document.querySelectorAll('.column')[1].querySelectorAll('.answer .text')[1]; "
         "if (one?.textContent) { seeing.disconnect(); document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'})); } })"
         ".observe(document.getElementById('columns'), {childList: true, subtree: true, characterData: true})"
     )
@@ -177,7 +186,9 @@ def refuse(page):
     page.click("#message")
     page.type("Not sent")
     page.key(**ENTER)
-    assert page.run("document.activeElement.id") == "schema" and not page.run("document.getElementById('settings').hidden")
+    assert page.run("document.activeElement.id") == "schema" and not page.run(
+        "document.getElementById('settings').hidden"
+    )
     assert page.run("document.querySelectorAll('.answer').length") == count
     page.click("#reset-settings")
     assert page.run("document.getElementById('schema').value") == ""
@@ -200,7 +211,7 @@ def find_again(page):
     page.run("document.getElementById('language').click()")
     page.wait("document.documentElement.lang === 'zh-CN' && document.getElementById('send').textContent === '发送'")
     page.run(
-        "document.querySelector('.user-text').textContent; dispatchEvent(new Event('pagehide')); addEventListener('pagehide', () => { "
+        "dispatchEvent(new Event('pagehide')); addEventListener('pagehide', () => { "
         "const kept = JSON.parse(localStorage['luthier.conversation']); "
         "kept.columns[0].turns[0].answer.text = '**bold** <img src=x onerror=\"window.broken = 1\">'; "
         "localStorage['luthier.conversation'] = JSON.stringify(kept); })"
@@ -224,3 +235,22 @@ def use_phone(page):
     page.key("ArrowRight", 39)
     assert page.run(shown) == [False, True]
     assert page.run("document.documentElement.scrollWidth") <= 360
+
+
+def line_up(page):
+    """Tokens that make up a character together are one, wherever the pieces of the answer are cut."""
+    tried = (
+        "(async () => { const {lineUp} = await import('/page/tokens.js'); const tokens = [], lines = lineUp(tokens); "
+        "const log = (token) => ({token, logprob: -1, top_logprobs: []}); "
+        "for (const [text, logs] of %s) lines.add(text, logs.map(log)); lines.end(); "
+        "return tokens.map((one) => [one[0], one[1], one[3]]); })()"
+    )
+    half = "\ufffd"
+    for pieces in (
+        [["A琴", ["A", half, half]], [" is", [" is"]]],
+        [["A", ["A", half]], ["琴 is", [half, " is"]]],
+        [["A琴 is", ["A", half, half, " is"]]],
+    ):
+        found = page.run(tried % json.dumps(pieces))
+        assert found == [["A", -1, 1], ["琴", -2, 2], [" is", -1, 1]], pieces
+    assert page.run(tried % json.dumps([["no", []], [" logs", []]])) == [["no logs", None, 0]]

@@ -51,7 +51,9 @@ def test_page_may_run_its_own_scripts_alone(client):
         assert headers["x-content-type-options"] == "nosniff" and headers["referrer-policy"] == "no-referrer"
 
 
-@pytest.mark.parametrize("name", ["page.py", "..%2Fpage.py", "..%2fkeys.py", "%2e%2e/app.py", "nothing.js", "main.js%00"])
+@pytest.mark.parametrize(
+    "name", ["page.py", "..%2Fpage.py", "..%2fkeys.py", "%2e%2e/app.py", "nothing.js", "main.js%00"]
+)
 def test_file_that_is_not_of_the_page_is_not_found(client, name):
     answer = client.get(f"/page/{name}")
     assert answer.status_code == 404 and "error" in answer.json()
@@ -81,7 +83,9 @@ def test_page_names_no_other_host_and_reads_no_html():
     for file in FOLDER.iterdir():
         text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         assert not re.findall(r"https?://|//cdn|@import|\burl\(", text), file.name
-        assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), file.name
+        assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", text), (
+            file.name
+        )
     assert not re.findall(r"\son\w+=|style=", HTML)
 
 
@@ -110,7 +114,9 @@ def test_text_stands_out_from_its_ground_in_light_and_in_dark():
             assert contrast(scheme["soft"], scheme[ground]) >= 4.5, ground
         assert contrast(scheme["on-accent"], scheme["accent"]) >= 4.5
         assert contrast(scheme["accent"], scheme["raised"]) >= 4.5
-        assert contrast(scheme["wrong"], scheme["wrong-soft"]) >= 4.5 and contrast(scheme["wrong"], scheme["paper"]) >= 4.5
+        assert (
+            contrast(scheme["wrong"], scheme["wrong-soft"]) >= 4.5 and contrast(scheme["wrong"], scheme["paper"]) >= 4.5
+        )
         assert contrast(scheme["edge"], scheme["raised"]) >= 3
 
 
@@ -128,6 +134,8 @@ def light(color):
 def test_wheel_takes_the_files_of_the_page():
     # hatchling packs every file below the package that git does not ignore.
     root = Path(__file__).parents[4]
-    wheel = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]["wheel"]
+    wheel = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"][
+        "wheel"
+    ]
     assert wheel == {"packages": ["src/luthier"]}
     assert FOLDER.is_relative_to(root / "src" / "luthier")

@@ -78,7 +78,7 @@ function headElement(app, column, place) {
     onchange: () => app.setModel(column, select.value), onfocus: () => { app.state.chosen = place; },
   });
   select.append(...app.models.map((one) => make("option", { value: one.id, text: labelOf(one), disabled: !canChat(one) })));
-  if (!app.models.length) select.append(make("option", { value: column.model, text: column.model || say("no_models") }));
+  if (!app.models.length) select.append(make("option", { value: column.model, text: column.model || (app.known ? say("no_models") : "…") }));
   else if (!app.models.some((one) => one.id === column.model)) {
     select.append(make("option", { value: column.model, text: say("model_state", { name: column.model, state: say("state_gone") }) }));
   }
@@ -122,12 +122,10 @@ function emptyElement(app, column) {
   if (app.state.columns.length === 1) {
     return make("div", { class: "empty" }, make("h2", { text: say("empty_title") }), make("p", { text: say("empty_one") }));
   }
-  const model = app.models.find((one) => one.id === column.model), context = model?.max_model_len;
-  return make(
-    "div", { class: "empty" }, make("h2", { text: column.model }),
-    model && model.root !== model.id ? make("p", { text: say("from", { source: model.root }) }) : null,
-    context ? make("p", { text: say("context", { n: number(context) }) }) : null,
-  );
+  const model = app.models.find((one) => one.id === column.model), facts = [];
+  if (model && model.root !== model.id) facts.push(say("from", { source: model.root }));
+  if (model?.max_model_len) facts.push(say("context", { n: number(model.max_model_len) }));
+  return make("div", { class: "empty" }, make("h2", { text: column.model }), make("p", { text: facts.join(" · ") }));
 }
 
 function turnElement(app, column, turn, last) {

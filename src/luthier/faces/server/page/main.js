@@ -61,6 +61,8 @@ function keepNow() {
 
 // The first columns have the first models; a second one stands beside it where there is one, and room.
 function takeModels(models) {
+  // Nothing is drawn anew for nothing: somebody may be changing a message.
+  if (app.known && JSON.stringify(models) === JSON.stringify(app.models)) return;
   const chat = models.filter(canChat);
   app.models = models;
   if (!kept && !app.known && chat.length > 1 && !narrow.matches && state.columns.length === 1) state.columns.push(newColumn(""));

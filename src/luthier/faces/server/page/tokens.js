@@ -6,31 +6,36 @@ import { percent, say } from "./words.js";
 const FAINTEST = 6.9;
 
 // Lines up log-probabilities with the text as it comes. A token is [text, logprob, [[text, logprob], ...], parts]; `parts` counts
-// tokens that are only together a text: one character may be several tokens.
+// tokens that are a text only together: one character may be several tokens, each of which is shown as \ufffd.
 export function lineUp(tokens) {
   let text = "", logs = [];
-  const take = () => {
-    while (logs.length && logs[0].token && text.startsWith(logs[0].token)) {
-      const one = logs.shift();
-      text = text.slice(one.token.length);
-      tokens.push([one.token, round(one.logprob), topOf(one), 1]);
-    }
+  const push = (length, count) => {
+    const taken = logs.splice(0, count), sum = taken.reduce((all, one) => all + one.logprob, 0);
+    tokens.push([text.slice(0, length), count ? round(sum) : null, count ? topOf(taken[0]) : [], count]);
+    text = text.slice(length);
   };
   return {
     add(content, more) {
       text += content;
       logs.push(...more);
-      take();
-      if (text && logs.length && !logs[0].token.startsWith(text)) this.end();
-    },
-    // What does not fit together is one token.
-    end() {
-      if (text) {
-        const logprob = logs.length ? round(logs.reduce((sum, one) => sum + one.logprob, 0)) : null;
-        tokens.push([text, logprob, logs.length ? topOf(logs[0]) : [], logs.length]);
+      while (text && logs.length) {
+        const token = logs[0].token;
+        if (token && text.startsWith(token)) {
+          push(token.length, 1);
+        } else if (token && token.startsWith(text)) {
+          return;
+        } else {
+          // As far as where the next whole token is found again.
+          const count = Math.max(1, logs.findIndex((one) => one.token && !one.token.includes("\ufffd")));
+          const place = logs.length > count ? text.indexOf(logs[count].token, 1) : -1;
+          if (place > 0) push(place, count);
+          else push(text.length, logs.length);
+        }
       }
-      text = "";
-      logs = [];
+    },
+    // What was not lined up until the end of the answer.
+    end() {
+      if (text) push(text.length, logs.length);
     },
   };
 }

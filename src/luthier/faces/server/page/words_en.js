@@ -63,7 +63,7 @@ export default {
   "no_models_help": "Start the server with one: luthier serve mini",
   "empty_title": "Try what you tuned",
   "from": "From {source}",
-  "context": "A context of {n} tokens",
+  "context": "Context of {n} tokens",
   "empty_one": "Write a message below, or add a column to compare two models.",
   "you": "You",
   "writing": "Writing",
