@@ -106,6 +106,8 @@ def test_text_stands_out_from_its_ground_in_light_and_in_dark():
     """WCAG 2.2 AA: 4.5 to 1 for text, 3 to 1 for the edges of fields."""
     css = (FOLDER / "page.css").read_text(encoding="utf-8")
     schemes = [dict(re.findall(r"--([\w-]+): (#\w{6});", one)) for one in css.split("prefers-color-scheme: dark")[:2]]
+    for scheme, one in zip(schemes, re.findall(r"--tint: ([\d ]+);", css), strict=True):
+        scheme["tint"] = one
     assert set(schemes[0]) == set(schemes[1]) and len(schemes[0]) >= 12
     for scheme in schemes:
         for ground in ("paper", "raised", "sunk", "accent-soft", "chosen"):
@@ -118,6 +120,14 @@ def test_text_stands_out_from_its_ground_in_light_and_in_dark():
             contrast(scheme["wrong"], scheme["wrong-soft"]) >= 4.5 and contrast(scheme["wrong"], scheme["paper"]) >= 4.5
         )
         assert contrast(scheme["edge"], scheme["raised"]) >= 3
+        assert contrast(scheme["ink"], tinted(scheme["paper"], scheme["tint"])) >= 4.5
+
+
+def tinted(ground, tint, share=0.5):
+    """The ground of a token that was very unlikely."""
+    assert f"var(--doubt) * {share:g}".replace("0.", ".") in (FOLDER / "answers.css").read_text(encoding="utf-8")
+    mixed = zip(bytes.fromhex(ground[1:]), tint.split(), strict=True)
+    return "#" + bytes(round(share * int(over) + (1 - share) * under) for under, over in mixed).hex()
 
 
 def contrast(one, other):

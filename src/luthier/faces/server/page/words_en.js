@@ -87,7 +87,7 @@ export default {
   "tokens": "{n} tokens",
   "token_one": "1 token",
   "stopped": "stopped",
-  "cut": "cut off at the most tokens",
+  "cut": "cut off by the limit of tokens",
   "by_model": "by {name}",
   "empty_answer": "The model ended without a word.",
   "calls": "calls {name}",

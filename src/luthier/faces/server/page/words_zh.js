@@ -87,7 +87,7 @@ export default {
   "tokens": "{n} 个词元",
   "token_one": "1 个词元",
   "stopped": "已停止",
-  "cut": "达到词元上限",
+  "cut": "达到词元上限，已截断",
   "by_model": "来自 {name}",
   "empty_answer": "模型没有输出任何内容。",
   "calls": "调用 {name}",
