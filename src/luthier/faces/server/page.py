@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-
-from luthier.faces.server.refusals import Refusal
+from starlette.exceptions import HTTPException
 
 routes = APIRouter(include_in_schema=False)
 
@@ -68,7 +67,7 @@ async def read_file(request: Request, file: str) -> Response:
 
 def _answer(request: Request, name: str) -> Response:
     if name not in page_files():
-        raise Refusal(404, "the page has no such file")
+        raise HTTPException(404)
     found = page_files()[name]
     headers = HEADERS | {"ETag": found.tag}
     if found.tag in request.headers.get("if-none-match", ""):
