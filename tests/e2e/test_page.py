@@ -57,16 +57,27 @@ def test_two_models_are_asked_side_by_side(tmp_path):
         page.size(1280, 800)
         page.open(address)
         give_key(page, made.stdout.strip())
+        slow(page, 100_000)
         ask_two(page)
         show_probabilities(page)
         stop_one(page)
         go_on(page)
+        slow(page, -1)
         refuse(page)
         export(page)
         find_again(page)
         use_phone(page)
         line_up(page)
         assert page.troubles == []
+
+
+def slow(page, bytes_a_second):
+    """Let the network be so slow that answers come in pieces, however fast they are written; -1: as fast as it is."""
+    page.do("Network.enable")
+    page.do(
+        "Network.emulateNetworkConditions",
+        offline=False, latency=0, downloadThroughput=bytes_a_second, uploadThroughput=-1,
+    )  # fmt: skip
 
 
 def put(page, setting, text):

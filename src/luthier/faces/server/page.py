@@ -14,18 +14,24 @@ from starlette.exceptions import HTTPException
 routes = APIRouter(include_in_schema=False)
 
 KINDS = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
+    ".html": "text/html;charset=utf-8",
+    ".css": "text/css;charset=utf-8",
+    ".js": "text/javascript;charset=utf-8",
     ".svg": "image/svg+xml",
 }
 # The page runs its own scripts alone and talks to its own server alone, whatever a model writes into it.
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
+POLICY = {
+    "default-src": ("'none'",),
+    "script-src": ("'self'",),
+    "style-src": ("'self'",),
+    "connect-src": ("'self'",),
+    "img-src": ("'self'", "data:"),
+    "frame-ancestors": ("'none'",),
+    "base-uri": ("'none'",),
+    "form-action": ("'none'",),
+}
 HEADERS = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": "; ".join(" ".join((name, *places)) for name, places in POLICY.items()),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     # Kept, and asked for again each time: after an update of the package nothing old is shown.
