@@ -15,6 +15,7 @@ from luthier.faces.server import (
     health,
     metrics,
     models,
+    page,
     responses,
     scoring,
     tokens,
@@ -28,7 +29,7 @@ from luthier.faces.server.refusals import explain
 from luthier.faces.server.server import Server
 
 ABOUT = "Inference and fine-tuning on your own machine, in the words of OpenAI's API."
-ROUTES = (health, metrics, models, chat, completions, responses, embeddings, scoring, tokens)
+ROUTES = (health, metrics, models, chat, completions, responses, embeddings, scoring, tokens, page)
 
 
 def make_app(server: Server, keys: Sequence[Key] | None, journal: Callable[[str], None] = lambda line: None) -> FastAPI:
