@@ -151,6 +151,8 @@ def check_draft(draft: LoadedModel, model: LoadedModel) -> None:
         raise ConfigError(
             f"draft: {name} does not write text by text side by side; choose a decoder-only language model"
         )
+    if model.spec.kind != "decoder":
+        raise ConfigError(f"draft: what {model.spec.source} writes from a source cannot be guessed; leave draft out")
     if draft.tokenizer.get_vocab() != model.tokenizer.get_vocab():
         raise ConfigError(
             f"draft: {name} and {model.spec.source} have different vocabularies, so one cannot guess the tokens of the other; "

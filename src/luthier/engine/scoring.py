@@ -12,6 +12,7 @@ from luthier.core.errors import DataError, ModelError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.batches import fill_batches
+from luthier.engine.adapters import NONE
 from luthier.engine.lanes import Lanes
 from luthier.engine.likelihood import score
 from luthier.engine.native import own_adapter
@@ -126,7 +127,7 @@ class Scorer:
         packed = self.model.native
         assert packed is not None
         if self._lanes is None or self._lanes.packed is not packed:
-            self._lanes = Lanes(packed, own_adapter(self.model))
+            self._lanes = Lanes(packed, 0 if own_adapter(self.model) else NONE)
         return self._lanes
 
     @torch.no_grad()

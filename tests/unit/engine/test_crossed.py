@@ -172,7 +172,7 @@ def test_settings_that_a_source_has_no_use_for_are_refused():
     with pytest.raises(ConfigError, match="prompt_logprobs"):
         engine.add([5, 6], Sampling(prompt_logprobs=True))
     with pytest.raises(ConfigError, match="adapter"):
-        engine.add([5, 6], Sampling(), adapter=0)
+        engine.add([5, 6], Sampling(), adapter="tuned")
     with pytest.raises(DataError, match="shorten"):
         engine.add(list(range(3, 203)), Sampling())
     engine.add(prompts((128,))[0], Sampling(max_tokens=300))

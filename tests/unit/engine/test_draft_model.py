@@ -154,7 +154,7 @@ def test_a_draft_of_another_vocabulary_or_kind_is_refused():
         check_draft(load_model(str(tiny_model("qwen2"))), endless())
     with pytest.raises(ConfigError, match="does not write text by text side by side"):
         check_draft(load_model(str(tiny_model("t5"))), endless())
-    with pytest.raises(ConfigError, match="nothing is written text by text by the engine here"):
+    with pytest.raises(ConfigError, match=r"what .* writes from a source cannot be guessed"):
         take_draft(load_model(str(tiny_model("t5"))), "mini", "auto", Events())
     with pytest.raises(ConfigError, match="nothing is written text by text by the engine here"):
         luthier.generate(model=str(tiny_model("bert")), prompt="one [MASK]", draft="mini")

@@ -122,6 +122,20 @@ def keyed(tmp_path_factory):
     running.process.communicate()
 
 
+@pytest.fixture
+def asking():
+    """Makes clients for the key "app", which are closed in the end."""
+    made = []
+
+    def make(running, keys):
+        made.append(openai.OpenAI(base_url=f"{running.url}/v1", api_key=keys["app"], max_retries=0))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
 def with_key(key):
     return {"Authorization": f"Bearer {key}"}
 
@@ -163,9 +177,9 @@ def test_keys_do_what_their_scopes_say(keyed):
     assert httpx.delete(f"{running.url}/admin/models/other", headers=boss).status_code == 404
 
 
-def test_a_key_takes_no_more_at_once_than_it_may(keyed):
+def test_a_key_takes_no_more_at_once_than_it_may(keyed, asking):
     running, keys = keyed
-    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=keys["app"], max_retries=0)
+    client = asking(running, keys)
     ask = {name: value for name, value in ASK.items() if name != "ignore_eos"} | {"extra_body": {"ignore_eos": True}}
     streams = [client.chat.completions.create(**ask, stream=True) for _ in range(2)]
     with pytest.raises(openai.RateLimitError, match="2 requests of this key") as caught:
@@ -175,9 +189,9 @@ def test_a_key_takes_no_more_at_once_than_it_may(keyed):
         one.close()
 
 
-def test_an_engine_that_is_killed_comes_back(keyed):
+def test_an_engine_that_is_killed_comes_back(keyed, asking):
     running, keys = keyed
-    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=keys["app"], max_retries=0)
+    client = asking(running, keys)
     until(
         lambda: httpx.get(f"{running.url}/health/ready", timeout=60, headers=with_key(keys["boss"])).status_code == 200
     )
@@ -203,9 +217,9 @@ def engine_of(pid):
         return next(int(one) for one in file.read().split())
 
 
-def test_a_signal_lets_answers_end(keyed):
+def test_a_signal_lets_answers_end(keyed, asking):
     running, keys = keyed
-    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=keys["app"], max_retries=0)
+    client = asking(running, keys)
     stream = client.chat.completions.create(
         model="mini", messages=ASK["messages"], max_tokens=300, stream=True, extra_body={"ignore_eos": True}
     )

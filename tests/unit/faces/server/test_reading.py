@@ -48,7 +48,8 @@ def reading(places, encoder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(reading):
-    return openai.OpenAI(base_url=f"{reading.url}/v1", api_key="none", max_retries=0)
+    with openai.OpenAI(base_url=f"{reading.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
 
 
 def test_vectors_are_those_of_the_encoder(client, encoder):
