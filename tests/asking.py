@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+import time
 
 import httpx
 
@@ -53,3 +55,19 @@ class Asked:
     def close(self):
         if "store" in self.server.parts:
             self.server.parts["store"].close()
+
+
+def until(check, seconds=90.0):
+    """What `check` finds in the end."""
+    end = time.monotonic() + seconds
+    while not (found := check()):
+        assert time.monotonic() < end
+        threading.Event().wait(0.1)
+    return found
+
+
+async def until_async(check, seconds=90.0):
+    """The same, while others on this loop work."""
+    async with asyncio.timeout(seconds):
+        while not check():
+            await asyncio.sleep(0.02)

@@ -4,14 +4,12 @@ import json
 import os
 import signal
 import sqlite3
-import threading
-import time
 from pathlib import Path
 
 import openai
 import pytest
 
-from asking import CHAT, LIKED, Asked, lines
+from asking import CHAT, LIKED, Asked, lines, until
 from luthier.core.errors import RunError
 from luthier.faces.server.following import as_table, sentence_in, steps_of
 from luthier.faces.server.keys import Key, digest
@@ -180,15 +178,6 @@ def chats(count):
 
 def client_of(running):
     return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
-
-
-def until(check, seconds=90.0):
-    """What `check` finds in the end."""
-    end = time.monotonic() + seconds
-    while not (found := check()):
-        assert time.monotonic() < end
-        threading.Event().wait(0.1)
-    return found
 
 
 def over(client, id):
