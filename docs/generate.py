@@ -14,7 +14,10 @@ from luthier.core.catalog import Catalog
 from luthier.core.config import Config
 
 REFERENCE = Path(__file__).parent / "reference"
-VERBS = ("tune:Tune", "evaluate:Evaluate", "generate:Generate", "prepare:Prepare", "merge:Merge", "report:Report")
+VERBS = (
+    *("tune:Tune", "evaluate:Evaluate", "generate:Generate", "index:Index", "prepare:Prepare", "merge:Merge"),
+    "report:Report",
+)
 CATALOGS = (
     "training.objectives:OBJECTIVES",
     "training.rewards:REWARDS",

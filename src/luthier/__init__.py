@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from luthier.verbs.generate import generate as generate
     from luthier.verbs.generate import inference as inference
     from luthier.verbs.generate import load as load
+    from luthier.verbs.index import index as index
     from luthier.verbs.merge import merge as merge
     from luthier.verbs.report import report as report
     from luthier.verbs.tune import fine_tune as fine_tune
@@ -35,6 +36,7 @@ _NAMES = {
     "tune": "luthier.verbs.tune",
     "evaluate": "luthier.verbs.evaluate",
     "generate": "luthier.verbs.generate",
+    "index": "luthier.verbs.index",
     "merge": "luthier.verbs.merge",
     "report": "luthier.verbs.report",
 }

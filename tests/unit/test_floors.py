@@ -9,7 +9,7 @@ FLOORS = [
     ["text", "metrics", "native"],
     ["data", "models"],
     ["engine"],
-    ["training", "evals", "choice", "reporting"],
+    ["training", "evals", "retrieval", "choice", "reporting"],
     ["verbs"],
     ["faces"],
 ]

@@ -63,8 +63,10 @@ class Backend(Config):
         return key
 
 
-def refuse_here(device: str, execution: str) -> None:
+def refuse_here(device: str, execution: str, draft: str | None = None) -> None:
     """Raises ValueError for settings of this machine, where a server computes."""
+    if draft is not None:
+        raise ValueError("draft has no effect with a backend, where a server computes; leave one of the two out")
     for name, value in (("device", device), ("execution", execution)):
         if value != "auto":
             raise ValueError(f"{name} has no effect with a backend, where a server computes; leave one of the two out")

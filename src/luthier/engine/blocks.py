@@ -21,6 +21,8 @@ class Blocks:
         self._holders = [0] * count
         self._names: dict[int, Name] = {}
         self._known: dict[Name, int] = {}
+        self._adapters: dict[int, int] = {}
+        """By whose adapter a block with a name was read."""
         self._idle: OrderedDict[int, None] = OrderedDict()
         """Held by none, with a name; longest unused first."""
 
@@ -42,7 +44,7 @@ class Blocks:
             if not self._idle:
                 raise IndexError("no block is free")
             block, _ = self._idle.popitem(last=False)
-            del self._known[self._names.pop(block)]
+            self._unname(block)
         self._holders[block] = 1
         return block
 
@@ -74,11 +76,23 @@ class Blocks:
         """Whether a block has that name."""
         return name in self._known
 
-    def name(self, block: int, name: Name) -> None:
-        """What a full block holds; the first of a name keeps it."""
+    def name(self, block: int, name: Name, adapter: int = -1) -> None:
+        """What a full block holds, as it was read with that adapter; the first of a name keeps it."""
         if name not in self._known and block not in self._names:
             self._known[name] = block
             self._names[block] = name
+            self._adapters[block] = adapter
+
+    def forget(self, adapter: int) -> None:
+        """No text begins with what was read with that adapter any more."""
+        for block in [one for one, whose in self._adapters.items() if whose == adapter]:
+            self._unname(block)
+            if block in self._idle:
+                del self._idle[block]
+                self._empty.append(block)
+
+    def _unname(self, block: int) -> None:
+        del self._known[self._names.pop(block)], self._adapters[block]
 
 
 def names_of(ids: Sequence[int], salt: str) -> Iterator[Name]:

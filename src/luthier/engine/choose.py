@@ -146,7 +146,8 @@ def _processed(scores_V: Tensor, request: Request) -> Tensor:
 
 def _penalised(scores_V: Tensor, request: Request) -> Tensor:
     """Keskar et al. 2019 (arXiv:1909.05858): what occurred in prompt or answer is divided, or multiplied below zero."""
-    seen = torch.tensor(sorted({*request.prompt, *request.written}), device=scores_V.device)
+    before = request.prompt if request.opening is None else request.opening
+    seen = torch.tensor(sorted({*before, *request.written}), device=scores_V.device)
     values = scores_V[seen]
     penalty = request.sampling.repetition_penalty
     return scores_V.index_copy(0, seen, torch.where(values < 0, values * penalty, values / penalty))
@@ -156,8 +157,7 @@ def _never(request: Request) -> list[int]:
     """Tokens that must not come: the last of a banned text whose others stand there, and end tokens that come too early."""
     found = list(request.ends) if len(request.written) < request.sampling.min_tokens else []
     for form in request.banned:
-        head = len(form) - 1
-        if head <= request.length and request.ids(request.length - head, request.length) == list(form[:-1]):
+        if request.last(len(form) - 1) == list(form[:-1]):
             found.append(form[-1])
     return found
 

@@ -1,28 +1,37 @@
-"""The door to an engine before which many wait: a thread of its own writes, and each who asked reads as it comes."""
+"""The door to an engine before which many wait: a thread of its own writes, or reads, and each who asked gets what comes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
-from typing import TypeAlias, TypedDict, TypeVar, Unpack
+from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
+
+from torch import Tensor
 
 from luthier.core.errors import ConfigError, LuthierError
+from luthier.core.events import Events
 from luthier.core.types import Completion
+from luthier.engine.adapters import Loaded
 from luthier.engine.engine import Engine
 from luthier.engine.generate import add_answer
-from luthier.engine.request import Request
+from luthier.engine.pooler import Embedding, Pooler, Reading
 from luthier.engine.sampling import Sampling
-from luthier.engine.streaming import Answer, Writing
+from luthier.engine.streaming import Answer, Outcome, Work, Writing
+from luthier.models.adapters.additions import read_additions
+from luthier.models.spec import LoadedModel
 
 T = TypeVar("T")
 # Texts that wait at most, and the tokens of their prompts, where nobody says.
 WAITING, WAITING_TOKENS = 256, 2**18
 # What the engine's thread is to do between two steps; or what keeps it from that, to be told.
 Task: TypeAlias = Callable[[BaseException | None], None]
+# What puts texts into the engine, on its thread.
+Entry: TypeAlias = Callable[[], Work]
 
 
 class Busy(LuthierError, RuntimeError):
@@ -43,22 +52,23 @@ class Settings(TypedDict, total=False):
     priority: int
     salt: str
     tenant: str
-    adapter: int
+    adapter: str
 
 
 class Door:
     """Writes what is asked for on any event loop, all of it together, on one thread, which sleeps while there is nothing to
-    write. A thread without a loop has one in `asyncio.run(door.complete(...))`.
+    write. A thread without a loop has one in `asyncio.run(door.complete(...))`. Behind it is an `Engine`, which writes and makes
+    vectors, or a `Pooler`, which makes vectors and scores.
 
     At most `waiting` texts wait to be taken up, with `waiting_tokens` tokens of prompts. From here on nobody else may touch the
     engine, or the model while something is written, but by `ask`. `close` it in the end.
     """
 
-    def __init__(self, engine: Engine, *, waiting: int = WAITING, waiting_tokens: int = WAITING_TOKENS):
+    def __init__(self, engine: Engine | Pooler, *, waiting: int = WAITING, waiting_tokens: int = WAITING_TOKENS):
         self._engine, self._most = engine, (waiting, waiting_tokens)
         # A queue into which the collector may put something while this very thread does.
         self._tasks: SimpleQueue[Task] = SimpleQueue()
-        self._open: dict[Request, Writing] = {}
+        self._open: dict[Work, Writing] = {}
         self._ending = False
         self._lock = Lock()
         self._closed: Closed | None = None
@@ -71,7 +81,7 @@ class Door:
         """The answers to a prompt (tokens, as `model.renderer.prompt` makes them), piece by piece: `async for` over it.
 
         Raises Busy at once where too many wait, Closed where nothing more is written, and ConfigError for what could never
-        wait. Whatever else is wrong is raised in place of the next piece.
+        wait, or where the model writes no text. Whatever else is wrong is raised in place of the next piece.
         """
         return self.begin(prompt, sampling, piecewise=True, **settings)
 
@@ -84,30 +94,47 @@ class Door:
     ) -> Answer:
         """The answers to a prompt, for who takes them piece by piece, or else as a whole (`Answer.whole`), which wakes its reader
         at the end alone. Raises as `stream` does."""
-        ids = tuple(prompt)
-        more = sampling.n, sampling.n * len(ids)
-        if _beyond(more, self._most):
-            raise ConfigError(
-                f"{more[0]} texts with {more[1]} tokens to read are asked for at once, and at most {self._most[0]} with "
-                f"{self._most[1]} may wait; set n lower, or shorten the prompt"
-            )
-        writing = Writing(sampling.n, piecewise)
-        with self._lock:
-            self._refuse_closed()
-            waiting = _sum(self._coming, self._standing)
-            if _beyond(_sum(waiting, more), self._most):
-                raise Busy(*waiting)
-            self._coming = _sum(self._coming, more)
-            self._tasks.put(partial(self._enter, writing, ids, sampling, settings))
-        return Answer(self._engine.model, writing, sampling, lambda one: self._tasks.put(partial(self._abort, one)))
+        engine, ids = self._engine, tuple(prompt)
+        if not isinstance(engine, Engine):
+            raise ConfigError(f"{engine.model.spec.source}: this model writes no text; ask for its scores or vectors")
+        entries = [partial(add_answer, engine, ids, sampling, 0, which, **settings) for which in range(sampling.n)]
+        return Answer(engine.model, self._let_in(entries, len(ids), piecewise), sampling, self._left)
 
-    async def ask(self, question: Callable[[Engine], T]) -> T:
+    async def pool(
+        self, ids: Iterable[int], embedding: Embedding | None = None, *, priority: int = 0, tenant: str = ""
+    ) -> Tensor:
+        """What comes of a text that is read once (tokens, as `pooled.encode_item` or `renderer.framed` makes them): raw scores
+        [C] of a head, which `pooled.prediction_of` puts into words, or the vector [E] that `embedding` says. Raises as `complete`
+        and `Pooler.pool` do.
+        """
+        engine, prompt = self._engine, tuple(ids)
+        if isinstance(engine, Engine) and embedding is None:
+            raise ConfigError("embedding: this model writes and has no scores to give; say which vector is asked for")
+
+        def enter() -> Reading:
+            if isinstance(engine, Pooler):
+                return engine.pool(prompt, embedding, priority=priority, tenant=tenant)
+            return engine.pool(prompt, embedding or Embedding(), priority=priority, tenant=tenant)
+
+        writing = self._let_in([enter], len(prompt), piecewise=False)
+        return await Outcome(writing, self._left).whole()
+
+    async def ask(self, question: Callable[[Any], T]) -> T:
         """What `question` finds between two steps, after all that was asked for, or left, before."""
         answer: Future[T] = Future()
         with self._lock:
             self._refuse_closed()
             self._tasks.put(partial(_tell, answer, partial(question, self._engine)))
         return await asyncio.wrap_future(answer)
+
+    async def load_adapter(self, name: str, source: str | Path | LoadedModel) -> Loaded:
+        """`Engine.load_adapter` between two steps; it is read and checked before, while texts go on being written."""
+        read = await asyncio.to_thread(read_additions, self._engine.model, source)
+        return await self.ask(lambda engine: engine.load_adapter(name, read, Events()))
+
+    async def unload_adapter(self, name: str, *, now: bool = False) -> Loaded:
+        """`Engine.unload_adapter` between two steps."""
+        return await self.ask(lambda engine: engine.unload_adapter(name, now=now))
 
     def close(self, *, drain: bool = True) -> None:
         """Let nothing more in, and wait until all is written; without `drain`, those who still read get Closed instead. This
@@ -122,6 +149,26 @@ class Door:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
+
+    def _left(self, writing: Writing) -> None:
+        self._tasks.put(partial(self._abort, writing))
+
+    def _let_in(self, entries: Sequence[Entry], length: int, piecewise: bool) -> Writing:
+        more = len(entries), len(entries) * length
+        if _beyond(more, self._most):
+            raise ConfigError(
+                f"{more[0]} texts with {more[1]} tokens to read are asked for at once, and at most {self._most[0]} with "
+                f"{self._most[1]} may wait; set n lower, or shorten the prompt"
+            )
+        writing = Writing(len(entries), piecewise)
+        with self._lock:
+            self._refuse_closed()
+            waiting = _sum(self._coming, self._standing)
+            if _beyond(_sum(waiting, more), self._most):
+                raise Busy(*waiting)
+            self._coming = _sum(self._coming, more)
+            self._tasks.put(partial(self._enter, writing, entries, more))
+        return writing
 
     def _refuse_closed(self) -> None:
         if self._closed is not None:
@@ -152,20 +199,15 @@ class Door:
             sleep = False
 
     def _enter(
-        self,
-        writing: Writing,
-        ids: tuple[int, ...],
-        sampling: Sampling,
-        settings: Settings,
-        trouble: BaseException | None,
+        self, writing: Writing, entries: Sequence[Entry], more: tuple[int, int], trouble: BaseException | None
     ) -> None:
-        self._entered = _sum(self._entered, (sampling.n, sampling.n * len(ids)))
-        found: list[Request] = []
+        self._entered = _sum(self._entered, more)
+        found: list[Work] = []
         try:
             if trouble is not None:
                 raise trouble
-            for which in range(0 if writing.left else sampling.n):
-                found.append(add_answer(self._engine, ids, sampling, 0, which, **settings))
+            for enter in [] if writing.left else entries:
+                found.append(enter())
         except BaseException as err:
             writing.error = err
         writing.requests = found
@@ -178,7 +220,7 @@ class Door:
             self._engine.abort(request)
             self._open.pop(request, None)
 
-    def _hand_out(self, found: Iterable[Request]) -> None:
+    def _hand_out(self, found: Iterable[Work]) -> None:
         """Wake those who wait for what a step brought; each loop once."""
         news: dict[asyncio.AbstractEventLoop, dict[Writing, None]] = {}
         for request in found:
@@ -208,7 +250,7 @@ class Door:
 
     def _count(self) -> None:
         """How many wait, for those who ask to."""
-        waiting = self._engine.schedule.waiting
+        waiting = self._engine.waiting
         standing = len(waiting), sum(len(one.prompt) for one in waiting)
         with self._lock:
             self._standing = standing

@@ -1,8 +1,8 @@
 """Guesses at what a text goes on with, which the model then reads at once and keeps as far as it agrees.
 
 A guess changes nothing but the time: a token is kept only if it is the one that is chosen in its place anyway, greedily or by
-the draw of that place. Guesses come from the text itself (prompt lookup, Saxena 2023), and for a tuned model from the rows
-that it learned.
+the draw of that place. Guesses come from the text itself (prompt lookup, Saxena 2023), for a tuned model from the rows
+that it learned, and where neither says anything from a smaller model, if one is given (`engine.draft_model`).
 """
 
 from __future__ import annotations
@@ -32,28 +32,19 @@ BETWEEN = -1
 KEPT = 4_000_000
 
 
-class Guesser:
-    """Guesses for one text, as long as they are worth it: more tokens after one that was right, fewer after one that was
-    not, none for a while after several."""
+class Pace:
+    """How many tokens are worth guessing: more after a guess that was right, fewer after one that was not, none for a while
+    after several."""
 
-    def __init__(self, ids: Sequence[int], learned: Learned | None):
-        self._ids = list(ids)
-        self._learned = learned
-        self._seen: dict[tuple[int, ...], int] = {}
-        self._known = 0
+    def __init__(self) -> None:
         self._reach, self._misses, self._paused = FIRST, 0, 0
 
-    def guess(self, written: Sequence[int], prompt: int, most: int) -> list[int]:
-        """At most `most` tokens to come after a prompt of so many tokens and what was written since."""
-        self._ids += written[len(self._ids) - prompt :]
+    def most(self, allowed: int) -> int:
+        """Tokens of the next guess, of which so many are allowed at most."""
         if self._paused:
             self._paused -= 1
-            return []
-        most = min(most, self._reach)
-        if most < 1:
-            return []
-        found = self._learned.follow(self._ids, most) if self._learned is not None else []
-        return found or self._look_up(most)
+            return 0
+        return min(allowed, self._reach)
 
     def learn(self, guessed: int, right: int) -> None:
         """How much of the last guess was right."""
@@ -65,6 +56,30 @@ class Guesser:
         self._reach = max(1, self._reach // 2)
         if self._misses >= MISSES:
             self._misses, self._paused, self._reach = 0, PAUSE, FIRST
+
+
+class Guesser:
+    """Guesses for one text from itself and from the rows that were learned, as long as they are worth it."""
+
+    def __init__(self, ids: Sequence[int], learned: Learned | None):
+        self._ids = list(ids)
+        self._learned = learned
+        self._seen: dict[tuple[int, ...], int] = {}
+        self._known = 0
+        self._pace = Pace()
+
+    def guess(self, written: Sequence[int], prompt: int, most: int) -> list[int]:
+        """At most `most` tokens to come after a prompt of so many tokens and what was written since."""
+        self._ids += written[len(self._ids) - prompt :]
+        most = self._pace.most(most)
+        if most < 1:
+            return []
+        found = self._learned.follow(self._ids, most) if self._learned is not None else []
+        return found or self._look_up(most)
+
+    def learn(self, guessed: int, right: int) -> None:
+        """How much of the last guess was right."""
+        self._pace.learn(guessed, right)
 
     def _look_up(self, most: int) -> list[int]:
         """What followed when the last tokens came before."""

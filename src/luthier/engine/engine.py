@@ -7,27 +7,34 @@ import time
 import traceback
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from luthier.core.errors import ConfigError, ModelError
+from luthier.core.events import Events
+from luthier.engine.adapters import NONE, Adapters, Loaded
 from luthier.engine.blocks import Blocks, names_of
 from luthier.engine.choose import choose, takes_likeliest
+from luthier.engine.crossed import never_of, opening_of
+from luthier.engine.draft_model import DraftModel
 from luthier.engine.drafts import Guesser
 from luthier.engine.logs import prompt_logs, tops
 from luthier.engine.pieces import stops_here
-from luthier.engine.readers import reader_for
+from luthier.engine.pooler import Embedding, Pooler, Reading
+from luthier.engine.readers import reader_for, schedule_for, writes_side_by_side
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
-from luthier.engine.schedule import Schedule
 from luthier.engine.scoring import Asked, Score, Scorer
 from luthier.engine.structure import masks_made, matcher_for
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
+from luthier.models.adapters.additions import Additions
 from luthier.models.memory import out_of_memory, return_freed_memory
-from luthier.models.pages import BLOCK, writes_by_pages
+from luthier.models.pages import BLOCK
 from luthier.models.spec import LoadedModel
 
 # Texts that run at once, and tokens that go through the model at once, where nobody says.
@@ -37,24 +44,32 @@ GUESSED = 32
 
 
 class Engine:
-    """Writes with a decoder-only model, any number of texts at a time.
+    """Writes with a language model, any number of texts at a time: what follows a prompt, or of an encoder-decoder the answer to
+    a source.
 
     `room` is how many tokens of all texts together are kept at most; what is read of a prompt is kept for others that
     begin alike. A step is: plan, read, write one token more of every text that is read to its end. On a CPU what a text
-    becomes does not depend on the texts beside it, bit for bit. Raises ModelError for a model that cannot write so
-    (`models.pages.writes_by_pages`). Of what comes next, `guessed` tokens of all texts are guessed for a step (`engine.drafts`).
+    becomes does not depend on the texts beside it, bit for bit; of an encoder-decoder but for rounding. Raises ModelError for a
+    model that cannot write so (`readers.writes_side_by_side`). Of what comes next, `guessed` tokens of all texts are guessed
+    for a step (`engine.drafts`), by the model's `draft` too, where it has one. Vectors of texts are made beside it (`pool`).
     """
 
     def __init__(
         self, model: LoadedModel, room: int, *, streams: int = STREAMS, tokens: int = TOKENS, guessed: int = GUESSED
     ):
-        if not writes_by_pages(model):
+        if not writes_side_by_side(model):
             raise ModelError(f"{model.spec.source}: {model.spec.family} models do not write text by text side by side")
         self.model, self._arrived = model, 0
         blocks = -(-room // BLOCK)
         self._reader, self.blocks = reader_for(model, blocks), Blocks(blocks)
-        self.schedule, self._guessed = Schedule(self.blocks, streams, tokens), guessed
-        self._scorer = Scorer(model)
+        self.schedule, self._guessed = schedule_for(self._reader, self.blocks, streams, tokens), guessed
+        self._apart = model.spec.kind == "encoder-decoder"
+        self._scorer = None if self._apart else Scorer(model)
+        self._pooler: Pooler | None = None
+        self._beside = Adapters(model, self._reader)
+        # Its texts share no beginnings, and a few more tokens of each are guessed.
+        draft = model.draft if guessed else None
+        self._draft = None if draft is None else DraftModel(draft, model, blocks + streams)
         self._failed: list[Request] = []
 
     def add(
@@ -66,10 +81,10 @@ class Engine:
         priority: int = 0,
         salt: str = "",
         tenant: str = "",
-        adapter: int = -1,
+        adapter: str = "",
     ) -> Request:
         """A text to go on from, which waits until a step takes it up. `draw` gives the number for each place of the answer;
-        without it one is drawn from the sampling's seed, or from chance. `adapter` is one of those beside the packed weights.
+        without it one is drawn from the sampling's seed, or from chance. `adapter` is the name of one that was loaded.
 
         Raises DataError for a prompt that leaves no room, and ConfigError for settings that no step can follow.
         """
@@ -77,6 +92,8 @@ class Engine:
             raise ConfigError("beams: this engine writes one answer at a time; set beams: 1")
         if sampling.n > 1:
             raise ConfigError("n: a text that is added has one answer; add it as often as it is to be answered")
+        if self._apart and sampling.prompt_logprobs:
+            raise ConfigError("prompt_logprobs: an encoder-decoder predicts nothing of its source; leave it out")
         check_terms(self.model, sampling)
         room = room_of(self.model, prompt, sampling)
         if len(prompt) + room > self.blocks.count * BLOCK:
@@ -84,58 +101,107 @@ class Engine:
                 f"a prompt of {len(prompt)} tokens with {room} to write does not fit into {self.blocks.count * BLOCK} tokens, "
                 "all that is kept; set max_tokens lower, or shorten the prompt"
             )
-        ends, banned = ends_of(self.model, sampling), banned_of(self.model, sampling)
+        ends, banned = ends_of(self.model, sampling), (*banned_of(self.model, sampling), *never_of(self.model))
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        if adapter >= 0:
-            held = len(self.model.native.adapters) if self.model.native is not None else 0
-            if adapter >= held:
-                raise ConfigError(f"adapter: there is no adapter {adapter} beside the packed weights; {held} are there")
-            # What a token's keys and values are depends on it.
-            salt = f"{adapter} {salt}"
+        beside = self._beside.find(adapter) if adapter else None
+        # What a token's keys and values are depends on its adapter, which a later one of the same name is not.
+        salt = f"{NONE if beside is None else beside.serial} {salt}"
         request = Request(
-            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, tenant, adapter, ends,
-            banned, tuple(names_of(prompt, salt)),
+            tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, tenant,
+            NONE if beside is None else beside.slot, ends, banned, () if self._apart else tuple(names_of(prompt, salt)),
+            opening_of(self.model) if self._apart else None,
         )  # fmt: skip
         if sampling.structure is not None:
             request.matcher = matcher_for(self.model, sampling.structure)
-        if self._guessed and not sampling.prompt_logprobs:
+        if self._guessed and not sampling.prompt_logprobs and not self._apart:
             request.guesser = Guesser(prompt, self.model.learned)
         self._arrived += 1
         self.schedule.add(request)
         return request
 
-    def abort(self, request: Request) -> None:
+    def pool(self, ids: Sequence[int], embedding: Embedding, *, priority: int = 0, tenant: str = "") -> Reading:
+        """A text to make a vector of, which is read beside what is written. Raises as `Pooler.pool` does."""
+        if self._pooler is None:
+            self._pooler = Pooler(self.model, tokens=self.schedule.tokens, tenants=self.schedule.tenants)
+        return self._pooler.pool(ids, embedding, priority=priority, tenant=tenant)
+
+    def abort(self, request: Request | Reading) -> None:
         """End a text where it is; nothing happens to one that has ended."""
-        if request.finish is None:
+        if isinstance(request, Reading):
+            if self._pooler is not None:
+                self._pooler.abort(request)
+        elif request.finish is None:
             request.finish = "abort"
             self.schedule.finish(request)
+            self._let_go()
+
+    @property
+    def adapters(self) -> Mapping[str, Loaded]:
+        """The adapters that texts can be written with, by name."""
+        return self._beside.named
+
+    def load_adapter(
+        self, name: str, source: str | Path | LoadedModel | Additions, events: Events | None = None
+    ) -> Loaded:
+        """Let texts be written with the adapter at `source` from here on: run:<id>, a directory in PEFT's format, a tuned model
+        in memory, or what `models.adapters.additions.read_additions` read of these on another thread. Nothing changes for
+        texts that are being written.
+
+        Raises ConfigError for a name that is taken, and ModelError for an adapter with which anything is wrong.
+        """
+        return self._beside.load(name, source, events)
+
+    def unload_adapter(self, name: str, *, now: bool = False) -> Loaded:
+        """Let no text more be written with this adapter. Those that are go on to their end, after which what it holds is
+        freed; `now`: they end with an error, in the next step. Raises ConfigError where there is none of that name."""
+        gone = self._beside.unload(name)
+        for request in [*self.schedule.running, *self.schedule.waiting] if now else []:
+            if request.adapter == gone.slot:
+                self._fail(request, ModelError(f"the adapter {name!r} was unloaded while this was written; ask again"))
+        self._let_go()
+        return gone
+
+    def _let_go(self) -> None:
+        """Free the adapters that were unloaded and are of no more use, and what was read with them."""
+        for one in self._beside.let_go([*self.schedule.running, *self.schedule.waiting]):
+            self.blocks.forget(one.slot)
 
     @property
     def busy(self) -> bool:
-        """Whether any text is not finished."""
-        return bool(self.schedule.waiting or self.schedule.running)
+        """Whether any text is not finished, or ended with an error that no step has told yet."""
+        pooling = self._pooler is not None and self._pooler.busy
+        return bool(self.schedule.waiting or self.schedule.running or self._failed or pooling)
+
+    @property
+    def waiting(self) -> list[Request | Reading]:
+        """Texts that were not taken up yet."""
+        return [*self.schedule.waiting, *(self._pooler.waiting if self._pooler is not None else ())]
 
     @torch.inference_mode()
-    def step(self) -> list[Request]:
-        """The texts that have one token more, or ended with an error.
+    def step(self) -> list[Request | Reading]:
+        """The texts that have one token more, or their vector, or ended with an error.
 
         What goes wrong with one text ends that one alone, with the error kept on it; what goes wrong in reading ends those
         that were read together. Either way the engine goes on with the others, whose tokens are what they would have been.
         """
-        self._failed, ready = [], list[Request]()
+        ready = list[Request]()
         try:
             self._guess()
-            ready = self._commit(*self._read(self.schedule.plan()))
+            planned = self.schedule.plan()
+            ready = self._commit(*self._read(planned)) if planned else []
         except Exception as err:
             # Nobody knows which of them is to blame.
             for request in [*self.schedule.running, *self.schedule.waiting]:
                 self._fail(request, err)
-        for one in self._failed:
+        failed, self._failed = self._failed, []
+        for one in failed:
             # What the frames of an error hold is as large as a step.
             traceback.clear_frames(one.error.__traceback__ if one.error is not None else None)
-        return list(dict.fromkeys([*ready, *self._failed]))
+        self._let_go()
+        read = self._pooler.step() if self._pooler is not None and self._pooler.busy else []
+        return [*dict.fromkeys([*ready, *failed]), *read]
 
-    def run(self, on_progress: Callable[[list[Request]], None] | None = None) -> None:
+    def run(self, on_progress: Callable[[list[Request | Reading]], None] | None = None) -> None:
         """Step until every text is finished. Raises the error of one that ended with it."""
         while self.busy:
             found = self.step()
@@ -151,6 +217,8 @@ class Engine:
 
     def score_all(self, asked: Sequence[Asked]) -> list[list[Score]]:
         """The same for many prompts at once; what they begin alike with is read once, and kept for the next call."""
+        if self._scorer is None:
+            raise ModelError(f"{self.model.spec.source}: only a decoder scores what follows a prompt; use one")
         return self._scorer.score(asked)
 
     def _read(self, planned: list[tuple[Request, int]]) -> tuple[torch.Tensor, dict[Request, int]]:
@@ -164,9 +232,10 @@ class Engine:
         except Exception as err:
             traceback.clear_frames(err.__traceback__)
             error, again = err, out_of_memory(err) and size > 1
+        again = again and not (self._apart and len(planned) == 1)
         if again:
             return_freed_memory(self.model.device)
-            planned = _halved(planned, size // 2)
+            planned = _first_whole(planned, size // 2) if self._apart else _halved(planned, size // 2)
             self.schedule.tokens = size // 2
             warnings.warn(
                 f"memory ran out, so {size // 2} tokens go through the model at once from now on; the result is the same",
@@ -214,11 +283,16 @@ class Engine:
     def _guess(self) -> None:
         """Give the texts that are about to write guesses at what that will be."""
         most = self._guessed // max(1, len(self.schedule.running))
+        without = dict[Request, int]()
         for request in list(self.schedule.running):
             if request.guesser is not None and request.length - request.read == 1:
                 left = min(most, request.room - len(request.written) - 1)
                 with self._of(request):
                     request.drafts = request.guesser.guess(request.written, len(request.prompt), left)
+                    if not request.drafts:
+                        without[request] = left
+        if self._draft is not None:
+            self._draft.guess(without, self.schedule.running)
 
     def _commit(self, found: torch.Tensor, first: dict[Request, int]) -> list[Request]:
         """Give each text its next token, and those after it as long as they were guessed; end those that are complete.
@@ -247,7 +321,7 @@ class Engine:
         """All that is new but the last token was guessed, and read with the guess."""
         right = request.length - request.read - 1
         self.schedule.advance(request, right)
-        if request.guesser is not None:
+        if request.guesser is not None and not (self._draft is not None and self._draft.learn(request, right)):
             request.guesser.learn(len(request.drafts), right)
         request.drafted += len(request.drafts)
         request.accepted += right
@@ -291,6 +365,12 @@ def _halved(planned: Sequence[tuple[Request, int]], size: int) -> list[tuple[Req
         if count > 0:
             found.append((request, count))
     return found
+
+
+def _first_whole(planned: Sequence[tuple[Request, int]], size: int) -> list[tuple[Request, int]]:
+    """The first texts of a step with `size` tokens in all, and one in any case: no source can be cut."""
+    sums = accumulate(count for _, count in planned)
+    return [one for at, (one, held) in enumerate(zip(planned, sums)) if held <= size or not at]
 
 
 def numbers_of(seed: int, *key: object) -> Callable[[int], float]:

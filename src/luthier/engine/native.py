@@ -14,9 +14,11 @@ from torch import Tensor
 
 from luthier.core.errors import ConfigError
 from luthier.core.events import Events
+from luthier.engine.adapters import OWN
 from luthier.engine.sampling import Execution
 from luthier.models.adapters.freeze import find_layers
 from luthier.models.decoder import describe
+from luthier.models.facts import base_fingerprint
 from luthier.models.mapped import letting_go
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
@@ -92,8 +94,12 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
     events.choose("engine", f"native {packed.form}", f"{quality}; {packed.nbytes / 1e6:,.0f} MB of weights")
 
 
-def refuse(execution: Execution) -> None:
-    """Raises ConfigError where a form is asked for, and nothing is written by the engine."""
+def refuse(execution: Execution, draft: str | None = None) -> None:
+    """Raises ConfigError where a form or a draft is asked for, and nothing is written by the engine."""
+    if draft is not None:
+        raise ConfigError(
+            "draft: nothing is written text by text by the engine here, so nothing is guessed; leave it out"
+        )
     if execution not in ("auto", "model"):
         raise ConfigError(
             f"execution: {execution} is for language models that the engine here writes with, and nothing is written so; "
@@ -104,6 +110,8 @@ def refuse(execution: Execution) -> None:
 def let_go(model: LoadedModel) -> None:
     """Give the memory of a packed model's own layers back: it only writes from here on."""
     if model.native is not None:
+        # What an adapter for it was tuned on is asked later.
+        base_fingerprint(model)
         for module in model.network.base_model.modules():
             weight = module._parameters.get("weight")
             if weight is not None and weight.dim() == 2 and module is not model.network.get_input_embeddings():
@@ -133,9 +141,9 @@ def natively(model: LoadedModel, tokens: int) -> Iterator[None]:
         model.native = None
 
 
-def own_adapter(model: LoadedModel) -> int:
-    """The number of the model's own adapter beside its packed base; -1 where it has none there."""
-    return 0 if model.native is not None and model.native.adapters else -1
+def own_adapter(model: LoadedModel) -> str:
+    """The name of the model's own adapter beside its packed base; "" where it has none there."""
+    return OWN if model.native is not None and model.native.adapters else ""
 
 
 def packed_bytes(model: LoadedModel, tokens: int) -> int:

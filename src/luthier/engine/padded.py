@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from luthier.core.errors import ConfigError
+from luthier.engine.crossed import opening_of
 from luthier.engine.sampling import Sampling
 from luthier.engine.structure import Restrict
 from luthier.engine.terms import at_least, banned_of, check_terms, ends_of
@@ -46,7 +47,9 @@ def write(
         ids[at, place] = torch.tensor(row)
         mask[at, place] = 1
     room = at_least(max(1, min(sampling.max_tokens, spec.max_length - width if left else spec.max_length)), sampling)
-    start = width if left else 1
+    # What an encoder-decoder is made to begin with is no part of the answer.
+    begun = 0 if left else max(0, len(opening_of(model)) - 1)
+    start = width if left else 1 + begun
     training, own = module.training, module.generation_config
     forced, ending = own.forced_eos_token_id, own.eos_token_id
     module.eval()
@@ -58,7 +61,7 @@ def write(
             out = module.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                generation_config=GenerationConfig(**_settings(model, sampling, room, pad)),
+                generation_config=GenerationConfig(**_settings(model, sampling, room, begun, pad)),
                 stopping_criteria=StoppingCriteriaList(_stops(model, sampling, start)),
                 logits_processor=LogitsProcessorList(
                     [*_processors(model, sampling, start), *([processor] if processor else [])]
@@ -81,13 +84,13 @@ def refuse_logprobs(model: LoadedModel, sampling: Sampling) -> None:
             )
 
 
-def _settings(model: LoadedModel, sampling: Sampling, room: int, pad: int) -> dict[str, Any]:
+def _settings(model: LoadedModel, sampling: Sampling, room: int, begun: int, pad: int) -> dict[str, Any]:
     """Of transformers' GenerationConfig."""
     check_terms(model, sampling)
     banned = [list(form) for form in banned_of(model, sampling)]
     settings: dict[str, Any] = {
-        "max_new_tokens": room,
-        "min_new_tokens": sampling.min_tokens or None,
+        "max_new_tokens": room + begun,
+        "min_new_tokens": sampling.min_tokens + begun if sampling.min_tokens else None,
         "do_sample": sampling.temperature > 0,
         "num_beams": sampling.beams,
         "repetition_penalty": sampling.repetition_penalty,
@@ -130,9 +133,7 @@ def _processors(
     """What transformers lacks: answers of a structure, and penalties of presence and frequency."""
     if sampling.structure is None:
         return _penalties(sampling, start)
-    # What an encoder-decoder is made to begin with is no part of the answer.
-    begun = model.spec.kind != "decoder" and model.module.generation_config.forced_bos_token_id is not None
-    return [Restrict(model, sampling.structure, start + begun), *_penalties(sampling, start)]
+    return [Restrict(model, sampling.structure, start), *_penalties(sampling, start)]
 
 
 def _penalties(sampling: Sampling, start: int) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
@@ -157,14 +158,15 @@ def write_on(model: LoadedModel, ids: Sequence[int], sampling: Sampling) -> Iter
     left = threading.Event()
 
     class Tap:
-        """What `generate` hands each new token to; the first call brings the prompt."""
+        """What `generate` hands each new token to, after the prompt."""
 
         def __init__(self) -> None:
-            self.first = True
+            # The prompt, and what an answer is made to begin with.
+            self.skipped = 1 if model.spec.kind == "decoder" else max(1, len(opening_of(model)))
 
         def put(self, value: torch.Tensor) -> None:
-            if self.first:
-                self.first = False
+            if self.skipped:
+                self.skipped -= 1
                 return
             if left.is_set():
                 raise _Left

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from luthier.core.errors import ModelError
+from luthier.models.adapters.additions import Addition
+from luthier.models.adapters.rows import Pair, adding, pairs_of
 from luthier.models.pages import FEWEST, Pages, Store, next_logits, read_pages
 from luthier.models.spec import LoadedModel
 
@@ -19,6 +24,8 @@ class Paged:
         # The last block is for what fills a step up.
         self._store = Store(blocks + 1)
         self._fewest = FEWEST.get(model.network.dtype, 1)
+        # By their numbers in a step; None where one was taken out.
+        self._adapters: list[dict[str, Pair] | None] = []
 
     def read(
         self,
@@ -31,7 +38,8 @@ class Paged:
         likeliest: bool = False,
         adapters: Sequence[int] = (),
     ) -> Tensor:
-        """Read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks of its table.
+        """Read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks of its table,
+        with the adapter of that number for each text, or without one (-1).
         The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R]."""
         short = max(0, self._fewest - len(ids))
         if short:
@@ -42,7 +50,8 @@ class Paged:
         module.eval()
         try:
             pages = Pages(self._store, tables, before, lengths, device)
-            states_NE = read_pages(self.model, torch.tensor(ids, device=device), pages)
+            with self._adding(adapters, lengths):
+                states_NE = read_pages(self.model, torch.tensor(ids, device=device), pages)
             if not rows:
                 return states_NE[:0]
             # Like a step, the head is given no fewer rows than round like many.
@@ -51,6 +60,49 @@ class Paged:
             return logits_RV.argmax(-1) if likeliest else logits_RV
         finally:
             module.train(training)
+
+    def put_adapter(self, layers: Mapping[str, Addition]) -> int:
+        """One adapter more that texts can be read with, by what it adds to each layer; its number. Raises ModelError for a
+        layer that the model does not put all its tokens through, once each."""
+        made, count = pairs_of(layers, self.model.device), max(1, self._fewest)
+        pages = Pages(self._store, [[self.blocks]], [0], [count], self.model.device)
+        ids_N, rows_N = (torch.zeros(count, dtype=torch.int64, device=self.model.device) for _ in range(2))
+        try:
+            with torch.inference_mode(), adding(self.model.network, [(made, rows_N[:1])], count) as asked:
+                read_pages(self.model, ids_N, pages)
+            other = next((name for name, times in asked.items() if times != 1), None)
+            trouble = None if other is None else f"{other} is asked {asked[other]} times for a text"
+        except ValueError as err:
+            trouble = str(err)
+        if trouble is not None:
+            raise ModelError(
+                f"a {self.model.spec.family} model cannot be read with adapters beside it: {trouble}; merge the adapter"
+            )
+        free = self._adapters.index(None) if None in self._adapters else len(self._adapters)
+        self._adapters[free : free + 1] = [made]
+        return free
+
+    def drop_adapter(self, number: int) -> None:
+        """Take one out; the numbers of the others stay."""
+        self._adapters[number] = None
+
+    def _adding(self, adapters: Sequence[int], lengths: Sequence[int]) -> Any:
+        """What adds to each text's rows what its adapter adds."""
+        if all(one < 0 for one in adapters):
+            return nullcontext()
+        rows: dict[int, list[int]] = {}
+        start = 0
+        for at, length in zip(adapters, lengths):
+            if at >= 0:
+                rows.setdefault(at, []).extend(range(start, start + length))
+            start += length
+        parts = []
+        for at, places in rows.items():
+            pairs = self._adapters[at]
+            if pairs is None:
+                raise IndexError(f"adapter {at} was taken out")
+            parts.append((pairs, torch.tensor(places, device=self.model.device)))
+        return adding(self.model.network, parts, sum(lengths))
 
     def copy(self, source: int, target: int) -> None:
         """One block as another."""

@@ -72,10 +72,11 @@ def each_part(
     run: Callable[[list[int]], None],
     device: torch.device,
     events: Events | None = None,
-) -> None:
+) -> int:
     """`run` for the rows of these lengths, `tokens` at once; where memory runs out, for the rest with half as many.
 
-    `run` must have kept nothing of a part at which it fails. Raises ModelError where memory runs out at one row.
+    Gives how many that are in the end. `run` must have kept nothing of a part at which it fails. Raises ModelError where memory
+    runs out at one row.
     """
     waiting = fill_batches(lengths, tokens)
     while waiting:
@@ -104,6 +105,7 @@ def each_part(
             warnings.warn(said, stacklevel=2)
         left = [at for one in waiting for at in one]
         waiting = [[left[at] for at in one] for one in fill_batches([lengths[at] for at in left], tokens)]
+    return tokens
 
 
 def plan_tokens(

@@ -1,4 +1,4 @@
-"""Answers of classifiers and regressors: one forward pass a text, no decoding."""
+"""Answers of classifiers and regressors, and vectors of any model: one forward pass a text, no decoding."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from torch import Tensor
 from luthier.core.errors import ModelError
 from luthier.core.events import Events
 from luthier.core.types import Encoded, Message, Prediction
-from luthier.data.batches import Batch
+from luthier.data.batches import fill_batches
+from luthier.data.cache import lengths_of
+from luthier.engine import pooler
 from luthier.engine.answers import encode_scored, gives_rewards
-from luthier.engine.passes import run_rows
-from luthier.models.packed import hidden_states
+from luthier.engine.passes import TOKENS, plan_tokens
+from luthier.engine.pooler import Embedding, Pooler, Reading
 from luthier.models.spec import LoadedModel
 
 Item: TypeAlias = tuple[str, str | None] | tuple[Message, ...]
@@ -38,27 +40,46 @@ def predict(
     spec = model.spec
     if spec.task not in ("classify", "regress"):
         raise ModelError(f"{spec.source}: this model is made to {spec.task}, not to classify or to give numbers")
-    rows = [_encode(model, item, str(at)) for at, item in enumerate(items)]
+    rows = [encode_item(model, item, str(at)) for at, item in enumerate(items)]
     scores_NC = score_rows(model, rows, tokens=tokens, on_progress=on_progress, events=events)
-    found = []
-    for row, scores_C, item in zip(rows, scores_NC, items):
-        shown = "\n".join(part.content if isinstance(part, Message) else part for part in item if part is not None)
-        if spec.task == "regress":
-            value = float(scores_C[0]) * spec.target_scale + spec.target_mean
-            found.append(Prediction(row.id, value, input=shown))
-        elif spec.multi_label:
-            shares = dict(zip(spec.labels, scores_C.sigmoid().tolist()))
-            held = tuple(label for label, share in shares.items() if share > 0.5)
-            found.append(Prediction(row.id, held, probabilities=shares, input=shown))
-        else:
-            shares = dict(zip(spec.labels, scores_C.softmax(-1).tolist()))
-            found.append(
-                Prediction(row.id, max(shares, key=lambda label: shares[label]), probabilities=shares, input=shown)
-            )
-    return found
+    return [prediction_of(model, scores_C, row.id, item) for row, scores_C, item in zip(rows, scores_NC, items)]
 
 
-def _encode(model: LoadedModel, item: Item, id: str) -> Encoded:
+def prediction_of(model: LoadedModel, scores_C: Tensor, id: str, item: Item) -> Prediction:
+    """What raw scores [C] say of an item."""
+    spec = model.spec
+    shown = "\n".join(part.content if isinstance(part, Message) else part for part in item if part is not None)
+    if spec.task == "regress":
+        return Prediction(id, float(scores_C[0]) * spec.target_scale + spec.target_mean, input=shown)
+    if spec.multi_label:
+        shares = dict(zip(spec.labels, scores_C.sigmoid().tolist()))
+        held = tuple(label for label, share in shares.items() if share > 0.5)
+        return Prediction(id, held, probabilities=shares, input=shown)
+    shares = dict(zip(spec.labels, scores_C.softmax(-1).tolist()))
+    return Prediction(id, max(shares, key=lambda label: shares[label]), probabilities=shares, input=shown)
+
+
+def embed(
+    model: LoadedModel,
+    texts: Sequence[str],
+    embedding: Embedding | None = None,
+    *,
+    tokens: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    events: Events | None = None,
+) -> Tensor:
+    """A vector [S, E] of each text, in fp32 on the CPU, in order; `tokens` go through the model at once.
+
+    Each text is read as the model's tokenizer frames it. Raises DataError for a text that is too long, ConfigError for settings
+    that this model cannot follow.
+    """
+    embedding = embedding or Embedding()
+    rows = [model.renderer.framed(text, str(at)) for at, text in enumerate(texts)]
+    return _read(Pooler(model, tokens=tokens or TOKENS, events=events), rows, embedding, on_progress)
+
+
+def encode_item(model: LoadedModel, item: Item, id: str = "") -> Encoded:
+    """An item as a classifier, regressor or reward model reads it. Raises DataError."""
     if gives_rewards(model):
         return encode_scored(model, item, id)
     texts = [part.content if isinstance(part, Message) else part for part in item]
@@ -75,18 +96,25 @@ def score_rows(
     on_progress: Callable[[int, int], None] | None = None,
     events: Events | None = None,
 ) -> Tensor:
-    """Raw scores [S, C] in fp32 on the CPU, in the order of `rows`; `tokens` go through the model at once."""
-    scores: list[Tensor] = [torch.empty(0)] * len(rows)
-
-    def keep(part: list[int], scores_SC: Tensor) -> None:
-        for at, score_C in zip(part, scores_SC.float().cpu()):
-            scores[at] = score_C
-
-    run_rows(model, rows, score_batch, keep, tokens=tokens, on_progress=on_progress, events=events)
-    return torch.stack(scores)
+    """Raw scores [S, C] in fp32 on the CPU, in the order of `rows`; `tokens` go through the model at once, where nobody says,
+    with `events`, the most that are predicted to fit."""
+    if tokens is None:
+        tokens = TOKENS if events is None or not rows else plan_tokens(model, rows, pooler.score_batch, events)
+    return _read(Pooler(model, tokens=tokens, events=events), rows, None, on_progress)
 
 
-def score_batch(model: LoadedModel, batch: Batch) -> Tensor:
-    """Raw scores [S, C] in fp32 of a classifier's or regressor's rows."""
-    hidden_NE = hidden_states(model, batch.ids_N, batch.lengths)
-    return model.module.score(hidden_NE, batch.lengths)  # type: ignore[operator,no-any-return]
+def _read(
+    engine: Pooler,
+    rows: Sequence[Encoded],
+    embedding: Embedding | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> Tensor:
+    """[S, C]: what comes of each row, those of like length together."""
+    found: dict[int, Reading] = {}
+    for part in fill_batches(lengths_of(rows), engine.tokens):
+        # A few wait at a time: to put many in order takes longer than to read them.
+        found.update((at, engine.pool(rows[at].ids, embedding)) for at in part)
+        engine.run()
+        if on_progress is not None:
+            on_progress(len(found), len(rows))
+    return torch.stack([one.found for _, one in sorted(found.items()) if one.found is not None])

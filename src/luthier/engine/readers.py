@@ -1,16 +1,38 @@
-"""What puts a step's tokens through a model: its own module, or the native decoder where its weights are packed."""
+"""What puts a step's tokens through a model: its own module, or the native decoder where its weights are packed; and what
+plans for it."""
 
 from __future__ import annotations
 
 from typing import TypeAlias
 
+from luthier.engine.blocks import Blocks
+from luthier.engine.crossed import Crossed, why_padded
 from luthier.engine.paged import Paged
+from luthier.engine.schedule import Schedule
+from luthier.engine.seats import Seats
+from luthier.models.pages import writes_by_pages
 from luthier.models.spec import LoadedModel
 from luthier.native.decoder import Cached
 
-Reader: TypeAlias = Paged | Cached
+Reader: TypeAlias = Paged | Cached | Crossed
 
 
 def reader_for(model: LoadedModel, blocks: int) -> Reader:
     """A reader with so many blocks of keys and values."""
+    if model.spec.kind == "encoder-decoder":
+        return Crossed(model)
     return Paged(model, blocks) if model.native is None else Cached(model.native, blocks)
+
+
+def schedule_for(reader: Reader, blocks: Blocks, streams: int, tokens: int) -> Schedule | Seats:
+    """What plans the steps of a reader."""
+    if isinstance(reader, Crossed):
+        return Seats(blocks, streams, tokens, reader.drop)
+    return Schedule(blocks, streams, tokens)
+
+
+def writes_side_by_side(model: LoadedModel) -> bool:
+    """Whether a language model's texts can come and go between steps: tried once."""
+    if model.spec.task == "seq2seq":
+        return why_padded(model) is None
+    return writes_by_pages(model)

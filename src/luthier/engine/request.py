@@ -38,13 +38,15 @@ class Request:
     salt: str = ""
     tenant: str = ""
     adapter: int = -1
-    """Which of the adapters beside packed weights it is written with."""
+    """The number of the adapter it is written with; -1: none."""
     ends: tuple[int, ...] = ()
     """Tokens that end the answer."""
     banned: tuple[tuple[int, ...], ...] = ()
     """Tokens that must not come one after the other."""
     names: tuple[bytes, ...] = ()
     """Of the full blocks of its prompt."""
+    opening: tuple[int, ...] | None = None
+    """What the answer follows in an encoder-decoder's decoder, whose prompt is a source apart; None: it follows the prompt."""
     written: list[int] = field(default_factory=list)
     first_at: float = 0.0
     """When the first token was there, by time.monotonic."""
@@ -83,6 +85,12 @@ class Request:
         """Some of its tokens."""
         here = len(self.prompt)
         return [*self.prompt[start:stop], *self.written[max(0, start - here) : max(0, stop - here)]]
+
+    def last(self, count: int) -> list[int]:
+        """The last tokens of what the answer follows and the answer, fewer where there are not so many."""
+        head = self.prompt if self.opening is None else self.opening
+        missing = max(0, count - len(self.written))
+        return [*head[max(0, len(head) - missing) :], *self.written[max(0, len(self.written) - count) :]]
 
     @property
     def own(self) -> int:

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
-
 from luthier.engine.blocks import Blocks, Name, names_of
+from luthier.engine.line import Line
 from luthier.engine.request import Request
-from luthier.engine.tenants import Tenants
 from luthier.models.pages import BLOCK
 
 
-class Schedule:
+class Schedule(Line[Request]):
     """Texts that wait and texts that run, over a number of blocks.
 
     A step takes the next token of every running text first, then as much of the prompts as `tokens` at once leave room for:
     long prompts are read in pieces, between which the others go on. A text waits while another reads the beginning that
-    both have. Where blocks run out the last in order gives its up, and is read anew later. At most `streams` run at once. What
-    comes first in order has the higher priority, or the tenant that was served less, or came earlier.
+    both have. Where blocks run out the last in order (`Line`) gives its up, and is read anew later. At most `streams` run at
+    once.
     """
 
     def __init__(self, blocks: Blocks, streams: int, tokens: int):
+        super().__init__()
         self.blocks, self.streams, self.tokens = blocks, streams, tokens
-        self.waiting: list[Request] = []
-        self.running: list[Request] = []
         self.preempted = 0
-        self._tenants = Tenants()
-
-    def add(self, request: Request) -> None:
-        """A text more that waits."""
-        self._tenants.enter(request.tenant)
-        self.waiting.append(request)
 
     def plan(self) -> list[tuple[Request, int]]:
         """The texts of the next step and how many tokens of each; they hold blocks for them."""
         planned: dict[Request, int] = {}
         budget = self.tokens
         for request in self.running:
-            self._charge(request)
-        for request in sorted(self.running, key=lambda one: (one.length - one.read > 1, self._order(one))):
+            self.charge(request)
+        for request in sorted(self.running, key=lambda one: (one.length - one.read > 1, self.order(one))):
             if request not in self.running:  # it gave its blocks up for an earlier one
                 continue
             count = min(request.length - request.read, budget)
@@ -50,7 +40,7 @@ class Schedule:
             # Thousands may wait, and putting them in order takes its time.
             return list(planned.items())
         coming = {name for one in self.running for name in one.names[one.read // BLOCK :]}
-        for request in self._in_turn():
+        for request in self.in_turn():
             if not budget or len(self.running) >= self.streams:
                 break
             if self._awaits(request, coming):
@@ -61,10 +51,9 @@ class Schedule:
             if self._missing(request, request.length - request.read) > self.blocks.free:
                 self.release(request)
                 break
-            self.waiting.remove(request)
-            self.running.append(request)
+            self.take_up(request)
             request.charged = max(request.charged, request.read)
-            self._charge(request)
+            self.charge(request)
             coming.update(request.names[request.read // BLOCK :])
             self._hold(request, count, planned)
             planned[request] = count
@@ -78,16 +67,11 @@ class Schedule:
             return
         for at, name in enumerate(names_of(request.ids(0, request.read), request.salt)):
             if at >= before // BLOCK:
-                self.blocks.name(request.table[at], name)
+                self.blocks.name(request.table[at], name, request.adapter)
 
     def finish(self, request: Request) -> None:
         """Let go of a text, whether it waits or runs."""
-        if request in self.running:
-            self._charge(request)
-        for held in (self.waiting, self.running):
-            if request in held:
-                held.remove(request)
-                self._tenants.leave(request.tenant)
+        super().finish(request)
         self.release(request)
 
     def release(self, request: Request) -> None:
@@ -97,26 +81,6 @@ class Schedule:
         request.table.clear()
         request.drafts.clear()
         request.read = 0
-
-    def _order(self, request: Request) -> tuple[int, int, int]:
-        return -request.priority, self._tenants.served(request.tenant), request.number
-
-    def _in_turn(self) -> Iterator[Request]:
-        """Those that wait, in order, which changes as some of them are taken up and charged for."""
-        lines: dict[tuple[int, str], deque[Request]] = {}
-        for one in sorted(self.waiting, key=lambda one: one.number):
-            lines.setdefault((one.priority, one.tenant), deque()).append(one)
-        while lines:
-            line = min(lines.values(), key=lambda line: self._order(line[0]))
-            one = line.popleft()
-            if not line:
-                del lines[one.priority, one.tenant]
-            yield one
-
-    def _charge(self, request: Request) -> None:
-        """Its tenant is served all that is to be read of it, and all that was written; once, even if it is read anew."""
-        self._tenants.serve(request.tenant, max(0, request.length - request.charged))
-        request.charged = max(request.charged, request.length)
 
     def _awaits(self, request: Request, coming: set[Name]) -> bool:
         """Whether another text is about to read what this one would read next."""
@@ -151,7 +115,7 @@ class Schedule:
         """Blocks for its next tokens; False where it had to give up its own."""
         missing = self._missing(request, count)
         while missing > self.blocks.free:
-            last = max(self.running, key=self._order)
+            last = max(self.running, key=self.order)
             planned.pop(last, None)
             self.release(last)
             self.running.remove(last)

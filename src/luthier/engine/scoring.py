@@ -7,23 +7,27 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from luthier.core.errors import DataError, ModelError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
+from luthier.data.batches import fill_batches
+from luthier.engine.lanes import Lanes
 from luthier.engine.likelihood import score
+from luthier.engine.native import own_adapter
 from luthier.engine.passes import TOKENS, each_part
+from luthier.engine.planted import Planted, plant
 from luthier.models.output import head_of
 from luthier.models.pages import writes_by_pages
 from luthier.models.spec import LoadedModel
-from luthier.models.trees import Tree, Trunk, grow_trunk, read_trees, shared_length
+from luthier.models.trees import Trunk, grow_trunk, read_trees, shared_length
+from luthier.native.likely import log_shares
 
 Asked: TypeAlias = tuple[Sequence[int], Sequence[Sequence[int]]]
 """The tokens of a prompt, and those of each of its continuations."""
 
-# States that become logits at once.
-ROWS = 64
+# States that become logits at once, and prompts that the native decoder reads together.
+ROWS, LANES = 64, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class Scorer:
                 "language model"
             )
         self.model, self._trunk = model, Trunk()
+        self._lanes: Lanes | None = None
 
     def score(
         self,
@@ -71,24 +76,40 @@ class Scorer:
             self._check(prompt, continuations)
         if not asked:
             return []
-        if not writes_by_pages(self.model):
+        native = self.model.native is not None
+        if not native and not writes_by_pages(self.model):
             return self._score_apart(asked, tokens, on_progress, events)
+        if events is not None and "scoring" not in events.choices:
+            by = "the model's own layers" if self.model.native is None else f"native {self.model.native.form}"
+            events.choose(
+                "scoring", by, "prompts that begin alike are read once, and each once for all that may follow"
+            )
         prompts = [tuple(prompt) for prompt, _ in asked]
         shared = min(shared_length(prompts), min(map(len, prompts)) - 1)
-        grow_trunk(self.model, self._trunk, prompts[0][:shared])
-        planted = [_plant(prompt[shared:], continuations) for prompt, (_, continuations) in zip(prompts, asked)]
+        planted = [plant(prompt[shared:], continuations) for prompt, (_, continuations) in zip(prompts, asked)]
+        sizes = [len(one.tree.ids) for one in planted]
+        if native:
+            lanes = self._own_lanes()
+            # As many at once as there are lanes at most.
+            sizes = [max(size, -(-tokens // LANES)) for size in sizes]
+            parts = [[planted[at] for at in part] for part in fill_batches(sizes, tokens)]
+            lanes.grow_trunk(prompts[0][:shared], parts)
+            read = lanes.score
+        else:
+            grow_trunk(self.model, self._trunk, prompts[0][:shared])
+            read = self._score_trees
         found: list[list[Score]] = [[]] * len(asked)
         done = 0
 
         def run(part: list[int]) -> None:
             nonlocal done
-            for at, scores in zip(part, self._score_trees([planted[at] for at in part])):
-                found[at] = scores
+            for at, logs in zip(part, read([planted[at] for at in part])):
+                found[at] = [Score(sum(logs[step] for step in path), len(path)) for path in planted[at].paths]
             done += len(part)
             if on_progress is not None:
                 on_progress(done, len(asked))
 
-        each_part([len(one.tree.ids) for one in planted], tokens, run, self.model.device, events)
+        each_part(sizes, tokens, run, self.model.device, events)
         return found
 
     def _check(self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> None:
@@ -100,34 +121,33 @@ class Scorer:
                 f"the prompt and a continuation have {size} tokens, and the context is {limit}; shorten them"
             )
 
-    @torch.no_grad()
-    def _score_trees(self, planted: Sequence[_Planted]) -> list[list[Score]]:
-        states_NE = read_trees(self.model, [one.tree for one in planted], self._trunk)
-        places, targets, first = [], [], 0
-        for one in planted:
-            places += [first + at for at, _ in one.steps]
-            targets += [token for _, token in one.steps]
-            first += len(one.tree.ids)
-        logs = iter(self._log_probs(states_NE, torch.tensor(places), torch.tensor(targets)).tolist())
-        found = []
-        for one in planted:
-            own = [next(logs) for _ in one.steps]
-            found.append([Score(sum(own[at] for at in path), len(path)) for path in one.paths])
-        return found
+    def _own_lanes(self) -> Lanes:
+        """Lanes of the native decoder."""
+        packed = self.model.native
+        assert packed is not None
+        if self._lanes is None or self._lanes.packed is not packed:
+            self._lanes = Lanes(packed, own_adapter(self.model))
+        return self._lanes
 
-    def _log_probs(self, states_NE: Tensor, places_M: Tensor, targets_M: Tensor) -> Tensor:
-        """[M], in fp32 on the CPU: the log-probability of each target, predicted by the state at its place."""
-        head, device = head_of(self.model), states_NE.device
-        # Of a state that predicts several tokens the logits are made once.
-        sources_R, which_M = torch.unique(places_M, return_inverse=True)
-        found_M = torch.empty(len(places_M))
-        for start in range(0, len(sources_R), ROWS):
-            logits_RV = head.logits(states_NE[sources_R[start : start + ROWS].to(device)]).float()
-            inside = ((which_M >= start) & (which_M < start + ROWS)).nonzero().squeeze(1)
-            rows = (which_M[inside] - start).to(device)
-            logs = logits_RV[rows, targets_M[inside].to(device)] - logits_RV.logsumexp(1)[rows]
-            found_M[inside] = logs.cpu()
-        return found_M
+    @torch.no_grad()
+    def _score_trees(self, planted: Sequence[Planted]) -> list[list[float]]:
+        """For each tree the log-probability of each of its steps, by the model's own layers."""
+        states_NE = read_trees(self.model, [one.tree for one in planted], self._trunk)
+        head, first = head_of(self.model), 0
+        rows: list[int] = []
+        columns: list[list[int]] = []
+        for one in planted:
+            rows += [first + place for place in one.asked]
+            columns += one.asked.values()
+            first += len(one.tree.ids)
+        logs = []
+        for start in range(0, len(rows), ROWS):
+            logits_RV = head.logits(states_NE[rows[start : start + ROWS]]).float()
+            logs += log_shares(logits_RV, columns[start : start + ROWS]).tolist()
+        given = iter(logs)
+        # Given place after place, and kept step after step.
+        found = [{(place, token): next(given) for place in one.asked for token in one.asked[place]} for one in planted]
+        return [[own[step] for step in one.steps] for one, own in zip(planted, found)]
 
     def _score_apart(
         self,
@@ -149,32 +169,3 @@ class Scorer:
         ]
         scored = iter(score(self.model, rows, tokens=tokens, on_progress=on_progress, events=events))
         return [[Score(-next(scored)[0], len(one)) for one in continuations] for _, continuations in asked]
-
-
-@dataclass(frozen=True, slots=True)
-class _Planted:
-    """What is left of a prompt with all its continuations. `steps` are the tokens to be predicted, each with the place of
-    the state that predicts it; a path is the steps of one continuation."""
-
-    tree: Tree
-    steps: list[tuple[int, int]]
-    paths: list[list[int]]
-
-
-def _plant(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> _Planted:
-    ids, ups = list(prompt), list(range(-1, len(prompt) - 1))
-    steps: dict[tuple[int, int], int] = {}
-    grown: dict[tuple[int, int], int] = {}
-    paths = []
-    for one in continuations:
-        at, path = len(prompt) - 1, []
-        for left, token in zip(range(len(one) - 1, -1, -1), one):
-            step = at, token
-            path.append(steps.setdefault(step, len(steps)))
-            if left and step not in grown:
-                grown[step] = len(ids)
-                ids.append(token)
-                ups.append(at)
-            at = grown.get(step, -1)
-        paths.append(path)
-    return _Planted(Tree(tuple(ids), tuple(ups)), list(steps), paths)

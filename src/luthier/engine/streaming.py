@@ -1,4 +1,4 @@
-"""What a reader sees of the answers to a prompt while the engine's thread writes them."""
+"""What a reader sees of the answers to a prompt while the engine's thread writes them; and of a text that it reads."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
+
+from torch import Tensor
 
 from luthier.core.types import Completion, TokenLog
 from luthier.engine.generate import by_prompt, completed
 from luthier.engine.logs import logs_of
 from luthier.engine.pieces import Growing
+from luthier.engine.pooler import Reading
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.models.spec import LoadedModel
+
+Work: TypeAlias = Request | Reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,56 +59,21 @@ class Writing:
         self.count, self.piecewise, self.asked_at = count, piecewise, time.monotonic()
         """How many answers, and whether the reader wants each token, not the end alone."""
         # Of the engine's thread, which rings on the loop after it changed them:
-        self.requests: Sequence[Request] = ()
-        self.ended: set[Request] = set()
+        self.requests: Sequence[Work] = ()
+        self.ended: set[Work] = set()
         self.error: BaseException | None = None
         # Of the reader:
         self.left = False
 
 
-class Answer:
-    """The answers to a prompt while they are written: an iterator over their pieces, those of several as they come.
+class Awaited:
+    """What a task on the loop waits for; it can be left, and then nothing more is done for it."""
 
-    Who reads slowly gets longer pieces, and keeps nobody waiting. The writing ends where a task that waits for it is cancelled,
-    where this is left as a context, or dropped; an exception that is kept keeps what it went through, so use `with`.
-    """
-
-    def __init__(self, model: LoadedModel, writing: Writing, sampling: Sampling, leave: Callable[[Writing], None]):
-        self._model, self._writing, self._sampling, self._leave = model, writing, sampling, leave
-        self._parts = [_Part(model, which, sampling) for which in range(sampling.n)]
-
-    def __enter__(self) -> Answer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.leave()
-
-    def __aiter__(self) -> Answer:
-        return self
-
-    async def __anext__(self) -> Piece:
-        """Raises what went wrong."""
-        while True:
-            self._check()
-            for part, request in zip(self._parts, self._writing.requests):
-                piece = part.next(request, request in self._writing.ended)
-                if piece is not None:
-                    return piece
-            if self._over:
-                raise StopAsyncIteration
-            await self._wait()
-
-    async def whole(self) -> Completion:
-        """The first answer once all are written; it holds the others. Raises what went wrong."""
-        self._check()
-        while not self._over:
-            await self._wait()
-            self._check()
-        found = [completed(self._model, one, self._sampling) for one in self._writing.requests]
-        return by_prompt(found, self._sampling.n)[0]
+    def __init__(self, writing: Writing, leave: Callable[[Writing], None]):
+        self._writing, self._leave = writing, leave
 
     def leave(self) -> None:
-        """Write no further."""
+        """Write, or read, no further."""
         if not self._over:
             self._writing.left = True
             self._writing.news.set()
@@ -141,6 +111,68 @@ class Answer:
         except BaseException:
             self.leave()
             raise
+
+    async def _end(self) -> None:
+        """Until all is there. Raises what went wrong."""
+        self._check()
+        while not self._over:
+            await self._wait()
+            self._check()
+
+
+class Outcome(Awaited):
+    """What comes of a text that is read once."""
+
+    async def whole(self) -> Tensor:
+        """Scores [C] or a vector [E]. Raises what went wrong."""
+        await self._end()
+        (reading,) = self._writing.requests
+        assert isinstance(reading, Reading) and reading.found is not None
+        return reading.found
+
+
+class Answer(Awaited):
+    """The answers to a prompt while they are written: an iterator over their pieces, those of several as they come.
+
+    Who reads slowly gets longer pieces, and keeps nobody waiting. The writing ends where a task that waits for it is cancelled,
+    where this is left as a context, or dropped; an exception that is kept keeps what it went through, so use `with`.
+    """
+
+    def __init__(self, model: LoadedModel, writing: Writing, sampling: Sampling, leave: Callable[[Writing], None]):
+        super().__init__(writing, leave)
+        self._model, self._sampling = model, sampling
+        self._parts = [_Part(model, which, sampling) for which in range(sampling.n)]
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> Piece:
+        """Raises what went wrong."""
+        while True:
+            self._check()
+            for part, request in zip(self._parts, self._requests):
+                piece = part.next(request, request in self._writing.ended)
+                if piece is not None:
+                    return piece
+            if self._over:
+                raise StopAsyncIteration
+            await self._wait()
+
+    async def whole(self) -> Completion:
+        """The first answer once all are written; it holds the others. Raises what went wrong."""
+        await self._end()
+        found = [completed(self._model, one, self._sampling) for one in self._requests]
+        return by_prompt(found, self._sampling.n)[0]
+
+    @property
+    def _requests(self) -> list[Request]:
+        return [one for one in self._writing.requests if isinstance(one, Request)]
 
 
 class _Part:

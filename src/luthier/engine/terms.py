@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from luthier.core.errors import ConfigError, DataError
+from luthier.engine.crossed import opening_of
 from luthier.engine.sampling import Sampling
 from luthier.models.spec import LoadedModel
 
@@ -52,8 +53,10 @@ def room_of(model: LoadedModel, prompt: Sequence[int], sampling: Sampling) -> in
     """Most tokens of the answer to a prompt. Raises DataError for one that leaves no room."""
     if not prompt:
         raise DataError("a prompt needs one token at least")
-    left = model.spec.max_length - len(prompt)
-    if left < 1:
+    # The answer to a source has a context of its own.
+    taken = max(0, len(opening_of(model)) - 1) if model.spec.kind == "encoder-decoder" else len(prompt)
+    left = model.spec.max_length - taken
+    if left < 1 or len(prompt) > model.spec.max_length:
         raise DataError(f"the prompt has {len(prompt)} tokens, and the context is {model.spec.max_length}; shorten it")
     return at_least(min(sampling.max_tokens, left), sampling)
 

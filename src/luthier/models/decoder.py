@@ -6,7 +6,7 @@ compared with the model's own (`engine.native` does), for a forward can do more 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier.models.adapters.additions import Addition
 from luthier.models.adapters.freeze import find_layers
 from luthier.models.adapters.inject import LoraLinear, shape_of
 from luthier.models.output import Head, head_of
@@ -21,7 +22,7 @@ from luthier.models.quantised.linear import QuantisedLinear
 from luthier.models.rules import TOLERANCE, TRIED, Unlike, read_rules
 from luthier.models.spec import LoadedModel
 from luthier.native.plain import activate
-from luthier.native.shape import ACTIVATIONS, Activation, Block, Decoder, Linear, Low, Norm, Turns
+from luthier.native.shape import ACTIVATIONS, PRODUCTS, Activation, Block, Decoder, Linear, Low, Norm, Turns
 
 LANE, LARGEST_HEAD = 16, 256
 
@@ -136,6 +137,28 @@ def _block(layer: Any, turns: Callable[[Any], Turns | None], size: int, window: 
         turns=turns(layer) if getattr(attention, "use_rope", True) else None,
         window=window,
     )
+
+
+def lows_of(model: LoadedModel, layers: Mapping[str, Addition]) -> list[dict[str, list[Low]]]:
+    """What an adapter adds to the products of each layer of a model that was described. Raises Unlike where it adds something
+    elsewhere."""
+    names = {id(module): name for name, module in model.network.named_modules()}
+    found, left = [], set(layers)
+    for layer in find_layers(model)[1]:
+        products: dict[str, list[Low]] = {}
+        for product, modules in zip(PRODUCTS, _linears(layer)):
+            start = 0
+            for module in modules:
+                stop, name = start + _shape(module)[0], names[id(module)]
+                if name in layers:
+                    one = layers[name]
+                    left.discard(name)
+                    products.setdefault(product, []).append(Low(start, stop, one.a_RI, one.b_OR * one.scale))
+                start = stop
+        found.append(products)
+    if left:
+        raise Unlike(f"adds to {min(left)}, which is none of the products of a layer")
+    return found
 
 
 def _part(module: Any, *names: str) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 from luthier.core.errors import ModelError
 from luthier.models.heads import width_of
 from luthier.models.quantised.linear import QuantisedLinear, sample
-from luthier.models.spec import Kind
+from luthier.models.spec import Kind, LoadedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,13 @@ def fingerprint(network: nn.Module) -> str:
         if not name.startswith("pooler."):
             digest.update(f"{name}{shape}".encode() + values)
     return digest.hexdigest()[:16]
+
+
+def base_fingerprint(model: LoadedModel) -> str:
+    """The fingerprint of a loaded model's own weights, taken once: they may be let go of later."""
+    if model.fingerprint is None:
+        model.fingerprint = fingerprint(model.network)
+    return model.fingerprint
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -86,8 +86,15 @@ class LoadedModel:
     """Bytes of keys and values that a token takes where it writes with what came before in blocks, 0 where it cannot; None:
     not tried yet (`models.pages.writes_by_pages`)."""
 
+    slots: bool | None = None
+    """Whether it writes answers to sources side by side, wherever each of them is; None: not tried yet
+    (`models.slots.writes_by_slots`)."""
+
     native: Any = None
     """Its weights packed for the native decoder; None: texts are written by the module itself (`engine.native`)."""
+
+    manner: Any = None
+    """How it makes one vector of a text, as `models.embedding.Manner`; None: not read yet."""
 
     server: Any = None
     """The server that has its weights and writes in its place (`engine.remote`); None: they are here."""
@@ -95,8 +102,14 @@ class LoadedModel:
     learned: Any = None
     """The rows of its tuning, as `engine.drafts.Learned`: what it writes is guessed from them."""
 
+    draft: Any = None
+    """A smaller model of the same tokenizer that guesses what it writes (`engine.draft_model`); None: there is none."""
+
     packable: bool | None = None
     """Whether the native decoder computes what it computes; None: not tried yet (`engine.native.natively`)."""
+
+    fingerprint: str | None = None
+    """Of its weights; None: not taken yet (`models.facts.base_fingerprint`)."""
 
     head: Any = None
     """Its output layer, and how logits are made with it; None: not read yet (`models.output.head_of`)."""

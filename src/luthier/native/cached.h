@@ -6,7 +6,7 @@
 
 #define TOKENS 32
 #if defined(__AVX512F__)
-#define QUERIES 8
+#define QUERIES 12
 #else
 #define QUERIES 2
 #endif
@@ -125,6 +125,10 @@ static void attend(const Cached *c, int count, const uint16_t *const *query, con
     case 5: attend_some(c, 5, query, from, seen, first, last, out, after); break;
     case 6: attend_some(c, 6, query, from, seen, first, last, out, after); break;
     case 7: attend_some(c, 7, query, from, seen, first, last, out, after); break;
+    case 8: attend_some(c, 8, query, from, seen, first, last, out, after); break;
+    case 9: attend_some(c, 9, query, from, seen, first, last, out, after); break;
+    case 10: attend_some(c, 10, query, from, seen, first, last, out, after); break;
+    case 11: attend_some(c, 11, query, from, seen, first, last, out, after); break;
 #endif
     default: attend_some(c, QUERIES, query, from, seen, first, last, out, after);
     }

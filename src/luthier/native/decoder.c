@@ -249,7 +249,7 @@ int decoder_step(const Decoder *d, const Step *step) {
                 lower(&lows, layer->low_qkv, n, row, width, low_row);
             }
             meet(&gate, all_threads);
-            multiply(&layer->qkv, &in, count, made, 0, thread, all_threads);
+            multiply(&layer->qkv, &in, count, made, 0, thread, all_threads, &layer->out);
             raise_rows(&lows, layer->low_qkv, &layer->qkv, count, made, thread, all_threads);
             meet(&gate, all_threads);
             for (int64_t n = from; n < to; n++)
@@ -277,7 +277,7 @@ int decoder_step(const Decoder *d, const Step *step) {
                 lower(&lows, layer->low_out, n, branch + n * mixed, mixed, low_row);
             }
             meet(&gate, all_threads);
-            multiply(&layer->out, &mix, count, branch, 0, thread, all_threads);
+            multiply(&layer->out, &mix, count, branch, 0, thread, all_threads, &layer->up);
             raise_rows(&lows, layer->low_out, &layer->out, count, branch, thread, all_threads);
             meet(&gate, all_threads);
             for (int64_t n = from; n < to; n++) {
@@ -290,7 +290,7 @@ int decoder_step(const Decoder *d, const Step *step) {
                 lower(&lows, layer->low_up, n, row, width, low_row);
             }
             meet(&gate, all_threads);
-            multiply(&layer->up, &into, count, made, 0, thread, all_threads);
+            multiply(&layer->up, &into, count, made, 0, thread, all_threads, &layer->down);
             raise_rows(&lows, layer->low_up, &layer->up, count, made, thread, all_threads);
             meet(&gate, all_threads);
             for (int64_t n = from; n < to; n++) {
@@ -300,7 +300,8 @@ int decoder_step(const Decoder *d, const Step *step) {
                 lower(&lows, layer->low_down, n, row, inner, low_row);
             }
             meet(&gate, all_threads);
-            multiply(&layer->down, &low, count, branch, 0, thread, all_threads);
+            multiply(&layer->down, &low, count, branch, 0, thread, all_threads,
+                     l + 1 < d->layers ? &layer[1].qkv : &d->head);
             raise_rows(&lows, layer->low_down, &layer->down, count, branch, thread, all_threads);
             meet(&gate, all_threads);
             for (int64_t n = from; n < to; n++)
@@ -314,7 +315,7 @@ int decoder_step(const Decoder *d, const Step *step) {
         }
         meet(&gate, all_threads);
         Best own = {best.value + thread * wanted * LANE, best.at + thread * wanted * LANE};
-        if (wanted) multiply(&d->head, &ends, wanted, step->logits, step->best ? &own : 0, thread, all_threads);
+        if (wanted) multiply(&d->head, &ends, wanted, step->logits, step->best ? &own : 0, thread, all_threads, &d->layer->qkv);
         if (step->logits) {
             int64_t tiles = d->head.n / LANE, low = tiles * thread / all_threads * LANE, high = tiles * (thread + 1) / all_threads * LANE;
             for (int64_t r = 0; r < wanted; r++) finish_logits(d, step->logits + r * d->head.n, low, high);

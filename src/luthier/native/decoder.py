@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from luthier.native.build import NoLibrary, load_library
 from luthier.native.forms import BITS, GROUP, Form, filled, to_int4, to_int8
-from luthier.native.shape import ACTIVATIONS, Decoder, Linear, Norm
+from luthier.native.shape import ACTIVATIONS, PRODUCTS, Decoder, Linear, Low, Norm
 
 # Tokens of a block of keys and values, and the numbers that are worked on at once (TOKENS, LANE in the C files).
 TOKENS, LANE = 32, 16
@@ -25,7 +25,6 @@ AT_ONCE = 4096
 # Bytes of weights that are asked for at once.
 CHUNK = 2**24
 LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-PRODUCTS = ("qkv", "out", "up", "down")
 NORMS = {None: 0, "rms": 1, "layer": 2}
 
 
@@ -125,9 +124,13 @@ class Packed:
         self.nbytes = 0
         self._held: list[Any] = []
         self._chunk, self._left = 0, 0
-        self.adapters: list[Adapter] = []
+        # By their numbers in a step; None where one was taken out.
+        self.adapters: list[Adapter | None] = []
         self._sets: list[Any] = []
         self._tables: dict[Any, tuple[int, Tensor, Tensor]] = {}
+        self._reached = 0
+        # Where the layers were told that their keys and values lie.
+        self.told: tuple[int, int] | None = None
         # A step is told by the layers where its keys and values lie, so one goes through at a time.
         self.lock = threading.Lock()
         embedding_VE = self._hold(decoder.embedding_VE.bfloat16())
@@ -204,16 +207,45 @@ class Packed:
 
     def take_adapters(self, decoders: Sequence[Decoder]) -> None:
         """What the adapters of these add, each a decoder over this base that keeps its own apart; in place of all before."""
-        self.adapters = [Adapter(decoder) for decoder in decoders]
+        made = [
+            Adapter([{name: getattr(block, name).lows() for name in PRODUCTS} for block in one.blocks])
+            for one in decoders
+        ]
+        with self.lock:
+            self._set_adapters([*made])
+
+    def put_adapter(self, lows: Sequence[Lows]) -> int:
+        """One adapter more, by what it adds to each layer; its number in a step. Raises ValueError for outputs that are no
+        whole tiles."""
+        made = Adapter(lows)
+        with self.lock:
+            free = self.adapters.index(None) if None in self.adapters else len(self.adapters)
+            self._set_adapters([*self.adapters[:free], made, *self.adapters[free + 1 :]])
+        return free
+
+    def drop_adapter(self, number: int) -> None:
+        """Take one out; the numbers of the others stay."""
+        with self.lock:
+            left = [None if at == number else one for at, one in enumerate(self.adapters)]
+            while left and left[-1] is None:
+                left.pop()
+            self._set_adapters(left)
+
+    def _set_adapters(self, adapters: list[Adapter | None]) -> None:
+        self.adapters = adapters
         self._sets = []
         for at, layer in enumerate(self._layers):
             for name in PRODUCTS:
-                sets = (CLowSet * len(self.adapters))(*(one.sets[at][name] for one in self.adapters))
+                sets = (CLowSet * len(adapters))(
+                    *(CLowSet() if one is None else one.sets[at][name] for one in adapters)
+                )
                 self._sets.append(sets)
-                setattr(layer, f"low_{name}", ctypes.addressof(sets) if self.adapters else None)
+                setattr(layer, f"low_{name}", ctypes.addressof(sets) if adapters else None)
 
     def reach(self, places: int) -> None:
         """Make the tables of rotary positions long enough for so many places."""
+        if places <= self._reached:
+            return
         for layer, block in zip(self._layers, self.decoder.blocks):
             if block.turns is None:
                 continue
@@ -224,19 +256,25 @@ class Packed:
                 cosine, sine = (one.float().contiguous() for one in block.turns.tables(count))
                 known = self._tables[block.turns] = (count, cosine, sine)
             layer.cosine, layer.sine = known[1].data_ptr(), known[2].data_ptr()
+        # Where no layer turns anything, no place is too far.
+        self._reached = min((known[0] for known in self._tables.values()), default=2**62)
+
+
+Lows: TypeAlias = Mapping[str, Sequence[Low]]
+"""What an adapter adds to the products of a layer, by their names."""
 
 
 class Adapter:
     """What a decoder's adapter adds, packed: (A, B) of each layer in each product."""
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, layers: Sequence[Lows]):
         self._held: list[Tensor] = []
         self.width = 0
-        self.sets = [{name: self._set(getattr(block, name)) for name in PRODUCTS} for block in decoder.blocks]
+        self.sets = [{name: self._set(lows.get(name, ())) for name in PRODUCTS} for lows in layers]
 
-    def _set(self, linear: Linear) -> CLowSet:
+    def _set(self, lows: Sequence[Low]) -> CLowSet:
         made, width = CLowSet(), 0
-        for at, low in enumerate(linear.lows()):
+        for at, low in enumerate(lows):
             if low.start % LANE or low.stop % LANE:
                 raise ValueError(f"outputs from {low.start} to {low.stop} are no whole tiles of {LANE}")
             rank = -(-low.a_RK.shape[0] // LANE) * LANE
@@ -295,16 +333,22 @@ class Cached:
         self._check(numbers[0], numbers[3], np.asarray(before) + sizes, widths)
         logits_RV = None if likeliest else torch.empty(len(rows), packed.c.head.n)
         best_R = torch.zeros(len(rows), dtype=torch.int32) if likeliest else None
-        step = CStep(
-            count, len(rows), torch.get_num_threads(), max((one.width for one in packed.adapters), default=0),
-            *(one.ctypes.data for one in numbers[:-1]), None if logits_RV is None else logits_RV.data_ptr(),
-            None if best_R is None else best_R.data_ptr(), numbers[-1].ctypes.data if packed.adapters else None,
-        )  # fmt: skip
+        # An adapter more in the middle would make the room for what they give too small.
         with packed.lock:
+            if int(adapter_N.max()) >= len(packed.adapters):
+                raise IndexError(f"adapter {adapter_N.max()}, and there are {len(packed.adapters)}")
+            step = CStep(
+                count, len(rows), torch.get_num_threads(),
+                max((one.width for one in packed.adapters if one is not None), default=0),
+                *(one.ctypes.data for one in numbers[:-1]), None if logits_RV is None else logits_RV.data_ptr(),
+                None if best_R is None else best_R.data_ptr(), numbers[-1].ctypes.data if packed.adapters else None,
+            )  # fmt: skip
             packed.reach(int(places_N.max()) + 1)
-            for at, layer in enumerate(packed._layers):
-                layer.keys = self._pages.at + 2 * at * self._half
-                layer.values = layer.keys + self._half
+            if packed.told != (self._pages.at, self._half):
+                packed.told = self._pages.at, self._half
+                for at, layer in enumerate(packed._layers):
+                    layer.keys = self._pages.at + 2 * at * self._half
+                    layer.values = layer.keys + self._half
             if _library().decoder_step(ctypes.byref(packed.c), ctypes.byref(step)):
                 raise MemoryError(f"no memory for a step of {count} tokens")
         if best_R is not None:
@@ -322,6 +366,14 @@ class Cached:
             raise IndexError(f"a text of {longest} places, and the model has {len(decoder.places_PE)}")
         if (lengths > widths * TOKENS).any() or blocks.min() < 0 or blocks.max() >= self.blocks:
             raise IndexError(f"blocks that are not there: {self.blocks} of {TOKENS} tokens are")
+
+    def put_adapter(self, lows: Sequence[Lows]) -> int:
+        """One adapter more that texts can be read with, by what it adds to the products of each layer; its number."""
+        return self.packed.put_adapter(lows)
+
+    def drop_adapter(self, number: int) -> None:
+        """Take one out."""
+        self.packed.drop_adapter(number)
 
     def copy(self, source: int, target: int) -> None:
         """The keys and values of one block to another."""

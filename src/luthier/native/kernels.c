@@ -47,6 +47,8 @@ static inline bf16 to_bf16(float x) {
 #define STORE to_bf16
 #define NAME(x) x##_bf16
 #include "layers.h"
+#include "likely.h"
+#include "masks.h"
 #include "softmax.h"
 #include "pages.h"
 #undef T
@@ -59,6 +61,8 @@ static inline bf16 to_bf16(float x) {
 #define STORE(x) (x)
 #define NAME(x) x##_f32
 #include "layers.h"
+#include "likely.h"
+#include "masks.h"
 #include "softmax.h"
 #include "pages.h"
 

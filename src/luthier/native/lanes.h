@@ -65,11 +65,15 @@ INLINE vf size_of(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 /* One order of adding on every processor. */
 INLINE float sum_of(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);  /* the same halves */
+#else
     float at[LANE];
     store(at, x);
     for (int step = LANE / 2; step; step /= 2)
         for (int i = 0; i < step; i++) at[i] += at[i + step];
     return at[0];
+#endif
 }
 
 INLINE float most_of(vf x) {
@@ -81,15 +85,23 @@ INLINE float most_of(vf x) {
 }
 
 INLINE int32_t most_of_words(vi x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)x);
+#else
     int32_t most = x[0];
     for (int i = 1; i < LANE; i++) most = x[i] > most ? x[i] : most;
     return most;
+#endif
 }
 
 INLINE int32_t total_of(vi x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)x);
+#else
     int32_t total = 0;
     for (int i = 0; i < LANE; i++) total += x[i];
     return total;
+#endif
 }
 
 /* To the nearest whole number, ties to even. */
@@ -123,9 +135,15 @@ INLINE void store_halves(uint16_t *to, vf x) {
 /* e^x as fast_exp in kernels.c. */
 INLINE vf exp_of(vf x) {
     x = larger(all(-87.0f), x);  /* in this order: what is no number stays none */
+#if defined(__AVX512F__)
+    x = (vf)_mm512_min_ps((__m512)all(88.0f), (__m512)x);
+    vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
     x = pick(x > 88.0f, all(88.0f), x);
     vi whole = round_words(x * 1.44269504088896341f);
-    vf n = from_words(whole), r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vf n = from_words(whole);
+#endif
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vf p = all(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -133,7 +151,11 @@ INLINE vf exp_of(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     return p * (vf)((whole + 127) << 23);
+#endif
 }
 
 /* c + w . a of pairs of bf16 in each word. */

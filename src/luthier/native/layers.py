@@ -27,6 +27,8 @@ SIGNATURES = {
     "swiglu_backward": (POINTER, POINTER, POINTER, POINTER, POINTER, LONG),
     "rotate": (POINTER, POINTER, POINTER, LONG, LONG, LONG, FLOAT),
     "cross_entropy": (POINTER, POINTER, POINTER, POINTER, LONG, LONG),
+    "log_shares": (POINTER, POINTER, POINTER, POINTER, LONG, LONG, LONG),
+    "mask_rows": (POINTER, POINTER, POINTER, *(LONG,) * 4),
     "attend_pages": (*(POINTER,) * 8, *(LONG,) * 5, FLOAT, LONG, FLOAT),
     "seen_softmax": (POINTER, POINTER, POINTER, *(LONG,) * 6, FLOAT),
     "seen_softmax_backward": (POINTER, POINTER, POINTER, POINTER, *(LONG,) * 6, FLOAT),

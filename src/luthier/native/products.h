@@ -51,7 +51,7 @@ INLINE void keep(const Product *p, int64_t tile, int64_t m, vf x, float *out, in
 }
 
 INLINE void halves_block(const Product *p, int64_t tile, int64_t m, const int MR, const int NR, const Rows *rows,
-                         float *out, int64_t stride, Best *best, const uint8_t *ahead) {
+                         float *out, int64_t stride, Best *best, const uint8_t *ahead, const int lines) {
     int64_t k = p->k, step = k * LANE * 2;
     const uint8_t *w = p->weight + tile * step;
     vf sum[MOST][TILES];
@@ -59,7 +59,7 @@ INLINE void halves_block(const Product *p, int64_t tile, int64_t m, const int MR
     for (int64_t at = 0; at < k / 2; at++) {
         vi word[TILES];
         UNROLL for (int n = 0; n < NR; n++) word[n] = load_words(w + n * step + at * 64);
-        if (ahead) fetch_far(ahead + at * 64);
+        UNROLL for (int n = 0; n < lines; n++) fetch_far(ahead + (at * lines + n) * 64);
         UNROLL for (int i = 0; i < MR; i++) {
             int32_t pair;
             memcpy(&pair, rows->halves + (m + i) * rows->k + at * 2, 4);
@@ -73,7 +73,7 @@ INLINE void halves_block(const Product *p, int64_t tile, int64_t m, const int MR
 
 /* Weights are kept 128 higher than they are, as the instruction wants them unsigned; the sum of the row takes it back. */
 INLINE void bytes_block(const Product *p, int64_t tile, int64_t m, const int MR, const int NR, const Rows *rows,
-                        float *out, int64_t stride, Best *best, const uint8_t *ahead) {
+                        float *out, int64_t stride, Best *best, const uint8_t *ahead, const int lines) {
     int64_t k = p->k, step = k * LANE, groups = rows->k / GROUP;
     const uint8_t *w = p->weight + tile * step;
     vi sum[MOST][TILES];
@@ -84,7 +84,7 @@ INLINE void bytes_block(const Product *p, int64_t tile, int64_t m, const int MR,
     for (int64_t at = 0; at < k / 4; at++) {
         vi word[TILES];
         UNROLL for (int n = 0; n < NR; n++) word[n] = load_words(w + n * step + at * 64);
-        if (ahead) fetch_far(ahead + at * 64);
+        UNROLL for (int n = 0; n < lines; n++) fetch_far(ahead + (at * lines + n) * 64);
         UNROLL for (int i = 0; i < MR; i++) {
             int32_t four;
             memcpy(&four, rows->bytes + (m + i) * rows->k + at * 4, 4);
@@ -101,7 +101,7 @@ INLINE void bytes_block(const Product *p, int64_t tile, int64_t m, const int MR,
 
 /* A group of 64 along k is 8 words of each row: the low halves of their bytes the first 32, the high ones the rest. */
 INLINE void nibbles_block(const Product *p, int64_t tile, int64_t m, const int MR, const int NR, const Rows *rows,
-                          float *out, int64_t stride, Best *best, const uint8_t *ahead) {
+                          float *out, int64_t stride, Best *best, const uint8_t *ahead, const int lines) {
     int64_t k = p->k, step = k * LANE / 2, groups = rows->k / GROUP;
     const uint8_t *w = p->weight + tile * step;
     vf whole[MOST][TILES];
@@ -119,7 +119,7 @@ INLINE void nibbles_block(const Product *p, int64_t tile, int64_t m, const int M
                 low[n] = word & 0x0f0f0f0f;
                 high[n] = (vi)((vu)word >> 4) & 0x0f0f0f0f;
             }
-            if (ahead) fetch_far(ahead + g * 512 + at * 64);
+            UNROLL for (int n = 0; n < lines; n++) fetch_far(ahead + ((g * 8 + at) * lines + n) * 64);
             UNROLL for (int i = 0; i < MR; i++) {
                 int32_t first, second;
                 const int8_t *four = rows->bytes + (m + i) * rows->k + g * GROUP + at * 4;
@@ -144,27 +144,35 @@ INLINE void nibbles_block(const Product *p, int64_t tile, int64_t m, const int M
 }
 
 /* All rows by the tiles of one kind: as many rows at once as fit, then fewer. The weights of the next tiles are fetched
- * while the second to fourth lot of rows is worked on. */
+ * while the second to fourth lot of rows is worked on, or where there are fewer, all with the first; at the end of the share,
+ * `then`, what this thread reads after it. */
 #define PRODUCT(name, block, most)                                                                                    \
     static void name(const Product *p, const Rows *rows, int64_t count, float *out, int64_t stride, Best *best,       \
-                     int64_t from, int64_t to, int64_t bytes) {                                                       \
+                     int64_t from, int64_t to, int64_t bytes, const uint8_t *then) {                                  \
         for (int64_t tile = from; tile < to;) {                                                                       \
             int64_t m = 0;                                                                                            \
             if (to - tile >= TILES) {                                                                                 \
+                const uint8_t *next = tile + TILES < to ? p->weight + (tile + TILES) * bytes : then;                  \
+                if (count < 4 * most) {                                                                               \
+                    if (count >= most) { block(p, tile, 0, most, TILES, rows, out, stride, best, next, TILES); m = most; } \
+                    else if (count >= most / 2) {                                                                     \
+                        block(p, tile, 0, most / 2, TILES, rows, out, stride, best, next, TILES);                     \
+                        m = most / 2;                                                                                 \
+                    } else { block(p, tile, 0, 1, TILES, rows, out, stride, best, next, TILES); m = 1; }              \
+                }                                                                                                     \
                 for (int lot = 0; m + most <= count; m += most, lot++) {                                              \
-                    const uint8_t *next = p->weight + (tile + TILES + lot - 1) * bytes;                               \
-                    if (lot >= 1 && lot <= 3 && tile + TILES + lot - 1 < to)                                          \
-                        block(p, tile, m, most, TILES, rows, out, stride, best, next);                                \
+                    if (count >= 4 * most && lot >= 1 && lot <= 3)                                                    \
+                        block(p, tile, m, most, TILES, rows, out, stride, best, next + (lot - 1) * bytes, 1);         \
                     else                                                                                              \
-                        block(p, tile, m, most, TILES, rows, out, stride, best, 0);                                   \
+                        block(p, tile, m, most, TILES, rows, out, stride, best, 0, 0);                                \
                 }                                                                                                     \
                 for (; m + most / 2 <= count; m += most / 2)                                                          \
-                    block(p, tile, m, most / 2, TILES, rows, out, stride, best, 0);                                   \
-                for (; m < count; m++) block(p, tile, m, 1, TILES, rows, out, stride, best, 0);                       \
+                    block(p, tile, m, most / 2, TILES, rows, out, stride, best, 0, 0);                                \
+                for (; m < count; m++) block(p, tile, m, 1, TILES, rows, out, stride, best, 0, 0);                    \
                 tile += TILES;                                                                                        \
             } else {                                                                                                  \
-                for (; m + most <= count; m += most) block(p, tile, m, most, 1, rows, out, stride, best, 0);          \
-                for (; m < count; m++) block(p, tile, m, 1, 1, rows, out, stride, best, 0);                           \
+                for (; m + most <= count; m += most) block(p, tile, m, most, 1, rows, out, stride, best, 0, 0);       \
+                for (; m < count; m++) block(p, tile, m, 1, 1, rows, out, stride, best, 0, 0);                        \
                 tile++;                                                                                               \
             }                                                                                                         \
         }                                                                                                             \
@@ -174,12 +182,16 @@ PRODUCT(multiply_halves, halves_block, MOST)
 PRODUCT(multiply_bytes, bytes_block, MOST)
 PRODUCT(multiply_nibbles, nibbles_block, MOST_NIBBLES)
 
-/* The share of one thread of `threads`. */
-static void multiply(const Product *p, const Rows *rows, int64_t count, float *out, Best *best, int thread, int threads) {
+INLINE int64_t tile_bytes(const Product *p) { return p->k * LANE * p->bits / 8; }
+
+/* The share of one thread of `threads`; after it, it multiplies by `next`. */
+static void multiply(const Product *p, const Rows *rows, int64_t count, float *out, Best *best, int thread, int threads,
+                     const Product *next) {
     int64_t tiles = p->n / LANE, from = tiles * thread / threads, to = tiles * (thread + 1) / threads;
-    if (p->bits == 16) multiply_halves(p, rows, count, out, p->n, best, from, to, p->k * LANE * 2);
-    else if (p->bits == 8) multiply_bytes(p, rows, count, out, p->n, best, from, to, p->k * LANE);
-    else multiply_nibbles(p, rows, count, out, p->n, best, from, to, p->k * LANE / 2);
+    const uint8_t *then = next->weight + next->n / LANE * thread / threads * tile_bytes(next);
+    if (p->bits == 16) multiply_halves(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
+    else if (p->bits == 8) multiply_bytes(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
+    else multiply_nibbles(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
 }
 
 /* Weights as they come, row after row, to tiles: [n, k] halves; bytes, signed; nibbles 0 to 15, one a byte. */

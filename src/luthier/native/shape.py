@@ -9,6 +9,8 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 Activation: TypeAlias = Literal["silu", "gelu_tanh", "gelu", "relu", "relu_squared"]
+# The products of a layer, in the order in which they are made.
+PRODUCTS = ("qkv", "out", "up", "down")
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu_tanh", "gelu", "relu", "relu_squared")
 
 

@@ -125,6 +125,18 @@ class Renderer:
         fitted, _, cut = self._fit(ids, [0.0] * len(ids), id, keep_last=True)
         return Encoded(id, fitted, cut=lost + cut)
 
+    def framed_ids(self, text: str) -> tuple[int, ...]:
+        """The ids of a text alone as the tokenizer frames it, however long."""
+        return tuple(self._framed(text))
+
+    def framed(self, text: str, id: str = "") -> Encoded:
+        """A text alone as the tokenizer frames it, to make a vector of. Raises DataError for one without a token."""
+        ids = self._framed(text)
+        if not ids:
+            raise DataError(f"{id}: the text is empty, and this tokenizer puts nothing around it; give some text")
+        fitted, _, cut = self._fit(ids, [0.0] * len(ids), id, keep_last=True)
+        return Encoded(id, fitted, cut=cut)
+
     # -- to go on from ------------------------------------------------------------------------------------------------
 
     def render(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from luthier.core.errors import DataError
 from luthier.core.types import Chat, Message
+
+Prompt: TypeAlias = str | tuple[Message, ...]
 
 
 def read_items(path: Path) -> list[tuple[str, Any]]:
@@ -41,7 +43,7 @@ def read_items(path: Path) -> list[tuple[str, Any]]:
     return items
 
 
-def as_prompt(item: Any) -> str | tuple[Message, ...]:
+def as_prompt(item: Any) -> Prompt:
     """What a language model goes on from: the messages, or the text, with the second of two on a line of its own."""
     if isinstance(item, str):
         return item

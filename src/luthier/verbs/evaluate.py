@@ -56,9 +56,11 @@ class Evaluate(Config):
     device: str = "auto"
     """Where to compute: auto, cpu, cuda ..."""
     execution: Execution = "auto"
-    """How a language model is read while it writes, on a CPU: by itself (model), or by the native decoder with its weights
-    in bfloat16, int8 or int4. auto: int8 where it changes next to nothing (measured at loading, and said), else bfloat16,
-    else model; small models always by themselves."""
+    """How a language model is read while it writes or scores labels, on a CPU: by itself (model), or by the native decoder
+    with its weights in bfloat16, int8 or int4. auto: int8 where it changes next to nothing (measured at loading, and said),
+    else bfloat16, else model; small models always by themselves."""
+    draft: str | None = None
+    """A smaller model with the same tokenizer, which guesses what the language model writes; that changes the time alone."""
     backend: Backend | None = None
     """A server that holds the weights and writes in place of this machine: its address, or a table of settings. `model` then
     gives tokenizer and template alone."""
@@ -75,7 +77,7 @@ class Evaluate(Config):
     @model_validator(mode="after")
     def _here_or_there(self) -> Evaluate:
         if self.backend is not None:
-            refuse_here(self.device, self.execution)
+            refuse_here(self.device, self.execution, self.draft)
             for name in ("reference", "likelihood"):
                 if getattr(self, name):
                     raise ValueError(f"{name}: likelihoods are computed here, by the weights; leave `backend` out")
@@ -107,7 +109,7 @@ def evaluate(
 
 def _judge(run: Run, config: Evaluate) -> None:
     from luthier.engine.drafts import remember
-    from luthier.engine.generate import uses_engine
+    from luthier.engine.generate import take_draft, uses_engine
     from luthier.engine.native import prepare, refuse
     from luthier.engine.remote import load_served
     from luthier.evals.baselines import baselines_for
@@ -146,11 +148,14 @@ def _judge(run: Run, config: Evaluate) -> None:
         logs, before = read_answers(model, examples, run.events), _read_reference(config, spec, examples, run.events)
         predictions, metrics, details, found = judge_answers(examples, logs, before, refers=before is not None)
     else:
-        if task == "causal" and not config.likelihood and uses_engine(model):
+        if spec.task == "causal" and not config.likelihood and uses_engine(model):
             prepare(model, config.execution, run.events)
-            remember(model)
+            if not chosen:
+                remember(model)
+            if config.draft is not None:
+                take_draft(model, config.draft, config.execution, run.events)
         elif config.backend is None:
-            refuse(config.execution)
+            refuse(config.execution, config.draft)
         predictions = _predict(config, model, examples, chosen, run.events)
         metrics, details = judge(predictions, task, labels)
     details["evaluated_on"] = "test"

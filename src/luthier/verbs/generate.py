@@ -15,13 +15,14 @@ from luthier.core.events import Events, Sink
 from luthier.engine.backend import Backend, refuse_here
 from luthier.engine.labelling import Labelling, Labels
 from luthier.engine.sampling import Execution, Sampling
-from luthier.verbs.asked import as_prompt, flat, read_items
+from luthier.verbs.asked import Prompt, as_prompt, flat, read_items
 from luthier.verbs.rows import append_rows, as_answer, as_row, read_done
 from luthier.verbs.shots import load_shots, with_shots, writes
 
 if TYPE_CHECKING:
     from luthier.engine.labels import Labeller
     from luthier.models.spec import LoadedModel
+    from luthier.verbs.grounding import Grounded
 
 EMPTY = "empty, since the model ended at once; that is what it learned where training texts end in such a place"
 
@@ -49,6 +50,11 @@ class Generate(Config):
     """A language model gives each text one of these labels instead of writing (on the command line: spam,ham)."""
     labelling: Labelling = Labelling()
     """How it is asked for a label, and how labels are compared."""
+    index: str | None = None
+    """An index that questions are answered from, as `luthier index` makes one: its name, run:<id>, or a folder. An answer then
+    names its sources, and where the index holds too little it says that it does not know."""
+    passages: int = Field(5, gt=0)
+    """How many passages of the index stand before a question, at most."""
     max_length: int | None = Field(None, gt=1)
     """Longest row in tokens; by default the model's context."""
     truncate: bool = False
@@ -59,9 +65,11 @@ class Generate(Config):
     device: str = "auto"
     """Where to compute: auto, cpu, cuda ..."""
     execution: Execution = "auto"
-    """How a language model is read while it writes, on a CPU: by itself (model), or by the native decoder with its weights
-    in bfloat16, int8 or int4. auto: int8 where it changes next to nothing (measured at loading, and said), else bfloat16,
-    else model; small models always by themselves."""
+    """How a language model is read while it writes or scores labels, on a CPU: by itself (model), or by the native decoder
+    with its weights in bfloat16, int8 or int4. auto: int8 where it changes next to nothing (measured at loading, and said),
+    else bfloat16, else model; small models always by themselves."""
+    draft: str | None = None
+    """A smaller model with the same tokenizer, which guesses what the language model writes; that changes the time alone."""
     backend: Backend | None = None
     """A server that holds the weights and writes in place of this machine: its address, or a table of settings. `model` then
     gives tokenizer and template alone."""
@@ -69,7 +77,7 @@ class Generate(Config):
     @model_validator(mode="after")
     def _check(self) -> Generate:
         if self.backend is not None:
-            refuse_here(self.device, self.execution)
+            refuse_here(self.device, self.execution, self.draft)
             if self.labels:
                 raise ValueError("labels are scored by the weights, which a backend holds; leave labels or backend out")
         if self.prompt is not None and self.input is not None:
@@ -78,6 +86,10 @@ class Generate(Config):
             raise ValueError("output goes with input, a file of rows; a single answer is printed")
         if self.labelling != Labelling() and not self.labels:
             raise ValueError("labelling goes with labels; name the labels to choose from")
+        if self.passages != 5 and self.index is None:
+            raise ValueError("passages goes with index; name the index to answer from")
+        if self.index is not None and (self.labels or self.sampling.structure is not None):
+            raise ValueError("answers from an index are text with citations; leave labels and structure out, or index")
         if self.labels and self.sampling != Sampling():
             raise ValueError("sampling has no effect where labels are scored and nothing is written; leave it out")
         return self
@@ -109,7 +121,8 @@ def generate(
     model = _load(config, events)
     shots = load_shots(model, config.model, config.shots, events)
     labeller = _make_labeller(model, config, shots, events)
-    streams = writes(model) and labeller is None and _grows(config.sampling)
+    grounded = _open_index(model, config, events)
+    streams = writes(model) and labeller is None and grounded is None and _grows(config.sampling)
     if config.prompt is not None and on_text is not None and streams:
         from luthier.engine.generate import stream
 
@@ -127,7 +140,7 @@ def generate(
     if done:
         events.choose("resume", f"{len(items) - len(left)} rows", f"they stand in {config.output} already")
     total = len(left)
-    for found in _answer_parts(model, left, config, shots, labeller):
+    for found in _answer_parts(model, left, config, shots, labeller, grounded):
         answers += found
         if config.output is not None:
             append_rows(config.output, found)
@@ -142,7 +155,11 @@ def answer_texts(config: Generate, texts: Sequence[str], *, sinks: Sequence[Sink
     model = _load(config, events)
     shots = load_shots(model, config.model, config.shots, events)
     labeller = _make_labeller(model, config, shots, events)
-    found = _answer(model, [(f"line {number}", text) for number, text in enumerate(texts, 1)], config, shots, labeller)
+    items = [(f"line {number}", text) for number, text in enumerate(texts, 1)]
+    grounded = _open_index(model, config, events)
+    if grounded is not None:
+        return [one for part in _answer_parts(model, items, config, shots, None, grounded) for one in part]
+    found = _answer(model, items, config, shots, labeller)
     _warn_empty(found, events)
     return found
 
@@ -183,8 +200,8 @@ def inference(model: Any, tokenizer: Any, text: str | Sequence[str], **sampling:
 
 def _load(config: Generate, events: Events) -> LoadedModel:
     """The model, ready to write if it can, here or by a server."""
-    from luthier.engine.generate import choose_engine
-    from luthier.engine.native import let_go, refuse
+    from luthier.engine.generate import choose_engine, take_draft, uses_engine
+    from luthier.engine.native import let_go, prepare, refuse
     from luthier.engine.remote import load_served
     from luthier.models.load import load_model
 
@@ -196,8 +213,13 @@ def _load(config: Generate, events: Events) -> LoadedModel:
     if writes(model) and not config.labels:
         choose_engine(model, config.sampling, config.execution, events)
         let_go(model)
+        if config.draft is not None:
+            take_draft(model, config.draft, config.execution, events)
+    elif config.labels and model.spec.task == "causal" and uses_engine(model):
+        prepare(model, config.execution, events)
+        let_go(model)
     else:
-        refuse(config.execution)
+        refuse(config.execution, config.draft)
     return model
 
 
@@ -207,8 +229,13 @@ def _answer_parts(
     config: Generate,
     shots: Sequence[tuple[str, str]],
     labeller: Labeller | None,
+    grounded: Grounded | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """The answers in order: where they are written one beside another as soon as those before are there, else by batches."""
+    if grounded is not None:
+        for start in range(0, len(items), config.batch_size):
+            yield _answer_from(grounded, model, items[start : start + config.batch_size], config, shots)
+        return
     names = [name for name, _ in items]
     if model.server is not None:
         from luthier.engine.remote import write_each
@@ -280,6 +307,39 @@ def _answer(
     names = None if config.input is None else [name for name, _ in items]
     written = write(model, prompts, config.sampling, raw=config.raw, batch_size=config.batch_size, keys=names)
     return [{"id": name, **as_answer(one)} for (name, _), one in zip(items, written)]
+
+
+def _open_index(model: LoadedModel, config: Generate, events: Events) -> Grounded | None:
+    """The index that is answered from; None where none is named."""
+    if config.index is None:
+        return None
+    if not writes(model):
+        raise ConfigError(
+            f"index: {config.model} is made to {model.spec.task} and writes no text; leave --index out, or use a language model"
+        )
+    from luthier.verbs.grounding import Grounded
+
+    return Grounded(config.index, config.passages, device=config.device, events=events)
+
+
+def _answer_from(
+    grounded: Grounded,
+    model: LoadedModel,
+    items: Sequence[tuple[str, Any]],
+    config: Generate,
+    shots: Sequence[tuple[str, str]],
+) -> list[dict[str, Any]]:
+    """The answers to some questions from an index, with their sources."""
+
+    def write(asked: list[tuple[int, Any]]) -> list[dict[str, Any]]:
+        return _answer(model, [(items[at][0], prompt) for at, prompt in asked], config, shots)
+
+    def complete(prompt: Prompt) -> Prompt:
+        return with_shots(model, prompt, shots, config.raw)
+
+    prompts = [as_prompt(item) for _, item in items]
+    rows = grounded.answer_all(model, prompts, config.sampling.max_tokens, write, raw=config.raw, complete=complete)
+    return [{"id": name, **row} for (name, _), row in zip(items, rows)]
 
 
 def _make_labeller(

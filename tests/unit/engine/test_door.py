@@ -327,7 +327,7 @@ def test_one_that_fails_fails_alone():
             gathered(door.stream([], SHORT)),
             door.complete(prompts((128,))[0], SHORT),
             door.complete([5], Sampling(beams=2)),
-            door.complete([5], SHORT, adapter=3),
+            door.complete([5], SHORT, adapter="one"),
             door.complete([5, 9], SHORT),
             return_exceptions=True,
         )

@@ -81,7 +81,7 @@ def broken_lesson(engine, request):
 
 def broken_name(engine, request):
     name = engine.blocks.name
-    engine.blocks.name = lambda block, one: fail() if block in request.table else name(block, one)
+    engine.blocks.name = lambda block, *one: fail() if block in request.table else name(block, *one)
 
 
 def broken_logs(engine, request):

@@ -191,18 +191,18 @@ def test_answers_to_learn_from_come_from_the_base_in_bf16_and_its_adapter_apart(
 
 def test_an_adapter_that_is_not_there_is_refused():
     model, _ = made(execution="int8")
-    with pytest.raises(ConfigError, match="no adapter 0 beside the packed weights; 0 are there"):
-        Engine(model, 256).add([5, 6], Sampling(), adapter=0)
+    with pytest.raises(ConfigError, match="no adapter 'one' beside this model; none is loaded"):
+        Engine(model, 256).add([5, 6], Sampling(), adapter="one")
 
 
 def test_texts_of_different_adapters_share_nothing_that_was_read():
     model = learning(0.05)
     with native.natively(model, 10**6):
         engine, prompt = Engine(model, 1024), list(range(5, 75))
-        one = engine.add(prompt, Sampling(max_tokens=4), adapter=0)
+        one = engine.add(prompt, Sampling(max_tokens=4), adapter="own")
         engine.run()
         other = engine.add(prompt, Sampling(max_tokens=4))
-        again = engine.add(prompt, Sampling(max_tokens=4), adapter=0)
+        again = engine.add(prompt, Sampling(max_tokens=4), adapter="own")
         engine.run()
     assert (other.reused, again.reused) == (0, 64) and again.written == one.written != other.written
 

@@ -145,19 +145,19 @@ def test_a_text_beyond_the_context_of_an_encoder_is_judged_to_its_end():
 
 
 def test_classes_do_not_depend_on_the_memory(monkeypatch):
-    from luthier.engine import pooled
+    from luthier.engine import pooler
 
     model = load_model(str(tiny_model("bert")), task="classify", labels=("a", "b"))
     rows = [Labelled(str(at), "one two " * (at + 1), "a") for at in range(8)]
     right = predict_examples(model, rows)
-    whole = pooled.score_batch
+    whole = pooler.score_batch
 
     def narrow(model, batch):
         if batch.tokens > 60 and not batch.ids_N.is_meta:
             raise FULL
         return whole(model, batch)
 
-    monkeypatch.setattr(pooled, "score_batch", narrow)
+    monkeypatch.setattr(pooler, "score_batch", narrow)
     events = Events()
     found = predict_examples(model, rows, events=events)
     assert any("memory ran out" in said for said in events.warnings)

@@ -16,7 +16,7 @@ from luthier.engine.engine import Engine, numbers_of
 from luthier.engine.generate import generate, stream
 from luthier.engine.sampling import Sampling
 from luthier.engine.schemas import prepare
-from luthier.engine.structure import Matcher, Structure, bias_of, matcher_for
+from luthier.engine.structure import Matcher, Structure, matcher_for
 from luthier.faces.cli.flags import add_structure, make_parser, read_structure
 from luthier.models.load import load_model
 from luthier.verbs.generate import Generate, answer_texts
@@ -239,15 +239,6 @@ def test_settings_that_leave_nothing_over_are_an_error():
     assert request.finish == "stop"
 
 
-def test_tokens_beyond_the_tokenizer_may_never_come():
-    matcher = Matcher(None, (), 40)
-    matcher.bits[:] = -1
-    cpu, inf = torch.device("cpu"), torch.inf
-    assert bias_of(matcher.bits[None], 100, cpu)[0].tolist() == [0.0] * 64 + [-inf] * 36
-    matcher.bits[:] = (1 << 3, 1 << 31 - 1)
-    assert bias_of(matcher.bits[None], 63, cpu)[0].isfinite().nonzero().flatten().tolist() == [3, 62]
-
-
 def test_flags_take_their_values_as_they_stand(tmp_path):
     (tmp_path / "g.lark").write_text('start: "a"', encoding="utf-8")
     parser = make_parser("generate", "")
@@ -324,6 +315,22 @@ def test_masks_are_made_while_the_model_reads(monkeypatch):
     request = engine.add([5], Sampling(max_tokens=3, structure={"regex": "[0-9]+"}))
     engine.run()
     assert model.renderer.decode(request.written).isdigit()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_masks_are_the_same_made_ahead_or_by_a_thread(temperature, monkeypatch):
+    model, found, filled = load_model(str(tiny_model("llama"))), [], []
+    own = Matcher.fill
+    monkeypatch.setattr(Matcher, "fill", lambda matcher: (filled.append(threading.current_thread()), own(matcher))[1])
+    for threads in (10**6, 0):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        filled.clear()
+        requests, _ = ask(model, {"json_schema": PERSON}, range(6), temperature=temperature, guessed=0)
+        found.append([(one.written, one.finish) for one in requests])
+        here = sum(one is threading.main_thread() for one in filled)
+        # Before its first token nothing was taken that a mask could be made after.
+        assert len(filled) - here == (6 if threads else len(filled))
+    assert found[0] == found[1]
 
 
 def test_a_mask_that_cannot_be_made_is_an_error():

@@ -62,6 +62,7 @@ EXEMPT_FILES = {
             "tuning",
             "uploads",
             "within",
+            "readings",
         )
     },
 }
@@ -129,6 +130,18 @@ EXEMPT = {
     "Answer briefly.": "the same",
     "Thank you! 谢谢！": "the same",
     "You are welcome. 不客气。": "the same",
+    "Answer the question from the numbered passages alone. After each statement cite its passage as [1]. If the passages do "
+    "not answer the question, say: {unknown}": "what a model is asked",
+    "请只根据下面编号的资料回答问题，并在每个论断后用 [1] 的形式注明出处。如果资料中没有答案，请回答：{unknown}": "the same",
+    "Question: {}": "the same",
+    "I do not know.": "an answer, in the language of the question",
+    "{}, page {}": "where a passage stands, in rows too",
+    "{}, line {}": "the same",
+    "{}, lines {}-{}": "the same",
+    "{} halves of sentences against the other files": "a note in the index",
+    "{} questions of {}": "the same; an error that begins with it has its own entry",
+    "address article aside blockquote br dd div dl dt fieldset figcaption figure header hr li main ol p pre section "
+    "table": "names of elements",
     "Which of these labels fits the text: {}? Answer with the label alone.": "what a model is asked",
 }
 

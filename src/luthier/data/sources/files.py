@@ -40,7 +40,7 @@ def read_file(path: Path, bad: Bad) -> Iterator[Row]:
         if kind == "parquet":
             yield from _read_parquet(path)
             return
-        text = _read_text(path)
+        text = to_text(path, path.read_bytes())
     except OSError as err:
         raise DataError(f"{path}: cannot be read ({err.strerror or err})") from None
     if not text.strip():
@@ -59,8 +59,8 @@ def read_file(path: Path, bad: Bad) -> Iterator[Row]:
         yield from read_csv(path, io.StringIO(text, newline=""), bad)
 
 
-def _read_text(path: Path) -> str:
-    content = path.read_bytes()
+def to_text(path: Path, content: bytes) -> str:
+    """The text in the bytes of `path`, unpacked where they are gzip. Raises DataError where they are not UTF-8."""
     if content[:2] == b"\x1f\x8b":
         try:
             content = gzip.decompress(content)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from luthier.core.config import Config, resolve
 from luthier.core.errors import LuthierError, ModelError, did_you_mean
@@ -20,12 +20,15 @@ from luthier.faces.cli.chinese import say
 from luthier.faces.cli.flags import add_structure, make_parser, read_structure
 from luthier.faces.cli.progress import show_progress
 
+if TYPE_CHECKING:
+    from luthier.retrieval.answer import Source
+
 # Tokens of a talk that are kept at most.
 ROOM = 32768
-COMMANDS = ("/help", "/reset", "/undo", "/system", "/save", "/quit")
+COMMANDS = ("/help", "/reset", "/undo", "/system", "/save", "/sources", "/quit")
 HELP = """/system TEXT  set the system message     /undo  take back the last turn
 /reset        start over                 /save FILE  write the conversation as a messages line
-/quit         leave (or Ctrl-D)"""
+/quit         leave (or Ctrl-D)          /sources    the passages of the last answer (with --index)"""
 
 
 class Chat(Config):
@@ -33,12 +36,17 @@ class Chat(Config):
 
     sampling: Sampling = Sampling()
     execution: Execution = "auto"
+    draft: str | None = None
     backend: Backend | None = None
+    index: str | None = None
+    passages: int = Field(5, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Chat:
         if self.backend is not None:
-            refuse_here("auto", self.execution)
+            refuse_here("auto", self.execution, self.draft)
+        if self.index is not None and self.sampling.structure is not None:
+            raise ValueError("answers from an index are text with citations; leave structure or index out")
         return self
 
 
@@ -56,7 +64,14 @@ def parser():  # type: ignore[no-untyped-def]
         choices=get_args(Execution),
         help="how the model is read (luthier schema generate)",
     )
+    made.add_argument(
+        "--draft", metavar="MODEL", help="a smaller model with the same tokenizer that guesses what comes next"
+    )
     add_structure(made)
+    made.add_argument(
+        "--index", metavar="NAME", help="answer from this index, as luthier index makes one, with sources"
+    )
+    made.add_argument("--passages", type=int, default=5, metavar="N", help="most passages of the index that are read")
     made.add_argument("--backend", metavar="URL", help="a server that writes in place of this machine")
     made.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting such as backend.model=NAME"
@@ -67,7 +82,7 @@ def parser():  # type: ignore[no-untyped-def]
 def run(arguments: Sequence[str]) -> int:
     found = parser().parse(arguments)
     from luthier.engine.engine import Engine
-    from luthier.engine.generate import choose_engine, stream, uses_engine
+    from luthier.engine.generate import choose_engine, room_for, stream, take_draft, uses_engine
     from luthier.engine.native import let_go
     from luthier.engine.remote import load_served
     from luthier.models.load import load_model
@@ -75,9 +90,14 @@ def run(arguments: Sequence[str]) -> int:
     settings: dict[str, Any] = {"max_tokens": found.max_tokens, "temperature": found.temperature}
     settings |= {name: getattr(found, name) for name in ("top_p", "seed") if getattr(found, name) is not None}
     values = {"sampling": settings | read_structure(found), "execution": found.execution}
-    values |= {"backend": found.backend} if found.backend is not None else {}
+    values |= {name: getattr(found, name) for name in ("draft", "backend", "index") if getattr(found, name) is not None}
+    values["passages"] = found.passages
     config = resolve(Chat, values=values, overrides=found.set).config
     sampling, people = config.sampling, sys.stdin.isatty()
+    if config.index is not None:
+        from luthier.faces.cli.sources import show_passages, show_sources
+        from luthier.retrieval.answer import say_unknown, stream_checked
+        from luthier.verbs.grounding import Grounded
     if config.backend is not None:
         with show_progress(quiet=not people) as sinks:
             model = load_served(found.model, config.backend, events=Events(sinks=sinks))
@@ -89,9 +109,14 @@ def run(arguments: Sequence[str]) -> int:
         )
     with show_progress(quiet=not people) as sinks:
         choose_engine(model, sampling, config.execution, Events(sinks=sinks))
-    let_go(model)
+        let_go(model)
+        if config.draft is not None:
+            take_draft(model, config.draft, config.execution, Events(sinks=sinks))
+        grounded = Grounded(config.index, config.passages, events=Events(sinks=sinks)) if config.index else None
+    sources: tuple[Source, ...] = ()
     # Kept from turn to turn, so that what was said before is not read again.
-    engine = Engine(model, min(model.spec.max_length, ROOM)) if uses_engine(model) else None
+    limit = model.spec.max_length
+    engine = Engine(model, min(room_for(model, [limit], limit, 1), ROOM)) if uses_engine(model) else None
     system = [Message("system", found.system)] if found.system else []
     turns: list[Message] = []
     if people:
@@ -108,7 +133,10 @@ def run(arguments: Sequence[str]) -> int:
             if command == "/quit":
                 return 0
             if command == "/reset":
-                turns = []
+                turns, sources = [], ()
+            elif command == "/sources":
+                unsaid = say("the last answer has no passages; --index names what is answered from")
+                print(show_passages(sources) if sources else unsaid)
             elif command == "/undo":
                 turns = turns[:-2]
             elif command == "/system":
@@ -119,9 +147,19 @@ def run(arguments: Sequence[str]) -> int:
                 print(say(HELP if command == "/help" else f"no command {command}; {did_you_mean(command, COMMANDS)}"))
             continue
         said: list[str] = []
+        asked: Any = (*system, *turns, Message("user", line))
         try:
-            for piece in stream(model, [*system, *turns, Message("user", line)], sampling, engine=engine):
-                said.append(piece)
+            if grounded is not None:
+                found_there = grounded.look_up([asked])[0]
+                sources = found_there.sources
+                if not found_there.known:
+                    said = [say_unknown(line)]
+                    print(said[0])
+                    turns += [Message("user", line), Message("assistant", said[0])]
+                    continue
+                asked, sources = grounded.ask(model, asked, found_there, sampling.max_tokens)
+            written = stream(model, asked, sampling, engine=engine)
+            for piece in keep(said, written) if grounded is None else stream_checked(keep(said, written), sources):
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(say(" (stopped)"), end="")
@@ -129,7 +167,19 @@ def run(arguments: Sequence[str]) -> int:
             print(say(f"{err} (/reset starts over, /undo takes back a turn)"))
             continue
         print()
-        turns += [Message("user", line), Message("assistant", "".join(said))]
+        text = "".join(said)
+        if grounded is not None:
+            made = grounded.finish(text, sources)
+            text = made.text
+            print(show_sources(made))
+        turns += [Message("user", line), Message("assistant", text)]
+
+
+def keep(said: list[str], pieces: Iterable[str]) -> Iterator[str]:
+    """The pieces, each also added to `said`."""
+    for piece in pieces:
+        said.append(piece)
+        yield piece
 
 
 def _save(path: Path, turns: Sequence[Message]) -> None:

@@ -95,6 +95,10 @@ def _as_text(answer: dict[str, Any]) -> str:
     if "others" in answer:
         return "\n\n".join(map(_as_text, ({"output": answer["output"]}, *answer["others"])))
     output, shares = answer["output"], answer.get("probabilities")
+    if answer.get("known"):
+        from luthier.faces.cli.sources import show_rows
+
+        return f"{output}\n{show_rows(answer['sources'])}"
     if isinstance(output, float):
         return f"{output:.4f}"
     if isinstance(output, tuple | list):

@@ -17,6 +17,7 @@ HELP = """luthier: one workshop for the whole life of a fine-tuned language mode
   luthier generate MODEL "text"      answer one text, a file (--input, --output) or a pipe
   luthier chat MODEL                 talk to a model
   luthier serve MODEL                OpenAI's API, on this machine
+  luthier index DOCS --name NAME     documents to answer from: chat MODEL --index NAME
   luthier prepare show DATA          rows as the model sees them;  luthier prepare profile DATA
   luthier merge run:ID --output DIR  fold an adapter into its base: a whole model
   luthier report run:ID              write a run's page anew
@@ -34,6 +35,7 @@ COMMANDS = {
     "generate": "luthier.faces.cli.generate",
     "chat": "luthier.faces.cli.chat",
     "serve": "luthier.faces.cli.serve",
+    "index": "luthier.faces.cli.index",
     "prepare": "luthier.faces.cli.prepare",
     "merge": "luthier.faces.cli.merge",
     "report": "luthier.faces.cli.report",
@@ -43,7 +45,7 @@ COMMANDS = {
     "quickstart": "luthier.faces.cli.quickstart",
 }
 # Those that run a model.
-WORKING = {"tune", "evaluate", "generate", "chat", "merge", "quickstart"}
+WORKING = {"tune", "evaluate", "generate", "chat", "index", "merge", "quickstart"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ VERBS = {
     "tune": "luthier.verbs.tune:Tune",
     "evaluate": "luthier.verbs.evaluate:Evaluate",
     "generate": "luthier.verbs.generate:Generate",
+    "index": "luthier.verbs.index:Index",
     "merge": "luthier.verbs.merge:Merge",
     "report": "luthier.verbs.report:Report",
 }

@@ -8,7 +8,20 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from luthier import __version__
-from luthier.faces.server import batches, chat, completions, files, health, jobs, metrics, models, responses, tokens
+from luthier.faces.server import (
+    batches,
+    chat,
+    completions,
+    embeddings,
+    files,
+    health,
+    jobs,
+    metrics,
+    models,
+    responses,
+    scoring,
+    tokens,
+)
 from luthier.faces.server.access import Access
 from luthier.faces.server.bounds import Bounds
 from luthier.faces.server.journal import Journal
@@ -18,7 +31,9 @@ from luthier.faces.server.refusals import explain
 from luthier.faces.server.server import Server
 
 ABOUT = "Inference and fine-tuning on your own machine, in the words of OpenAI's API."
-ROUTES = (health, metrics, models, chat, completions, responses, tokens, files, jobs, batches)
+ROUTES = (
+    health, metrics, models, chat, completions, responses, embeddings, scoring, tokens, files, jobs, batches,
+)  # fmt: skip
 
 
 def make_app(server: Server, keys: Sequence[Key] | None, journal: Callable[[str], None] = lambda line: None) -> FastAPI:

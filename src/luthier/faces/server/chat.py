@@ -14,7 +14,7 @@ from luthier.faces.server.answering import DONE, event, new_id, stream_events, w
 from luthier.faces.server.drawing import Body, Drawing, ResponseFormat, StreamOptions, Usage, usage_of
 from luthier.faces.server.engines import EngineProcess
 from luthier.faces.server.logprobs import ChatLogs, chat_logs
-from luthier.faces.server.refusals import RESPONSES
+from luthier.faces.server.refusals import RESPONSES, STREAMED
 from luthier.faces.server.server import TheKey, TheServer
 from luthier.faces.server.shelf import Served
 from luthier.faces.server.writing import write, write_pieces
@@ -159,7 +159,7 @@ class ChatCompletion(BaseModel):
     system_fingerprint: str | None = None
 
 
-@routes.post("/v1/chat/completions", response_model=ChatCompletion, response_model_exclude_unset=False)
+@routes.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
 async def complete_chat(
     body: ChatRequest, request: Request, server: TheServer, key: TheKey
 ) -> Response | ChatCompletion:

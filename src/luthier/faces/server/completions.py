@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, model_validator
 from luthier.faces.server.answering import DONE, event, new_id, stream_events, while_here
 from luthier.faces.server.drawing import Drawing, StreamOptions, TokenId, Usage, usage_of
 from luthier.faces.server.logprobs import TextLogs, text_logs
-from luthier.faces.server.refusals import RESPONSES
+from luthier.faces.server.refusals import RESPONSES, STREAMED
 from luthier.faces.server.server import TheKey, TheServer
 from luthier.faces.server.shelf import Served
 from luthier.faces.server.writing import write, write_pieces
@@ -72,7 +72,7 @@ class Completion(BaseModel):
     usage: Usage
 
 
-@routes.post("/v1/completions", response_model=Completion)
+@routes.post("/v1/completions", response_model=Completion, responses=STREAMED)
 async def complete_text(
     body: CompletionRequest, request: Request, server: TheServer, key: TheKey
 ) -> Response | Completion:

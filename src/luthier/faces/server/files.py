@@ -77,14 +77,15 @@ async def upload_file(request: Request, server: TheServer, key: TheKey) -> FileI
     side = store.folder / "files" / f".{id}.part"
     try:
         form = await read_form(request, side)
-        strange = sorted(form.fields.keys() - {"purpose"})
+        strange = sorted(form.fields.keys() - {"purpose", "file"})
         if strange:
             raise Refusal(400, f"{strange[0]}: this server does not support this field; leave it out", param=strange[0])
         purpose = form.fields.get("purpose")
         if purpose not in PURPOSES:
             raise Refusal(400, f"purpose: is {purpose!r}, expected one of {', '.join(PURPOSES)}", param="purpose")
         if form.filename is None:
-            raise Refusal(400, "file: is required", param="file")
+            why = "has no filename, so it is no file" if "file" in form.fields else "is required"
+            raise Refusal(400, f"file: {why}", param="file")
         checked = await asyncio.to_thread(check_rows, side, purpose)
         content = {"filename": form.filename, "purpose": purpose, "rows": checked.rows, "shape": checked.shape}
         return _info(keep_file(store, id, key.name, side, ".jsonl", content))
@@ -141,7 +142,7 @@ async def read_content(id: str, server: TheServer, key: TheKey) -> FileResponse:
     return FileResponse(path, media_type="application/octet-stream")
 
 
-@routes.delete("/v1/files/{id}", response_model=DeletedFile)
+@routes.delete("/v1/files/{id}", response_model=DeletedFile, responses={409: RESPONSES[400]})
 async def delete_file(id: str, server: TheServer, key: TheKey) -> DeletedFile:
     """Keep a file no longer. One that an unfinished job or batch reads stays."""
     store = store_of(server)

@@ -17,8 +17,10 @@ from luthier.engine.engine import Engine
 from luthier.engine.generate import choose_engine, uses_engine
 from luthier.engine.logs import BEFORE, added
 from luthier.engine.native import let_go
+from luthier.engine.pooler import Embedding, Pooler
 from luthier.engine.sampling import Execution, Sampling
 from luthier.engine.streaming import Answer
+from luthier.faces.server.readings import classify, embed, relate
 from luthier.models.load import load_model
 from luthier.models.spec import LoadedModel
 from luthier.text.calls import find_form
@@ -52,33 +54,39 @@ def load(order: dict[str, Any], tell: Callable[[Event], None]) -> Hands:
 
 
 class Hands:
-    """A model that writes, behind a door."""
+    """A model behind a door: one that writes, or one whose texts are read once."""
 
     def __init__(self, model: LoadedModel, order: Order, events: Events):
-        if model.spec.task != "causal":
-            raise ModelError(f"{model.spec.source}: this model is made to {model.spec.task}, and cannot be served yet")
-        if not uses_engine(model):
-            raise ModelError(
-                f"{model.spec.source}: {model.spec.family} models do not write text by text side by side, so they cannot be "
-                "served"
-            )
-        choose_engine(model, Sampling(), order.execution, events)
-        let_go(model)
-        self.model, self.form = model, find_form(model.renderer)
+        self.model, self.form = model, None
         room = (model.spec.max_length + 64) * order.streams
-        self.engine = Engine(model, room, streams=order.streams)
-        self.door = Door(self.engine, waiting=order.waiting, waiting_tokens=room)
+        engine: Engine | Pooler
+        if model.spec.task in ("causal", "seq2seq"):
+            if not uses_engine(model):
+                raise ModelError(
+                    f"{model.spec.source}: {model.spec.family} models do not write text by text side by side, so they cannot "
+                    "be served"
+                )
+            choose_engine(model, Sampling(), order.execution, events)
+            let_go(model)
+            self.form = find_form(model.renderer)
+            engine = Engine(model, room, streams=order.streams)
+        else:
+            engine = Pooler(model, events=events)
+            events.choose("engine", "pooled", "each text is read once, beside others")
+        self.door = Door(engine, waiting=order.waiting, waiting_tokens=room)
+        writes = isinstance(engine, Engine)
         self.facts: dict[str, Any] = {
             "task": model.spec.task,
             "family": model.spec.family,
             "context": model.spec.max_length,
             "streams": order.streams,
-            "kept_tokens": room,
-            "kept_bytes": int(model.pages or 0) * room,
+            "kept_tokens": room if writes else 0,
+            "kept_bytes": int(model.pages or 0) * room if writes else 0,
             "weight_bytes": sum(one.nbytes for one in model.network.parameters())
             + (model.native.nbytes if model.native is not None else 0),
             "engine": events.choices.get("engine", ""),
             "template": None if model.renderer.template is None else model.renderer.template.name,
+            "labels": list(model.spec.labels),
             "calls": None if self.form is None else asdict(self.form),
             "warnings": dict(events.warnings),
         }
@@ -93,6 +101,20 @@ class Hands:
         if name not in DOINGS:
             raise ConfigError(f"{self.model.spec.source} cannot {name}")
         return DOINGS[name](self, message)
+
+    def within(self, ids: Sequence[int]) -> Sequence[int]:
+        """Those ids. Raises TooLong."""
+        if len(ids) > self.model.spec.max_length:
+            raise TooLong(
+                f"the context of this model is {self.model.spec.max_length} tokens; the text has {len(ids)}. Shorten it"
+            )
+        return ids
+
+    def framed(self, text: str | Sequence[int]) -> Sequence[int]:
+        """The ids of a text, or given ones, to make a vector of. Raises TooLong, and DataError for none."""
+        if not isinstance(text, str):
+            return self.within(text)
+        return self.within(self.model.renderer.framed_ids(text))
 
     async def write(self, message: dict[str, Any]) -> Parts:
         """Answers to a prompt: `messages` (with `tools`, `choice` and `parallel`), `text` or `ids`; in pieces where `stream`."""
@@ -141,22 +163,24 @@ class Hands:
         yield {"end": {"text": text, "ids": list(ids)}}
 
     async def beat(self, message: dict[str, Any]) -> Parts:
-        """Write one token, before all others."""
-        ids = self.model.renderer.first_ids or self.model.renderer.tokens("a")[0]
-        await self.door.complete(ids, Sampling(max_tokens=1), priority=1000)
+        """Write one token, or read one text, before all others."""
+        ids, task = self.model.renderer.framed_ids("a"), self.model.spec.task
+        if task in ("causal", "seq2seq"):
+            await self.door.complete(ids, Sampling(max_tokens=1), priority=1000)
+        else:
+            embedding = None if task in ("classify", "regress") else Embedding(pooling="mean")
+            await self.door.pool(ids, embedding, priority=1000)
         yield {"end": {}}
 
     async def state(self, message: dict[str, Any]) -> Parts:
         """How busy the engine is."""
 
-        def look(engine: Engine) -> dict[str, Any]:
-            blocks = engine.blocks
-            return {
-                "running": len(engine.schedule.running),
-                "waiting": len(engine.schedule.waiting),
-                "blocks": blocks.count,
-                "blocks_held": blocks.used,
-            }
+        def look(engine: Engine | Pooler) -> dict[str, Any]:
+            found = {"running": 0, "waiting": len(engine.waiting), "blocks": 0, "blocks_held": 0}
+            if isinstance(engine, Engine):
+                found |= {"running": len(engine.schedule.running), "blocks": engine.blocks.count}
+                found["blocks_held"] = engine.blocks.used
+            return found
 
         yield {"end": await self.door.ask(look)}
 
@@ -194,6 +218,12 @@ class Hands:
     def _ids(self, message: dict[str, Any]) -> Sequence[int]:
         """However many there are."""
         renderer = self.model.renderer
+        if self.model.spec.task not in ("causal", "seq2seq"):
+            raise ConfigError(
+                f"model: {self.model.spec.source} is made to {self.model.spec.task} and writes no text; choose another model"
+            )
+        if "messages" in message and renderer.kind == "encoder-decoder":
+            return renderer.framed_ids("\n".join(turn.content for turn in self._turns(message)))
         if "messages" in message:
             if renderer.template is None:
                 raise ConfigError("messages: this model has no chat template; use /v1/completions")
@@ -201,6 +231,8 @@ class Hands:
             if renderer.template.name == "raw":
                 return renderer.first_ids + renderer.tokens("\n".join(turn.content for turn in turns))[0]
             return renderer.render(turns, tools, opened=True)[1]
+        if "text" in message and renderer.kind == "encoder-decoder":
+            return renderer.framed_ids(message["text"])
         if "text" in message:
             return renderer.first_ids + renderer.tokens(message["text"])[0]
         count = len(self.model.tokenizer)
@@ -212,6 +244,10 @@ class Hands:
     def _prompt(self, message: dict[str, Any]) -> Sequence[int]:
         ids, context = self._ids(message), self.model.spec.max_length
         asked = message["sampling"].get("max_tokens")
+        if self.model.renderer.kind == "encoder-decoder":
+            # What is written has a context of its own.
+            message["sampling"].setdefault("max_tokens", context)
+            return self.within(ids)
         if len(ids) + (asked or 1) > context:
             written = f" and {asked} more are to be written" if asked else ""
             raise TooLong(
@@ -243,6 +279,9 @@ DOINGS: dict[str, Callable[[Hands, dict[str, Any]], Parts]] = {
     "tokenize": Hands.tokenize,
     "detokenize": Hands.detokenize,
     "render": Hands.render,
+    "embed": embed,
+    "classify": classify,
+    "relate": relate,
     "beat": Hands.beat,
     "state": Hands.state,
 }

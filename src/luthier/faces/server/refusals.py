@@ -58,6 +58,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     )
 }
 
+# Of an address whose answer may also come as events.
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its events."}
+}
+
 
 def refusal_of(err: Exception) -> Refusal:
     """An error of any kind as an answer."""

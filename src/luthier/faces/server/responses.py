@@ -14,7 +14,7 @@ from luthier.core.errors import LuthierError
 from luthier.faces.server.answering import event, new_id, stream_events, while_here
 from luthier.faces.server.chat import form_of
 from luthier.faces.server.drawing import Body
-from luthier.faces.server.refusals import RESPONSES, Refusal, body_of, refusal_of
+from luthier.faces.server.refusals import RESPONSES, STREAMED, Refusal, body_of, refusal_of
 from luthier.faces.server.server import TheKey, TheServer
 from luthier.faces.server.shelf import Served
 from luthier.faces.server.writing import write, write_pieces
@@ -204,7 +204,7 @@ class ResponseBody(BaseModel):
     metadata: dict[str, str] = {}
 
 
-@routes.post("/v1/responses", response_model=ResponseBody)
+@routes.post("/v1/responses", response_model=ResponseBody, responses=STREAMED)
 async def respond(body: ResponsesRequest, request: Request, server: TheServer, key: TheKey) -> Response | ResponseBody:
     """Answer a conversation of items; with `stream`, as server-sent events."""
     served = server.shelf.find(body.model)

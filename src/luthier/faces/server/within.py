@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import Message
 
-from luthier.faces.server import chat, completions
+from luthier.faces.server import chat, completions, embeddings
 from luthier.faces.server.keys import Key
 from luthier.faces.server.refusals import explain
 from luthier.faces.server.server import Server
@@ -22,7 +22,7 @@ class Within:
         self._app = FastAPI(openapi_url=None)
         self._app.state.server = server
         explain(self._app)
-        for one in (chat, completions):
+        for one in (chat, completions, embeddings):
             self._app.include_router(one.routes)
 
     async def post(self, path: str, body: dict[str, Any], key: Key) -> tuple[int, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Asking an engine to write: counted, charged to the key, and noted."""
+"""Asking an engine to write, or to read: counted, charged to the key, and noted."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ async def write(request: Request, served: Served, asked: dict[str, Any]) -> dict
     began = time.monotonic()
     found = await served.process.ask("write", **asked)
     _note(request, served, asked, found["usage"], began, [one["text"] for one in found["answers"]])
+    return found
+
+
+async def read(request: Request, served: Served, do: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What comes of texts that are read once. Raises Refused, Gone."""
+    began = time.monotonic()
+    found = await served.process.ask(do, **asked)
+    _note(request, served, {"text": asked.get("inputs", asked.get("pairs"))}, found["usage"], began, [])
     return found
 
 

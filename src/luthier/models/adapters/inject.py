@@ -158,9 +158,10 @@ def factor_of(embedding: nn.Module) -> float | Tensor:
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer; GPT-2's Conv1D holds its weight transposed."""
-    rows, columns = linear.weight.shape  # type: ignore[misc,union-attr]
-    return (int(columns), int(rows)) if isinstance(linear, Conv1D) else (int(rows), int(columns))
+    """(outputs, inputs) of a linear layer, or of GPT-2's Conv1D, whose weight may have been let go of."""
+    if isinstance(linear, Conv1D):
+        return int(linear.nf), int(linear.nx)
+    return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
 
 
 def linear_layers(network: Any) -> dict[str, nn.Module]:

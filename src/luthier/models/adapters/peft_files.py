@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +216,7 @@ def _beside(
         "dropout": float(settings.get("lora_dropout") or 0.0),
         "rslora": bool(settings.get("use_rslora")),
     }
-    alpha = _look_up(settings.get("alpha_pattern"), name, settings["lora_alpha"])
+    alpha = look_up(settings.get("alpha_pattern"), name, settings["lora_alpha"])
     layer: LoraLayer
     if pissa is not None:
         half, device = rank // 2, under.weight.device
@@ -313,7 +313,7 @@ def _find(stated: str, layers: dict[str, Any], network: Any, directory: Path, ba
     raise ModelError(f"{directory}: this adapter is for another base: {base} has no linear layer {stated}")
 
 
-def _look_up(patterns: dict[str, Any] | None, name: str, default: float) -> float:
+def look_up(patterns: Mapping[str, Any] | None, name: str, default: float) -> float:
     """PEFT's rule: the first pattern that matches the end of the layer's name."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf".*\.{pattern}$", "." + name):

@@ -13,7 +13,7 @@ from luthier.core.errors import ConfigError, DataError, did_you_mean
 from luthier.core.events import Events
 from luthier.core.types import Encoded, Example, Labelled, Task
 from luthier.data.batches import Batch
-from luthier.engine.pooled import score_batch
+from luthier.engine.pooler import score_batch
 from luthier.models.spec import LoadedModel
 from luthier.training.losses import LOSSES
 from luthier.training.losses.cross_entropy import CrossEntropy, balance

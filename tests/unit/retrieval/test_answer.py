@@ -1,0 +1,96 @@
+"""Prompts, citations that exist, and answers that are not given."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from luthier.core.errors import DataError
+from luthier.retrieval.answer import answer, as_row, build_prompt, check_citations, fit_prompt, retrieve, stream_checked
+from luthier.retrieval.build import build_index
+from luthier.retrieval.search import open_index
+
+PIECES = st.lists(
+    st.sampled_from(["a", " ", "[", "]", "1", "9", ", ", "[2]", "[7]", "【3】", "\n", "[1, 9]"]), max_size=12
+)
+
+
+@pytest.fixture
+def index(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name, text in (
+        ("a.txt", "Violins are tuned in fifths."),
+        ("b.txt", "小提琴按五度定弦。"),
+        ("c.txt", "Violins have strings."),
+    ):
+        (tmp_path / "docs" / name).write_text(text, encoding="utf-8")
+    build_index(tmp_path / "index", [tmp_path / "docs"], encoder=None)
+    return open_index(tmp_path / "index")
+
+
+def test_the_prompt_is_in_the_language_of_the_question(index):
+    found = retrieve(index, "How are violins tuned?")
+    prompt = build_prompt(found.question, found.sources)
+    assert prompt.startswith("Answer the question") and prompt.endswith("Question: How are violins tuned?")
+    assert "[1] a.txt\nViolins are tuned in fifths." in prompt and "[2] c.txt" in prompt
+    found = retrieve(index, "小提琴怎么定弦？")
+    prompt = build_prompt(found.question, found.sources)
+    assert (
+        prompt.startswith("请只根据")
+        and "[1] b.txt\n小提琴按五度定弦。" in prompt
+        and prompt.endswith("问题：小提琴怎么定弦？")
+    )
+
+
+def test_citations_that_exist_stay(index):
+    sources = retrieve(index, "violins").sources
+    text, cited, removed = check_citations("Fifths [2], strings[1][9]. Also [1, 3] 【2】 [12] [see] a[0].", sources)
+    assert text == "Fifths [2], strings[1]. Also [1] [2] [see] a."
+    assert [one.number for one in cited] == [2, 1] and removed == 4
+
+
+@settings(deadline=None)
+@given(PIECES)
+def test_a_stream_is_checked_as_the_whole_is(pieces):
+    from types import SimpleNamespace
+
+    sources = [SimpleNamespace(number=number) for number in (1, 2, 3)]
+    assert "".join(stream_checked(pieces, sources)) == check_citations("".join(pieces), sources)[0]
+
+
+def test_a_stream_does_not_wait_for_its_end():
+    found = stream_checked(iter(["Hello ", "world", " [", "9", "] and", " more"]), [])
+    assert next(found) == "Hello" and next(found) == " world" and next(found) == " and"
+
+
+def test_an_answer_with_its_sources(index):
+    asked = []
+
+    def write(turns):
+        asked.append(turns[0].content)
+        return "In fifths [1] [8]."
+
+    made = answer(index, "How are violins tuned?", write, k=2)
+    assert made.text == "In fifths [1]." and made.removed == 1 and made.known and len(asked) == 1
+    row = as_row(made)
+    assert row["removed_citations"] == 1
+    assert [(one["number"], one["file"], one["cited"]) for one in row["sources"]] == [
+        (1, "a.txt", True),
+        (2, "c.txt", False),
+    ]
+
+
+def test_what_is_not_known_is_not_asked(index):
+    def write(turns):
+        raise AssertionError("the model was asked")
+
+    assert answer(index, "zebra?", write).text == "I do not know."
+    assert answer(index, "斑马？", write).text == "我不知道。"
+
+
+def test_as_many_passages_as_fit(index):
+    found = retrieve(index, "violins")
+    whole = build_prompt("violins", found.sources)
+    prompt, sources = fit_prompt("violins", found.sources, lambda text: len(text) < len(whole))
+    assert sources == found.sources[:1] and prompt == build_prompt("violins", sources)
+    with pytest.raises(DataError, match="not one passage fits"):
+        fit_prompt("violins", found.sources, lambda text: False)
