@@ -40,7 +40,7 @@ def make_app(server: Server, keys: Sequence[Key] | None, journal: Callable[[str]
     """The addresses of a server. `keys` None: whoever is on this machine may ask. `journal` gets a line for each request."""
     app = FastAPI(title="Luthier", version=__version__, description=ABOUT, redoc_url=None)
     app.state.server = server
-    explain(app)
+    explain(app, [one.routes for one in ROUTES])
     for one in ROUTES:
         app.include_router(one.routes)
     # The last one added is asked first.

@@ -123,6 +123,13 @@ def test_a_file_that_is_too_large(tmp_path, monkeypatch):
     asked.close()
 
 
+def test_an_address_says_all_that_it_takes(ask):
+    assert ask("PATCH", "/v1/files").headers["allow"] == "GET, POST"
+    assert ask("PATCH", "/v1/files/file-x").headers["allow"] == "DELETE, GET"
+    assert ask("PATCH", "/v1/models/a/b").headers["allow"] == "DELETE, GET"
+    assert ask("PATCH", "/v1/chat/completions").headers["allow"] == "POST"
+
+
 def test_lists_come_in_parts(ask):
     made = [ask.upload(lines(CHAT)).json()["id"] for _ in range(3)] + [ask.upload(lines(ASKED), "batch").json()["id"]]
     first = ask("GET", "/v1/files?limit=3").json()
