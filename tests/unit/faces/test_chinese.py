@@ -63,6 +63,7 @@ EXEMPT_FILES = {
             "uploads",
             "within",
             "readings",
+            "scoring",
         )
     },
 }

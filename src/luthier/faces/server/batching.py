@@ -131,9 +131,9 @@ class Batching:
         for row in rows:
             if row["custom_id"] in answers.done:
                 continue
-            body = {**row["body"], "priority": min(PRIORITY, row["body"].get("priority", 0))}
-            if row["url"] == "/v1/embeddings":
-                del body["priority"]
+            body = row["body"] if row["url"] == "/v1/embeddings" else {"priority": 0, **row["body"]}
+            if isinstance(body.get("priority"), int):
+                body = {**body, "priority": min(PRIORITY, body["priority"])}
             while True:
                 status, found = await self._within.post(row["url"], body, key)
                 if status not in LATER:

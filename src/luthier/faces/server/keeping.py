@@ -8,6 +8,7 @@ from contextlib import ExitStack, asynccontextmanager
 from luthier.core.errors import RunError
 from luthier.core.run import hold_lock
 from luthier.faces.server.batching import Batching
+from luthier.faces.server.refusals import Refusal
 from luthier.faces.server.server import Server
 from luthier.faces.server.store import store_of
 from luthier.faces.server.tuning import Tuning, serve_tuned
@@ -23,7 +24,7 @@ async def working(server: Server, say: Callable[[str], None]) -> AsyncIterator[N
             held.callback(store.close)
             await serve_tuned(server)
             held.enter_context(hold_lock(store.folder / "lock"))
-        except RunError as err:
+        except (RunError, Refusal) as err:
             say(f"warning: no fine-tuning jobs and batches are carried out here: {err}")
             yield
             return

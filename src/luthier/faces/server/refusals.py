@@ -138,7 +138,7 @@ def explain(app: FastAPI, routers: Sequence[APIRouter] = ()) -> None:
 def _methods(routers: Sequence[APIRouter], request: Request) -> list[str]:
     """All that an address takes: it may be written down once for each."""
     routes = [one for router in routers for one in router.routes if isinstance(one, APIRoute)]
-    return sorted({name for one in routes if one.path_regex.match(request.url.path) for name in one.methods})
+    return sorted({name for one in routes if one.path_regex.match(request.url.path) for name in one.methods or ()})
 
 
 def _sentence(err: HTTPException) -> str:

@@ -81,7 +81,8 @@ def _refuse_constant(name: str) -> None:
 
 def _check_examples(path: Path, mistakes: _Mistakes) -> Checked:
     """Rows that a tuning learns from, by the very reading that the tuning does."""
-    columns, shape, roles, rows = Columns(), "", {}, 0
+    columns, shape, rows = Columns(), "", 0
+    roles: dict[str, str] = {}
     for line, found in read_lines(path):
         if isinstance(found, str):
             mistakes.add(line, found)
@@ -90,7 +91,7 @@ def _check_examples(path: Path, mistakes: _Mistakes) -> Checked:
         try:
             if not shape:
                 shape, roles = recognise(row, columns)
-            to_example(row, shape, roles)  # type: ignore[arg-type]
+            to_example(row, shape, roles)
         except DataError as err:
             mistakes.add(line, str(err).removeprefix(f"line {line}: "))
             continue

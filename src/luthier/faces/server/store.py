@@ -148,9 +148,12 @@ def _writing() -> Iterator[None]:
 
 
 def store_of(server: Server) -> Store:
-    """Of a server; opened when something of it is first needed."""
+    """Of a server; opened when something of it is first needed. Raises Refusal where it cannot be."""
     if "store" not in server.parts:
-        server.parts["store"] = Store(runs_root().absolute() / "server")
+        try:
+            server.parts["store"] = Store(runs_root().absolute() / "server")
+        except RunError as err:
+            raise Refusal(503, str(err)) from None
     found: Store = server.parts["store"]
     return found
 

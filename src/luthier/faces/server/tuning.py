@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
 
 from luthier.core.errors import LuthierError
 from luthier.core.run import write_atomically
@@ -27,7 +27,7 @@ LOOK = 0.2
 IDLE = 5.0
 # Seconds that a run which is cancelled has for its end.
 GRACE = 30.0
-# How often a run is started again after it died without a word.
+# How often a run is started again after it died without a word, and got no further.
 AGAIN = 2
 
 
@@ -58,13 +58,14 @@ class Tuning:
             await self._task
         for job in self._store.all("job"):
             if job.content["status"] == "running" and _lives(job):
+                self._store.change("job", job.id, told=True)
                 tell(job.content["pid"], signal.SIGTERM)
 
     async def _run(self) -> None:
-        for job in self._store.all("job"):
+        for left in self._store.all("job"):
             # Cancelled or paused when nobody was there to tell its process.
-            if job.content["status"] != "running" and _lives(job):
-                await self._stop(job)
+            if left.content["status"] != "running" and _lives(left):
+                await self._stop(left)
         while True:
             self._poked.clear()
             job = self._next()
@@ -116,7 +117,7 @@ class Tuning:
             )
         self._own[job.id] = process
         self._store.say(job.id, "The job goes on from its newest checkpoint" if resume else "The job has started")
-        return self._store.change("job", job.id, pid=process.pid, born=born(process.pid))
+        return self._store.change("job", job.id, pid=process.pid, born=born(process.pid), told=False)
 
     async def _follow(self, job: Thing) -> None:
         """Until its process has ended; it is told to when the job is not to run any more."""
@@ -158,14 +159,20 @@ class Tuning:
         job = self._store.get("job", id)
         assert job is not None
         how = f"signal {-code}" if code is not None and code < 0 else "no word" if code is None else f"exit code {code}"
-        deaths = job.content.get("deaths", 0) + (not stopped)
+        reached = max((one.name for one in (run_path(id) / "checkpoints").glob("step-*")), default="")
+        before = job.content.get("deaths", 0) if reached == job.content.get("reached", "") else 0
+        told = stopped or job.content.get("told")
+        deaths = before if told else before + 1
         if deaths > AGAIN:
-            self._fail(id, f"the run's process ended {deaths} times without saying why (last with {how})", "died")
+            self._fail(
+                id,
+                f"the run's process ended {deaths} times at the same place without saying why (last with {how})",
+                "died",
+            )
             return
-        self._store.say(
-            id, f"The run's process was {'told to stop' if stopped else f'killed ({how})'}; it is started again", "warn"
-        )
-        self._store.change("job", id, deaths=deaths)
+        why = "told to stop" if told else f"killed ({how})"
+        self._store.say(id, f"The run's process was {why}; it is started again", "warn")
+        self._store.change("job", id, deaths=deaths, reached=reached)
 
     def _fail(self, id: str, sentence: str, code: str, param: str | None = None) -> None:
         error = {"code": code, "message": sentence, "param": param}
@@ -176,12 +183,7 @@ class Tuning:
         record, job = record_of(id), self._store.get("job", id)
         assert record is not None and job is not None
         if not job.content["result_files"]:
-            file = await asyncio.to_thread(write_results, self._store, id)
-            stored = keep_file(
-                self._store, file["id"], job.owner, file["path"], ".csv",
-                {"filename": f"{id}.csv", "purpose": "fine-tune-results", "rows": file["rows"], "shape": "csv"},
-            )  # fmt: skip
-            job = self._store.change("job", id, result_files=[stored.id])
+            job = await self._keep_results(job)
         name = name_of(job)
         served = await self._serve(name, job)
         self._store.say(id, f"New fine-tuned model created: {name}" if served else f"The model is at run:{id}")
@@ -190,6 +192,17 @@ class Tuning:
             fine_tuned_model=name if served else f"run:{id}", trained_tokens=record.numbers.get("tokens"),
         )  # fmt: skip
         self._store.say(id, "The job has successfully completed")
+
+    async def _keep_results(self, job: Thing) -> Thing:
+        """The table of what was measured, as a file."""
+        try:
+            id, path, rows = await asyncio.to_thread(write_results, self._store, job.id)
+            content = {"filename": f"{job.id}.csv", "purpose": "fine-tune-results", "rows": rows, "shape": "csv"}
+            kept = keep_file(self._store, id, job.owner, path, ".csv", content)
+            return self._store.change("job", job.id, result_files=[kept.id])
+        except (LuthierError, OSError) as err:
+            self._store.say(job.id, f"The result file was not written: {err}", "warn")
+            return job
 
     async def _serve(self, name: str, job: Thing) -> bool:
         """Serve what was tuned, now and by the next server."""
@@ -218,12 +231,12 @@ async def serve_tuned(server: Server) -> None:
             served.created = model.content["created"]
 
 
-def write_results(store: Store, id: str) -> dict[str, Any]:
-    """The table of a run's measurements, beside the files that are kept."""
-    steps, file = steps_of(events_of(id)), new_id("file")
-    path = store.folder / "files" / f".{file}.part"
+def write_results(store: Store, job: str) -> tuple[str, Path, int]:
+    """(a new file's id, where the table of a run's measurements lies, its rows)."""
+    steps, id = steps_of(events_of(job)), new_id("file")
+    path = store.folder / "files" / f".{id}.part"
     write_atomically(path, as_table(steps))
-    return {"id": file, "path": path, "rows": len(steps)}
+    return id, path, len(steps)
 
 
 def name_of(job: Thing) -> str:

@@ -102,14 +102,15 @@ def test_a_batch_answers_as_the_address_does(served):
     rows = requests(20)
     rows[3]["body"]["model"] = "nope"
     rows[4]["body"]["temprature"] = 1
+    rows[5]["body"]["priority"] = "high"
     batch = over(client, begin(client, rows).id)
     assert batch.status == "completed", batch.errors
-    assert batch.request_counts.to_dict() == {"total": 20, "completed": 18, "failed": 2}
+    assert batch.request_counts.to_dict() == {"total": 20, "completed": 17, "failed": 3}
     good, bad = read(client, batch.output_file_id), read(client, batch.error_file_id)
     alone = client.chat.completions.create(**rows[0]["body"])
     texts = {row["response"]["body"]["choices"][0]["message"]["content"] for row in good.values()}
-    assert len(good) == 18 and texts == {alone.choices[0].message.content}
-    assert {id: row["response"]["status_code"] for id, row in bad.items()} == {"row 3": 404, "row 4": 400}
+    assert len(good) == 17 and texts == {alone.choices[0].message.content}
+    assert {id: row["response"]["status_code"] for id, row in bad.items()} == {"row 3": 404, "row 4": 400, "row 5": 400}
     assert "temprature" in bad["row 4"]["response"]["body"]["error"]["message"]
     plain = [{**ASKED, "url": "/v1/completions", "body": {"model": "mini", "prompt": "Once", "max_tokens": 3}}]
     assert over(client, begin(client, plain, "/v1/completions").id).request_counts.completed == 1

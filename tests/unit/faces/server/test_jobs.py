@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import openai
@@ -149,6 +151,21 @@ def test_a_process_is_known_by_its_start():
     assert born(child) is None
     os.waitpid(child, 0)
     assert born(child) is None
+
+
+def test_nothing_can_be_kept(tmp_path, monkeypatch):
+    (tmp_path / "server").write_text("in the way")
+    answer = Asked(tmp_path, monkeypatch)("GET", "/v1/files")
+    assert answer.status_code == 503 and "set LUTHIER_RUNS" in answer.json()["error"]["message"]
+
+
+def test_the_server_imports_no_torch():
+    # Its engines, tunings and checks of settings are processes of their own.
+    what = (
+        "luthier.faces.server.app, luthier.faces.server.keeping, luthier.faces.server.serving, luthier.data.preferences"
+    )
+    code = f"import sys, {what}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_file_of_a_newer_server_is_left_alone(tmp_path):
