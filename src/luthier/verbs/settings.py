@@ -23,6 +23,7 @@ MANY = 1_000_000
 
 def check(config: Tune) -> None:
     """Raises ConfigError for settings that do not go together, before anything is read."""
+    _check_rate(config)
     _check_stream(config)
     _check_order(config)
 
@@ -44,6 +45,9 @@ def decide(work: Work) -> Settings:
         rate, why = defaults.choose_learning_rate(count, config.adapter.kind, kind, config.from_scratch)
         values = sum(parameter.numel() for _, parameter in work.parameters)
         rate, why = defaults.suit_optimizer(rate, why, config.optimizer, values)
+        if config.rate_multiplier != 1:
+            rate = float(f"{rate * config.rate_multiplier:.3g}")
+            why = f"{why}, times {config.rate_multiplier:g} as asked"
         work.advise("learning_rate", rate, why)
     if config.optimizer.schedule and work.asked.origin("schedule") == "default":
         why = f"{config.optimizer.kind} averages the weights in place of a falling rate"
@@ -74,6 +78,13 @@ def decide(work: Work) -> Settings:
         ema=config.ema,
         noise=config.noise,
     )
+
+
+def _check_rate(config: Tune) -> None:
+    if config.rate_multiplier != 1 and config.learning_rate != "auto":
+        raise ConfigError(
+            "rate_multiplier: moves the rate that auto chooses, and learning_rate gives one; set one of the two"
+        )
 
 
 def _check_stream(config: Tune) -> None:

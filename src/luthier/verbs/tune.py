@@ -53,6 +53,8 @@ class Tune(Config):
     """How the learning rate moves: constant, linear, polynomial, cosine, inverse_sqrt, wsd; each with a warm-up."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak learning rate."""
+    rate_multiplier: float = Field(1.0, gt=0)
+    """Times the learning rate that auto chooses."""
     epochs: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Passes over the training rows."""
     steps: int | None = Field(None, gt=0)

@@ -28,6 +28,7 @@ TABLE = dict(read_table())
 EXEMPT_FILES = {
     "engine/calling.py": "answers over HTTP, for the tools of a request",
     "reporting/": "the page of a run",
+    "faces/server/store.py": "SQL, and answers over HTTP",
     **{
         f"faces/server/{name}.py": "answers over HTTP, which programs read, as OpenAI's are in English"
         for name in (
@@ -49,6 +50,20 @@ EXEMPT_FILES = {
             "wire",
             "worker",
             "app",
+            "asking",
+            "batches",
+            "batching",
+            "files",
+            "following",
+            "jobs",
+            "orders",
+            "pages",
+            "rows",
+            "tuning",
+            "uploads",
+            "within",
+            "readings",
+            "scoring",
         )
     },
 }

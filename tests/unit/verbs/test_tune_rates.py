@@ -170,6 +170,21 @@ def test_what_suits_an_optimiser_is_chosen_and_said():
     assert asked["schedule.kind"] == "cosine" and "schedule" not in why
 
 
+def test_the_chosen_rate_is_multiplied_and_a_given_one_is_not():
+    def rate(**values):
+        asked = resolve(Tune, values={"model": str(tiny_model("llama")), **SETTINGS, "learning_rate": "auto", **values})
+        found = plan(asked)
+        return found["settings"]["learning_rate"]["value"], found["choices"].get("learning_rate")
+
+    chosen, why = rate()
+    assert rate(rate_multiplier=0.5) == (
+        pytest.approx(chosen / 2),
+        f"{chosen / 2:g}: {why.partition(': ')[2]}, times 0.5 as asked",
+    )
+    with pytest.raises(ConfigError, match="moves the rate that auto chooses"):
+        rate(rate_multiplier=0.5, learning_rate=1e-3)
+
+
 def test_sgds_rate_goes_by_how_many_values_learn():
     # AdamW moves each of 10,000 values by the rate: a step as long as 100 rates. SGD's steps in one direction add up to
     # rate / (1 - momentum) times a gradient of length 1.

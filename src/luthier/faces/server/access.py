@@ -67,7 +67,7 @@ class Access:
         if key is None:
             why = "this key is not known" if given else "a key is needed"
             raise Refusal(401, f"{why}; send it as: Authorization: Bearer KEY", code="invalid_api_key")
-        need = _need(path)
+        need = _need(request.method, path)
         if need is not None and need not in key.scopes:
             raise Refusal(403, f"the key {key.name!r} may not do this: it has no scope {need!r}", code="scope")
         return key
@@ -84,7 +84,9 @@ class Access:
             raise Refusal(403, f"pages from {origin} may not ask this server; allow them with --origins {origin}")
 
 
-def _need(path: str) -> KeyScope | None:
+def _need(method: str, path: str) -> KeyScope | None:
+    if method == "DELETE" and path.startswith("/v1/models/"):
+        return "tune"
     return next(
         (scope for start, scope in NEEDED if path == start or path.startswith(start.rstrip("/") + "/")), "infer"
     )

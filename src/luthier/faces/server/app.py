@@ -9,10 +9,13 @@ from starlette.middleware.cors import CORSMiddleware
 
 from luthier import __version__
 from luthier.faces.server import (
+    batches,
     chat,
     completions,
     embeddings,
+    files,
     health,
+    jobs,
     metrics,
     models,
     page,
@@ -29,14 +32,16 @@ from luthier.faces.server.refusals import explain
 from luthier.faces.server.server import Server
 
 ABOUT = "Inference and fine-tuning on your own machine, in the words of OpenAI's API."
-ROUTES = (health, metrics, models, chat, completions, responses, embeddings, scoring, tokens, page)
+ROUTES = (
+    health, metrics, models, chat, completions, responses, embeddings, scoring, tokens, files, jobs, batches, page,
+)  # fmt: skip
 
 
 def make_app(server: Server, keys: Sequence[Key] | None, journal: Callable[[str], None] = lambda line: None) -> FastAPI:
     """The addresses of a server. `keys` None: whoever is on this machine may ask. `journal` gets a line for each request."""
     app = FastAPI(title="Luthier", version=__version__, description=ABOUT, redoc_url=None)
     app.state.server = server
-    explain(app)
+    explain(app, [one.routes for one in ROUTES])
     for one in ROUTES:
         app.include_router(one.routes)
     # The last one added is asked first.

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 from luthier.core.errors import LuthierError
 from luthier.faces.server import wire
 
-State: TypeAlias = Literal["loading", "ready", "broken", "stopped"]
+State: TypeAlias = Literal["asleep", "loading", "ready", "broken", "stopped"]
 # Seconds before a start that follows on a broken one: they double until an engine has run for as long.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 # Seconds that a process has for ending by itself.
@@ -39,10 +39,21 @@ class EngineProcess:
 
     A process that ends by itself is started again, and whoever waited for it gets Gone at once. `start` returns when the model
     is loaded, and raises Refused where it cannot be: then nothing is started again.
+
+    With `woke` it may rest: its process ends, and the model is loaded again when it is asked, of which `woke` is told.
     """
 
-    def __init__(self, order: dict[str, Any], tell: Callable[[dict[str, Any]], None] = lambda event: None):
+    def __init__(
+        self,
+        order: dict[str, Any],
+        tell: Callable[[dict[str, Any]], None] = lambda event: None,
+        woke: Callable[[], None] | None = None,
+    ):
         self.order, self._tell = order, tell
+        self._woke, self._resting = woke, asyncio.Lock()
+        self._waking: asyncio.Task[None] | None = None
+        self.used = time.monotonic()
+        """When it was last asked."""
         self.state: State = "stopped"
         self.facts: dict[str, Any] = {}
         self.restarts = 0
@@ -76,11 +87,29 @@ class EngineProcess:
     async def stop(self) -> None:
         """End the process, and with it all that is written."""
         self.state, self.broke = "stopped", "the server is ending"
+        if self._process is None:
+            return
         if self._watch is not None:
             self._watch.cancel()
             with suppress(asyncio.CancelledError):
                 await self._watch
         await self._end()
+
+    @property
+    def rests(self) -> bool:
+        """Whether it may rest."""
+        return self._woke is not None
+
+    def sleep(self, facts: dict[str, Any]) -> None:
+        """Begin at rest, with what was known of the model when it was loaded before."""
+        self.state, self.facts = "asleep", facts
+
+    async def rest(self) -> None:
+        """Let the model go until it is asked; not while it writes."""
+        async with self._resting:
+            if self.state == "ready" and not self.going:
+                await self.stop()
+                self.state, self.broke = "asleep", ""
 
     async def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """The answer to a question that has one. Raises Refused, Gone."""
@@ -91,6 +120,9 @@ class EngineProcess:
 
     async def stream(self, do: str, **arguments: Any) -> AsyncIterator[tuple[Literal["piece", "end"], dict[str, Any]]]:
         """The parts of an answer. Leaving the iterator, or being cancelled, ends the work. Raises Refused, Gone."""
+        self.used = time.monotonic()
+        if self.rests and self.state != "ready":
+            await self._wake()
         if self._writer is None or self.state != "ready":
             raise Gone(self.broke or "the model is being loaded; ask again later")
         id, queue = next(self._ids), asyncio.Queue[wire.Message | None]()
@@ -115,6 +147,24 @@ class EngineProcess:
             del self._waiting[id]
             if not over and self._writer is not None and not self._writer.is_closing():
                 wire.write(self._writer, {"leave": id})
+
+    async def _wake(self) -> None:
+        """Load the model, once for all that ask; whoever leaves meanwhile does not end it."""
+        if self._waking is None or self._waking.done():
+            self._waking = asyncio.create_task(self._load_again())
+        await asyncio.shield(self._waking)
+
+    async def _load_again(self) -> None:
+        async with self._resting:
+            if self.state != "asleep":
+                return
+            try:
+                await self.start()
+            except (LuthierError, OSError):
+                self.state = "asleep"
+                raise
+        assert self._woke is not None
+        self._woke()
 
     async def _launch(self) -> asyncio.StreamReader:
         self.state = "loading"

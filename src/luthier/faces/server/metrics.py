@@ -81,6 +81,8 @@ class Metrics:
         for name, served in server.shelf.models.items():
             self.up.labels(name).set(served.process.state == "ready")
             self.restarts.labels(name).set(served.process.restarts)
+            if served.process.state == "asleep":
+                continue
             try:
                 state = await served.process.ask("state")
             except Gone:

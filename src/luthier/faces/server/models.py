@@ -8,9 +8,10 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from luthier.faces.server.drawing import Body
-from luthier.faces.server.refusals import RESPONSES
-from luthier.faces.server.server import TheServer
+from luthier.faces.server.refusals import RESPONSES, Refusal
+from luthier.faces.server.server import TheKey, TheServer
 from luthier.faces.server.shelf import Served
+from luthier.faces.server.store import owns, store_of
 
 routes = APIRouter(tags=["models"], responses=RESPONSES)
 
@@ -27,6 +28,7 @@ class ModelInfo(BaseModel):
     parent: str | None = None
     """The model beside which it is an adapter."""
     state: str
+    """loading, ready, broken (and started again), or asleep: tuned, and loaded when it is asked."""
     max_model_len: int | None = None
     """Most tokens of a prompt and its answer."""
     task: str | None = None
@@ -76,6 +78,19 @@ async def list_models(server: TheServer) -> ModelList:
 async def read_model(name: str, server: TheServer) -> ModelInfo:
     """One of them."""
     return _info(server.shelf.find(name))
+
+
+@routes.delete("/v1/models/{name:path}", response_model=Deleted)
+async def delete_model(name: str, server: TheServer, key: TheKey) -> Deleted:
+    """Serve a model that a fine-tuning job made no longer. Its run stays, with the weights."""
+    store = store_of(server)
+    kept = store.get("model", name)
+    if kept is None or not owns(key, kept):
+        raise Refusal(404, f"model: {name!r} is no model that a job of this key made", param="model")
+    store.drop("model", name)
+    if name in server.shelf.models:
+        await server.shelf.unload(name)
+    return Deleted(id=name)
 
 
 @routes.post("/admin/models", response_model=ModelInfo, status_code=201, tags=["admin"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -109,8 +111,8 @@ def answer_of(refusal: Refusal) -> JSONResponse:
     return JSONResponse(body_of(refusal), refusal.status, headers)
 
 
-def explain(app: FastAPI) -> None:
-    """Let `app` answer every error so."""
+def explain(app: FastAPI, routers: Sequence[APIRouter] = ()) -> None:
+    """Let `app`, which has these `routers`, answer every error so."""
 
     async def ours(_: Request, err: Exception) -> JSONResponse:
         return answer_of(refusal_of(err))
@@ -119,16 +121,24 @@ def explain(app: FastAPI) -> None:
         assert isinstance(err, RequestValidationError)
         return answer_of(_invalid(err))
 
-    async def plain(_: Request, err: Exception) -> JSONResponse:
+    async def plain(request: Request, err: Exception) -> JSONResponse:
         assert isinstance(err, HTTPException)
         answer = answer_of(Refusal(err.status_code, _sentence(err)))
         answer.headers.update(err.headers or {})
+        if err.status_code == 405:
+            answer.headers["Allow"] = ", ".join(_methods(routers, request))
         return answer
 
     app.add_exception_handler(LuthierError, ours)
     app.add_exception_handler(Exception, ours)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, plain)
+
+
+def _methods(routers: Sequence[APIRouter], request: Request) -> list[str]:
+    """All that an address takes: it may be written down once for each."""
+    routes = [one for router in routers for one in router.routes if isinstance(one, APIRoute)]
+    return sorted({name for one in routes if one.path_regex.match(request.url.path) for name in one.methods or ()})
 
 
 def _sentence(err: HTTPException) -> str:

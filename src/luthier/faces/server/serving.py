@@ -39,6 +39,7 @@ async def _run(settings: Serve, say: Say) -> int:
     import uvicorn
 
     from luthier.faces.server.app import make_app
+    from luthier.faces.server.keeping import working
     from luthier.faces.server.metrics import Metrics
     from luthier.faces.server.server import Server
 
@@ -64,7 +65,8 @@ async def _run(settings: Serve, say: Say) -> int:
         host, port = listening.getsockname()[:2]
         address = f"{'https' if settings.certificate else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
         say(_welcome(address, settings))
-        await web.serve(sockets=[listening])
+        async with working(server, say):
+            await web.serve(sockets=[listening])
     finally:
         listening.close()
         await shelf.close()

@@ -13,6 +13,9 @@ from luthier.faces.server.engines import EngineProcess, Gone
 from luthier.faces.server.refusals import Refusal, unknown
 from luthier.faces.server.settings import Serve
 
+# Models that may rest of which so many, those asked last, stay loaded.
+AWAKE = 2
+
 
 @dataclass
 class Served:
@@ -33,6 +36,7 @@ class Shelf:
         self._settings, self._tell = settings, tell
         self.models: dict[str, Served] = {}
         self._lock = asyncio.Lock()
+        self._resting: set[asyncio.Task[None]] = set()
 
     @property
     def processes(self) -> list[EngineProcess]:
@@ -45,18 +49,36 @@ class Shelf:
             raise unknown(name, list(self.models))
         return self.models[name]
 
-    async def load(self, source: str, name: str | None = None) -> Served:
-        """Serve a model, under its own name or another. Raises Refusal for a name that is taken, and what loading raises."""
+    async def load(
+        self, source: str, name: str | None = None, *, rests: bool = False, facts: dict[str, Any] | None = None
+    ) -> Served:
+        """Serve a model, under its own name or another. Raises Refusal for a name that is taken, and what loading raises.
+
+        One that `rests` stays loaded while it is among the last AWAKE such models that were asked; with `facts`, what an
+        earlier loading found, it is loaded when it is first asked.
+        """
         name = name or source
         async with self._lock:
             if name in self.models:
                 raise Refusal(409, f"a model is served as {name!r} already; unload it first, or choose another name")
             process = next((one for one in self.processes if one.source == source), None)
             if process is None:
-                process = EngineProcess(self._order(source), self._tell)
-                await process.start()
+                process = EngineProcess(self._order(source), self._tell, self._let_rest if rests else None)
+                if facts is None:
+                    await process.start()
+                else:
+                    process.sleep(facts)
             served = self.models[name] = Served(name, source, process)
+            self._let_rest()
             return served
+
+    def _let_rest(self) -> None:
+        """Let those go that were not asked for longest."""
+        awake = [one for one in self.processes if one.rests and one.state == "ready"]
+        for one in sorted(awake, key=lambda one: one.used)[:-AWAKE]:
+            task = asyncio.create_task(one.rest())
+            self._resting.add(task)
+            task.add_done_callback(self._resting.discard)
 
     async def unload(self, name: str) -> None:
         """Serve a model no longer. Raises Refusal for one that is not served."""
@@ -81,6 +103,8 @@ class Shelf:
 
 
 async def _beat(process: EngineProcess, seconds: float = 10.0) -> str:
+    if process.state == "asleep":
+        return ""
     try:
         async with asyncio.timeout(seconds):
             await process.ask("beat")
