@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from luthier.core.errors import ConfigError, MissingExtra
+from luthier.faces.server import loops
 from luthier.faces.server.keys import read_keys
 from luthier.faces.server.settings import Serve
 from luthier.faces.server.shelf import Shelf, names_of
@@ -32,7 +33,7 @@ def serve(settings: Serve, say: Say) -> int:
             f"host: {settings.host} can be asked from other machines, so it needs keys: "
             "luthier serve --keys keys.json --new-key NAME makes one"
         )
-    return asyncio.run(_run(settings, say))
+    return loops.run(_run(settings, say))
 
 
 async def _run(settings: Serve, say: Say) -> int:

@@ -18,16 +18,47 @@ while it loads, `said`: an event as runs keep them.
 """
 
 LENGTH = struct.Struct("!I")
+# Bytes that wait for a reader before those who write wait for it too.
+HIGH = 2**16
+
+
+class Outbox:
+    """Sends messages: those of one turn of the loop together, which costs one call of the system instead of one each."""
+
+    def __init__(self, stream: asyncio.StreamWriter):
+        self._stream, self._held = stream, list[bytes]()
+
+    def put(self, message: Message) -> None:
+        """Put a message on its way. Raises DataError for a text that is none."""
+        content = pack(message)
+        if not self._held:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._held.append(content)
+
+    async def send(self, message: Message) -> None:
+        """The same, and wait where the other side does not keep up."""
+        self.put(message)
+        if self._stream.transport.get_write_buffer_size() > HIGH:
+            await self._stream.drain()
+
+    def _flush(self) -> None:
+        self._stream.write(b"".join(self._held))
+        self._held.clear()
 
 
 def write(stream: asyncio.StreamWriter, message: Message) -> None:
     """Put a message on its way. Raises DataError for a text that is none."""
+    stream.write(pack(message))
+
+
+def pack(message: Message) -> bytes:
+    """A message as bytes. Raises DataError for a text that is none."""
     try:
         content = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError as err:
         half = ascii(err.object[err.start])
         raise DataError(f"a text holds half of a character ({half}), which is no text; take it out") from None
-    stream.write(LENGTH.pack(len(content)) + content)
+    return LENGTH.pack(len(content)) + content
 
 
 async def read(stream: asyncio.StreamReader) -> Message | None:

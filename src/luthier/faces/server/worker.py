@@ -12,12 +12,14 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from luthier.core.errors import LuthierError
-from luthier.faces.server import wire
-from luthier.faces.server.wire import Message
+from luthier.faces.server import loops, wire
+from luthier.faces.server.wire import Message, Outbox
 
 if TYPE_CHECKING:
     from luthier.faces.server.hands import Hands
 
+# Seconds for which one thread may keep the other from Python.
+SWITCH = 0.0005
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 
@@ -26,7 +28,9 @@ def main(descriptor: int) -> int:
     from luthier.models.lean import import_lean
 
     import_lean()
-    asyncio.run(_serve(socket.socket(fileno=descriptor)))
+    # The engine's thread comes back from a step to Python some fifty times a second, and must not wait for that of the loop.
+    sys.setswitchinterval(SWITCH)
+    loops.run(_serve(socket.socket(fileno=descriptor)))
     return 0
 
 
@@ -56,11 +60,8 @@ async def _serve(sock: socket.socket) -> None:
 async def _work(hands: Hands, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     going: dict[int, asyncio.Task[None]] = {}
 
-    async def send(message: Message) -> None:
-        wire.write(writer, message)
-        # Who reads slowly gets longer pieces, instead of a queue of short ones.
-        await writer.drain()
-
+    # Who reads slowly gets longer pieces, instead of a queue of short ones.
+    send = Outbox(writer).send
     while (message := await wire.read(reader)) is not None:
         if "leave" in message:
             task = going.get(message["leave"])
