@@ -8,9 +8,10 @@ after the other, streamed: chats of 64 to 256 tokens, 64 to 128 to write, greedy
 clients. `luthier serve` as it starts by itself; `transformers serve` as it starts by itself and with continuous
 batching; llama.cpp's server with a slot for each client, weights in Q8_0 and Q4_0 (it gets the same number of token
 ids, for its file has no real tokenizer). One server at a time, the same load, tokens counted as they were asked for.
-`first` is seconds to the first text, `between` seconds from one text to the next (50th and 99th percentile). `bare`
-is the engine in this process without a server, on the same prompts at once; `overhead` what the server loses of it at
-the most clients. Writes benchmarks/results/serving-135m.json; the last line printed is the same object.
+`first` is seconds to the first text, `between` seconds from one text to the next (50th and 99th percentile).
+`against_bare` is tokens a second of 96 requests of 32 clients, streamed and whole, and of the engine alone that gets
+them at once; `overhead` the share that the server loses of it. Writes benchmarks/results/serving-135m.json; the last
+line printed is the same object.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +42,10 @@ FORMS = ("Q8_0", "Q4_0")
 # Seconds after which a server is taken to give no figure.
 PATIENCE = 400.0
 READY = 180.0
+# Of an event or a body that holds text.
+TEXT = re.compile(rb'"content":\s?"[^"]')
+# Requests by which the server is held against the engine alone, and the clients that send them.
+WAVES, CLIENTS = 96, 32
 
 
 def make_spoken(folder: Path) -> Path:
@@ -61,65 +66,49 @@ def make_spoken(folder: Path) -> Path:
     return path
 
 
-def make_load(clients: int) -> list[tuple[str, int]]:
+def make_load(count: int, seed: int) -> list[tuple[str, int]]:
     """(a question, tokens to write) of each request."""
-    draw, words = random.Random(clients), WORDS.split()
-    return [
-        (" ".join(draw.choices(words, k=draw.randint(60, 240))), draw.randint(64, 128)) for _ in range(max(4, clients))
-    ]
+    draw, words = random.Random(seed), WORDS.split()
+    return [(" ".join(draw.choices(words, k=draw.randint(60, 240))), draw.randint(64, 128)) for _ in range(count)]
 
 
-async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any], text_of: Callable[[Any], str]) -> list[float]:
-    """Seconds to each text of an answer."""
-    began, found = time.perf_counter(), []
-    async with client.stream("POST", path, json=body) as answer:
-        if answer.status_code != 200:
-            raise RuntimeError((await answer.aread()).decode()[:500])
-        async for line in answer.aiter_lines():
-            if line.startswith("data: {") and text_of(json.loads(line[6:])):
-                found.append(time.perf_counter() - began)
+async def ask(url: httpx.URL, path: str, body: dict[str, Any]) -> list[float]:
+    """Seconds to each text of an answer. Bytes are looked through for texts and not parsed: on few cores what the client does is
+    taken from the server."""
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: {url.host}:{url.port}\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    began, found, status = time.perf_counter(), list[float](), b""
+    writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    while piece := await reader.read(65536):
+        status = status or piece[:16]
+        found += [time.perf_counter() - began] * len(TEXT.findall(piece))
+    writer.close()
+    if b" 200 " not in status or not found:
+        raise RuntimeError(f"{url} answered {status!r}")
     return found
 
 
-async def drive(
-    url: str, path: str, clients: int, bodies: list[dict[str, Any]], text_of: Callable[[Any], str]
-) -> tuple[float, list[list[float]]]:
+async def drive(url: str, path: str, clients: int, bodies: list[dict[str, Any]]) -> tuple[float, list[list[float]]]:
     """Seconds for all, and those of each answer's texts."""
     waiting, found = list(bodies), []
-    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=httpx.Limits(max_connections=None)) as client:
 
-        async def one() -> None:
-            while waiting:
-                found.append(await ask(client, path, waiting.pop(0), text_of))
+    async def one() -> None:
+        while waiting:
+            found.append(await ask(httpx.URL(url), path, waiting.pop(0)))
 
-        began = time.perf_counter()
-        async with asyncio.timeout(PATIENCE):
-            await asyncio.gather(*(one() for _ in range(clients)))
-        return time.perf_counter() - began, found
+    began = time.perf_counter()
+    async with asyncio.timeout(PATIENCE):
+        await asyncio.gather(*(one() for _ in range(clients)))
+    return time.perf_counter() - began, found
 
 
 def measure(url: str, kind: str, model: str, clients: int, load: list[tuple[str, int]]) -> dict[str, Any]:
     """Of one server under one load."""
-    bodies: list[dict[str, Any]]
-    if kind == "llama":
-        path = "/completion"
-        draw = random.Random(0)
-        bodies = [
-            {"prompt": [draw.randrange(5, 30000) for _ in text.split()], "n_predict": tokens, "stream": True, "temperature": 0,
-             "ignore_eos": True, "cache_prompt": False}
-            for text, tokens in load
-        ]  # fmt: skip
-        text_of = lambda event: event.get("content") or event.get("tokens")  # noqa: E731
-    else:
-        path = "/v1/chat/completions"
-        bodies = [
-            {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": True}
-            | ({"temperature": 0} if kind == "luthier" else {})
-            for text, tokens in load
-        ]
-        text_of = lambda event: event["choices"] and event["choices"][0]["delta"].get("content")  # noqa: E731
-    asyncio.run(drive(url, path, 1, [bodies[0] | {"n_predict" if kind == "llama" else "max_tokens": 8}], text_of))
-    seconds, answers = asyncio.run(drive(url, path, clients, bodies, text_of))
+    path, bodies = requests(kind, model, load)
+    short = "n_predict" if kind == "llama" else "max_tokens"
+    asyncio.run(drive(url, path, 1, [bodies[0] | {short: 8}]))
+    seconds, answers = asyncio.run(drive(url, path, clients, bodies))
     gaps = [after - before for one in answers for before, after in pairwise(one)]
     firsts = [one[0] for one in answers if one]
     return {
@@ -127,6 +116,24 @@ def measure(url: str, kind: str, model: str, clients: int, load: list[tuple[str,
         "first_p50": percentile(firsts, 50), "first_p99": percentile(firsts, 99),
         "between_p50": percentile(gaps, 50), "between_p99": percentile(gaps, 99),
     }  # fmt: skip
+
+
+def requests(
+    kind: str, model: str, load: list[tuple[str, int]], stream: bool = True
+) -> tuple[str, list[dict[str, Any]]]:
+    """Where they are sent, and their bodies."""
+    if kind == "llama":
+        draw = random.Random(0)
+        return "/completion", [
+            {"prompt": [draw.randrange(5, 30000) for _ in text.split()], "n_predict": tokens, "stream": stream, "temperature": 0,
+             "ignore_eos": True, "cache_prompt": False}
+            for text, tokens in load
+        ]  # fmt: skip
+    return "/v1/chat/completions", [
+        {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": stream}
+        | ({"temperature": 0} if kind == "luthier" else {})
+        for text, tokens in load
+    ]
 
 
 def percentile(values: list[float], share: int) -> float | None:
@@ -170,8 +177,26 @@ def running(command: list[str], url: str | None, path: str) -> Iterator[str]:
             process.communicate()
 
 
-def run_bare(model: Path, load: list[tuple[str, int]]) -> float:
-    """Tokens a second of the engine alone, in a process of its own."""
+def hold_against_bare(model: Path) -> dict[str, float]:
+    """Tokens a second of the server, streamed and whole, and of the engine alone in a process of its own, for the same."""
+    command = [sys.executable, "-m", "luthier", "serve", f"spoken={model}", "--port", "0"]
+    found = {"streamed": list[float](), "whole": list[float]()}
+    with running(command, None, "/health/live") as address:
+        for seed in range(5):
+            for name in found:
+                load = make_load(WAVES, 100 + seed)
+                load = load if name == "whole" else [(f"again {text}", tokens) for text, tokens in load]
+                path, bodies = requests("luthier", "spoken", load, name == "streamed")
+                seconds, _ = asyncio.run(drive(address, path, CLIENTS, bodies))
+                found[name].append(sum(tokens for _, tokens in load) / seconds)
+    # The first of each warms up.
+    medians = {name: statistics.median(values[1:]) for name, values in found.items()}
+    medians["bare"] = statistics.median(run_bare(model, [make_load(WAVES, 100 + seed) for seed in range(5)])[1:])
+    return {name: round(value, 1) for name, value in medians.items()}
+
+
+def run_bare(model: Path, loads: list[list[tuple[str, int]]]) -> list[float]:
+    """Tokens a second of the engine alone, in a process of its own, which gets each load at once."""
     script = f"""
 import json, sys, time
 from luthier.core.events import Events
@@ -180,22 +205,21 @@ from luthier.engine.generate import add_answer, choose_engine
 from luthier.engine.native import let_go
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
-load = json.load(sys.stdin)
 model = load_model({str(model)!r}, as_stored=True)
 choose_engine(model, Sampling(), "auto", Events())
 let_go(model)
-engine = Engine(model, 32 * 2048)
-for rounds in (load[:1], load):
+engine = Engine(model, {CLIENTS} * 2112, streams={CLIENTS})
+for load in json.load(sys.stdin):
     began = time.perf_counter()
-    for text, tokens in rounds:
+    for text, tokens in load:
         add_answer(engine, model.renderer.prompt(text), Sampling(max_tokens=tokens))
     engine.run()
-print(sum(tokens for _, tokens in load) / (time.perf_counter() - began))
+    print(sum(tokens for _, tokens in load) / (time.perf_counter() - began))
 """
     found = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps(load), capture_output=True, text=True, check=True
+        [sys.executable, "-c", script], input=json.dumps(loads), capture_output=True, text=True, check=True
     )
-    return float(found.stdout)
+    return [float(line) for line in found.stdout.split()]
 
 
 def servers(
@@ -264,12 +288,10 @@ def main() -> None:
     folder = HERE.parent / "build" / "benchmarks"
     folder.mkdir(parents=True, exist_ok=True)
     model = make_spoken(folder)
-    loads = {count: make_load(count) for count in clients}
+    loads = {count: make_load(max(4, count), count) for count in clients}
     most = max(clients)
     systems: dict[str, Any] = {}
-    bare = []
     for repeat in range(1 if found.quick else found.repeats):
-        bare.append(run_bare(model, loads[most]))
         for name, kind, command, url, path in servers(model, folder, peers, most):
             if isinstance(systems.get(name), str):
                 continue
@@ -283,11 +305,12 @@ def main() -> None:
             except (RuntimeError, TimeoutError, httpx.HTTPError) as err:
                 systems[name] = f"no figure: {type(err).__name__} {err}"
                 print(name, systems[name], flush=True)
-        print("repeat", repeat + 1, "bare", bare, flush=True)
+        print("repeat", repeat + 1, flush=True)
     medians = {
         name: one if isinstance(one, str) else {count: middle(values) for count, values in one.items()}
         for name, one in systems.items()
     }
+    held = hold_against_bare(model)
     ours = medians["luthier"][str(most)]["tokens_per_second"]
     peer = {
         name: one[str(most)]["tokens_per_second"]
@@ -296,7 +319,7 @@ def main() -> None:
     }
     result = {
         "benchmark": "serving", "shape": "135m", "threads": os.cpu_count(), "repeats": found.repeats, "systems": medians,
-        "bare": round(statistics.median(bare), 1), "overhead": round(1 - ours / statistics.median(bare), 3),
+        "against_bare": held, "overhead": {name: round(1 - held[name] / held["bare"], 3) for name in ("streamed", "whole")},
         "ours": ours, "peer": peer, "ratio": {name: round(ours / value, 2) for name, value in peer.items()},
     }  # fmt: skip
     if not found.quick:

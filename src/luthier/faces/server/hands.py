@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from pydantic import Field
+
 from luthier.core.config import Config
-from luthier.core.errors import ConfigError, DataError, ModelError
+from luthier.core.errors import ConfigError, DataError, LuthierError, ModelError
 from luthier.core.events import Event, Events
 from luthier.core.types import Completion, Message, TokenLog
 from luthier.data.turns import read_messages
@@ -36,6 +38,8 @@ class Order(Config):
     context: int | None = None
     streams: int
     waiting: int
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """Name and source of each that was loaded beside it, for a process that is started again."""
 
 
 class TooLong(DataError):
@@ -70,6 +74,11 @@ class Hands:
             let_go(model)
             self.form = find_form(model.renderer)
             engine = Engine(model, room, streams=order.streams)
+            for name, source in order.adapters.items():
+                try:
+                    engine.load_adapter(name, source, events)
+                except LuthierError as err:
+                    events.warn(f"{name}: {err}")
         else:
             engine = Pooler(model, events=events)
             events.choose("engine", "pooled", "each text is read once, beside others")

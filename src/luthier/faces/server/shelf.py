@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.core.errors import LuthierError
-from luthier.faces.server.engines import EngineProcess, Gone
+from luthier.faces.server.beside import base_of, same_model
+from luthier.faces.server.engines import EngineProcess, Gone, Refused
 from luthier.faces.server.refusals import Refusal, unknown
 from luthier.faces.server.settings import Serve
 
@@ -61,6 +63,10 @@ class Shelf:
         async with self._lock:
             if name in self.models:
                 raise Refusal(409, f"a model is served as {name!r} already; unload it first, or choose another name")
+            beside = await self._load_beside(source, name)
+            if beside is not None:
+                self.models[name] = beside
+                return beside
             process = next((one for one in self.processes if one.source == source), None)
             if process is None:
                 process = EngineProcess(self._order(source), self._tell, self._let_rest if rests else None)
@@ -71,6 +77,24 @@ class Shelf:
             served = self.models[name] = Served(name, source, process)
             self._let_rest()
             return served
+
+    async def _load_beside(self, source: str, name: str) -> Served | None:
+        """An adapter whose base is served becomes a model beside it, in its process; None for anything else."""
+        base = await asyncio.to_thread(base_of, source)
+        if base is None:
+            return None
+        for one in self.models.values():
+            if one.parent is None and one.process.state == "ready" and same_model(one.source, base):
+                try:
+                    await one.process.ask("load_adapter", name=name, source=source)
+                except Refused as why:
+                    self._tell(
+                        {"event": "warning", "message": f"{name}: {why}; it gets a process of its own", "count": 1}
+                    )
+                    return None
+                one.process.order["adapters"][name] = source
+                return Served(name, source, one.process, parent=one.name)
+        return None
 
     def _let_rest(self) -> None:
         """Let those go that were not asked for longest."""
@@ -84,8 +108,15 @@ class Shelf:
         """Serve a model no longer. Raises Refusal for one that is not served."""
         async with self._lock:
             served = self.find(name)
+            beside = [one.name for one in self.models.values() if one.parent == name]
+            if beside:
+                raise Refusal(409, f"{name!r} is the base of {', '.join(map(repr, beside))}; unload them first")
             del self.models[name]
-            if served.process not in self.processes:
+            if served.parent is not None:
+                served.process.order["adapters"].pop(name, None)
+                with suppress(Gone):
+                    await served.process.ask("unload_adapter", name=name)
+            elif served.process not in self.processes:
                 await served.process.stop()
 
     async def close(self) -> None:
@@ -99,7 +130,7 @@ class Shelf:
 
     def _order(self, source: str) -> dict[str, Any]:
         wanted = self._settings.model_dump(mode="json", include={"execution", "context", "streams", "waiting"})
-        return {"source": source, **wanted}
+        return {"source": source, "adapters": {}, **wanted}
 
 
 async def _beat(process: EngineProcess, seconds: float = 10.0) -> str:

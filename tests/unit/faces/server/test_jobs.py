@@ -275,6 +275,7 @@ def test_openai_code_tunes_here(tmp_path):
         assert running.stop() == 0
 
 
+@pytest.mark.e2e
 def test_what_breaks_goes_on_or_says_so(tmp_path):
     """The run is killed, the server is killed while it goes on, the server ends while it goes on, the job is cancelled."""
     running = Running("mini", runs=tmp_path)
