@@ -28,7 +28,7 @@ def blocks(language: str) -> list:
 @pytest.mark.parametrize("text", blocks("bash"))
 def test_commands_parse(text):
     for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.removesuffix(" &"), comments=True)
+        words = shlex.split(re.sub(r" (2?>\S*|>>?) ?\S*(?= |$)| &$", "", line), comments=True)
         if words[:1] != ["luthier"] or words[1:2] in ([], ["--help"]):
             continue
         assert words[1] in COMMANDS, line
