@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,9 @@ from luthier.core.types import Chat, Encoded, Message, Pair, Text
 from luthier.text.spans import SENTINEL, Span, find_spans
 from luthier.text.template import Template
 
+# Stands, between here and the tokenizer, inside a text that somebody said and that spells a control token: such a text is
+# tokenised in two, so that it is a text.
+MARK = "\uf8ff"
 # How many conversations are checked for the prompt's tokens being the first tokens of the whole.
 CHECKED = 50
 
@@ -34,6 +38,11 @@ class Renderer:
     ):
         self.tokenizer, self.kind, self.template = tokenizer, kind, template
         self.max_length, self.truncate, self.learn = max_length, truncate, learn
+        self.guarded = 0
+        """Times that a turn of a user or a tool spelt a control token, which was taken as text."""
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        controls = {one for one in (*added, *tokenizer.all_special_tokens) if len(one) > 1}
+        self._controls = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or r"(?!)")
         plain, framed = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         at = next((at for at in range(len(framed)) if framed[at : at + len(plain)] == plain), 0)
         self._first = list(framed[:at]) if kind == "decoder" else []
@@ -147,10 +156,10 @@ class Renderer:
         Raises DataError when the template refuses the turns.
         """
         text = self._apply(messages, tools, opened)
-        return text, tuple(self._with_first(self._ids(text)))
+        return text.replace(MARK, ""), tuple(self._with_first(self._ids(text)))
 
     def split(self, messages: Sequence[Message], id: str = "") -> tuple[str, str]:
-        """A conversation's text before what the assistant says last, and that with the end of its turn.
+        """A conversation's text before what the assistant says last, and that with the end of its turn, as `tokens` takes it.
 
         Raises DataError and ModelError as `chat` does.
         """
@@ -160,15 +169,14 @@ class Renderer:
 
     def tokens(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids of a rendered text, and for each how many characters it reaches to."""
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, ends = list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
+        ids, offsets = self._placed(text)
+        ends = [end for _, end in offsets]
         framed = self._with_first(ids)
         return tuple(framed), (*(0,) * (len(framed) - len(ids)), *ends)
 
     def shorten(self, text: str, count: int) -> str:
         """A text without its last `count` tokens."""
-        ends = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        kept = ends["offset_mapping"][:-count]
+        kept = self._placed(text)[1][:-count]
         # Tokens of one character reach to the same place, so that its last ones alone cut nothing.
         return text[: min(kept[-1][1], len(text) - 1)] if kept else ""
 
@@ -206,14 +214,35 @@ class Renderer:
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        parts = (
+            self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in text.split(MARK)
+        )
+        return [token for part in parts for token in part]
+
+    def _placed(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text, and the first character and the one after the last of each."""
+        ids, offsets, start = list[int](), list[tuple[int, int]](), 0
+        for part in text.split(MARK):
+            found = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            ids += found["input_ids"]
+            offsets += [(start + first, start + last) for first, last in found["offset_mapping"]]
+            start += len(part) + 1
+        return ids, offsets
+
+    def _said(self, message: Message) -> dict[str, Any]:
+        """A turn as templates take it. What users and tools say controls nothing."""
+        turn = _as_dict(message)
+        if message.role in ("user", "tool") and self._controls.search(message.content):
+            turn["content"], count = self._controls.subn(lambda one: one[0][0] + MARK + one[0][1:], message.content)
+            self.guarded += count
+        return turn
 
     def _framed(self, text: str, pair: str | None = None, **limits: Any) -> list[int]:
         return list(self.tokenizer(text, pair, verbose=False, **limits)["input_ids"])
 
     def _apply(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], opened: bool) -> str:
         assert self.template is not None
-        turns = [_as_dict(message) for message in messages]
+        turns = [self._said(message) for message in messages]
         try:
             text = self.tokenizer.apply_chat_template(
                 turns,
@@ -262,8 +291,7 @@ class Renderer:
 
     def _spanned(self, id: str, whole: str, spans: Sequence[Span]) -> Encoded:
         """Tokens of `whole`, each weighing as the span it lies in; a token across the edge of a span is context."""
-        found = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = list(found["input_ids"]), found["offset_mapping"]
+        ids, offsets = self._placed(whole)
         weights = [0.0] * len(ids)
         for start, end, weight in spans:
             for at, (first, last) in enumerate(offsets):

@@ -183,11 +183,14 @@ def encode_rows(
     """Encode each example; all rows that fail are reported together, the first few by name. Counted are rows that are cut,
     that hold text outside the vocabulary, or whose prompt `renderer` found to tokenise otherwise alone."""
     seams = renderer.mismatches if renderer is not None else 0
+    spelt = 0
     rows: list[Encoded] = []
     failed: list[str] = []
     for example in examples:
+        before = renderer.guarded if renderer is not None else 0
         try:
             rows.append(encode(example))
+            spelt += renderer is not None and renderer.guarded > before
         except DataError as err:
             failed.append(str(err))
     if failed:
@@ -221,6 +224,8 @@ def encode_rows(
             "than it will be given; end the prompt, or begin the answer, with a space or a line break",
             renderer.mismatches - seams,
         )
+    if spelt:
+        events.warn("turns of users or tools spell control tokens of the model; they are taken as text", spelt)
     return rows
 
 
