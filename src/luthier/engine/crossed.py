@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.models.pages import next_logits
-from luthier.models.slots import Slots, begin, go_on, writes_by_slots
+from luthier.models.prepared import Prepared
+from luthier.models.slots import Slots, begin, go_on, way_of, writes_by_slots
 from luthier.models.spec import LoadedModel
 
 # Sources are read side by side while no more than this share of them is padding.
@@ -26,7 +26,9 @@ class Crossed:
     """Reads the texts of an encoder-decoder in steps; a text goes by the first block of its table."""
 
     def __init__(self, model: LoadedModel):
-        self.model, self._slots, self._opening = model, Slots(), opening_of(model)
+        self.model, self._opening = model, opening_of(model)
+        self._slots = Slots(way_of(model, self._opening) or "masked")
+        self._weights = Prepared(model)
 
     def read(
         self,
@@ -53,16 +55,17 @@ class Crossed:
         training = module.training
         module.eval()
         try:
-            # First: it reads nothing twice where it goes wrong and is tried again.
-            for part in _alike([lengths[at] for at in new]):
-                chosen = [new[at] for at in part]
-                states_SE, cache = begin(model, [texts[at] for at in chosen], self._opening)
-                self._slots.put([keys[at] for at in chosen], cache, [lengths[at] for at in chosen])
-                _place(found, chosen, states_SE)
-            if old:
-                states_SE = go_on(model, self._slots, [keys[at] for at in old], [texts[at][0] for at in old])
-                _place(found, old, states_SE)
-            logits_RV = next_logits(model, torch.stack(found)[[stops.index(row + 1) for row in rows]])
+            with self._weights.used():
+                # First: it reads nothing twice where it goes wrong and is tried again.
+                for part in _alike([lengths[at] for at in new]):
+                    chosen = [new[at] for at in part]
+                    states_SE, cache = begin(model, [texts[at] for at in chosen], self._opening)
+                    self._slots.put([keys[at] for at in chosen], cache, [lengths[at] for at in chosen])
+                    _place(found, chosen, states_SE)
+                if old:
+                    states_SE = go_on(model, self._slots, [keys[at] for at in old], [texts[at][0] for at in old])
+                    _place(found, old, states_SE)
+            logits_RV = self._weights.logits(torch.stack(found)[[stops.index(row + 1) for row in rows]])
             return logits_RV.argmax(-1) if likeliest else logits_RV
         finally:
             module.train(training)
