@@ -2,12 +2,12 @@
 
     python benchmarks/translating.py [--quick] [--repeats N]
 
-A Marian of known shape (6 + 6 layers, 512 wide, as the translators of OPUS-MT) with random weights, in fp32 and in bf16 (both
-sides), 64 sources of 8 to 128 tokens, 4 to 128 tokens to write for each, greedy, no stop tokens. Tokens are those that were asked for: what `generate`
-writes beyond a request, because another one of its batch is longer, counts for nothing. The peer gets them as `engine.padded`
-did before the engine took them: sorted by the length of the source, 32 at once. In turn in one process, medians of the repeats,
-after one that warms up; an engine is made for each run, which lays out the weights. `alone` is one request of 32 + 64 tokens. Writes benchmarks/results/translating.json; the last line
-printed is the same object.
+A Marian of known shape (6 + 6 layers, 512 wide, as the translators of OPUS-MT) with random weights, both sides in fp32 and then
+in bf16, 64 sources of 8 to 128 tokens, 4 to 128 tokens to write for each, greedy, no stop tokens. Tokens are those that were
+asked for: what `generate` writes beyond a request, because another one of its batch is longer, counts for nothing. The peer gets
+them as `engine.padded` did before the engine took them: sorted by the length of the source, 32 at once. In turn in one process,
+medians of the repeats, after one that warms up; an engine is made for each run, which lays out the weights. `alone` is one
+request of 32 + 64 tokens. Writes benchmarks/results/translating.json; the last line printed is the same object.
 """
 
 from __future__ import annotations
