@@ -1,7 +1,8 @@
 """Linear layers over weights that are laid out once as the processor multiplies them.
 
-In fp32 torch multiplies by MKL, which is slow on some processors, and lays a weight out anew for each product of some rows. oneDNN takes it laid out already: a product of 1 to 64 rows then takes a half to a third of the time. What comes out is
-the same but for rounding. The layout is a second copy of the weight, which lives as long as what holds it.
+In fp32 torch multiplies by MKL, which is slow on some processors, and lays a weight out anew for each product of some rows.
+oneDNN takes it laid out already: a product of 1 to 64 rows then takes a half to a third of the time. What comes out is the same
+but for rounding. The layout is a second copy of the weight, which lives as long as what holds it.
 """
 
 from __future__ import annotations
