@@ -2,12 +2,12 @@
 
     python benchmarks/translating.py [--quick] [--repeats N]
 
-A Marian of known shape (6 + 6 layers, 512 wide, as the translators of OPUS-MT) with random weights in fp32, 64 sources of 8 to
-128 tokens, 4 to 128 tokens to write for each, greedy, no stop tokens. Tokens are those that were asked for: what `generate`
-writes beyond a request, because another one of its batch is longer, counts for nothing. The peer gets them as `engine.padded`
-did before the engine took them: sorted by the length of the source, 32 at once. In turn in one process, medians of the repeats,
-after one that warms up. `alone` is one request of 32 + 64 tokens. Writes benchmarks/results/translating.json; the last line
-printed is the same object.
+A Marian of known shape (6 + 6 layers, 512 wide, as the translators of OPUS-MT) with random weights, both sides in fp32 and then
+in bf16, 64 sources of 8 to 128 tokens, 4 to 128 tokens to write for each, greedy, no stop tokens. Tokens are those that were
+asked for: what `generate` writes beyond a request, because another one of its batch is longer, counts for nothing. The peer gets
+them as `engine.padded` did before the engine took them: sorted by the length of the source, 32 at once. In turn in one process,
+medians of the repeats, after one that warms up; an engine is made for each run, which lays out the weights. `alone` is one
+request of 32 + 64 tokens. Writes benchmarks/results/translating.json; the last line printed is the same object.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import MarianConfig, MarianMTModel
@@ -31,6 +32,7 @@ from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
 from luthier.models.memory import keep_freed_memory
 from luthier.models.pages import BLOCK
+from luthier.models.precision import cast_weights
 from luthier.models.spec import LoadedModel
 
 HERE = Path(__file__).parent
@@ -104,6 +106,28 @@ def main() -> None:
     keep_freed_memory()
     model, asked = make(*shape, build), ask(count)
     one = [(asked[0][0][:32], 64)]
+    result = {
+        "benchmark": "translating",
+        "shape": {"width": shape[0], "layers": shape[1]},
+        "requests": count,
+        "tokens": sum(room for _, room in asked),
+        "repeats": repeats,
+        "threads": torch.get_num_threads(),
+        "peer_is": "transformers' generate, padded, 32 at once by length of the source, in the same precision",
+        "float32": compare(model, asked, one, repeats),
+    }
+    cast_weights(model, "bfloat16")
+    # What was found out in fp32 is found out anew.
+    model.slots = model.head = None
+    result["bfloat16"] = compare(model, asked, one, repeats)
+    if not options.quick:
+        path = HERE / "results" / "translating.json"
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+def compare(model: LoadedModel, asked: Asked, one: Asked, repeats: int) -> dict[str, Any]:
+    """Medians of both sides in turn, their ratio, and the share of answers that are the same."""
     rates: dict[str, dict[str, list[float]]] = {name: {"many": [], "alone": []} for name in ("ours", "peer")}
     same: list[bool] = []
     for at in range(repeats + 1):
@@ -119,22 +143,8 @@ def main() -> None:
     medians = {
         name: {key: round(statistics.median(all_), 1) for key, all_ in one.items()} for name, one in rates.items()
     }
-    result = {
-        "benchmark": "translating",
-        "shape": {"width": shape[0], "layers": shape[1]},
-        "requests": count,
-        "tokens": sum(room for _, room in asked),
-        "repeats": repeats,
-        "threads": torch.get_num_threads(),
-        "peer_is": "transformers' generate, padded, 32 at once by length of the source, fp32",
-        "same_answers": round(sum(same) / len(same), 3),
-        **medians,
-        "ratio": {key: round(medians["ours"][key] / medians["peer"][key], 2) for key in medians["ours"]},
-    }
-    if not options.quick:
-        path = HERE / "results" / "translating.json"
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    ratio = {key: round(medians["ours"][key] / medians["peer"][key], 2) for key in medians["ours"]}
+    return {"same_answers": round(sum(same) / len(same), 3), **medians, "ratio": ratio}
 
 
 if __name__ == "__main__":

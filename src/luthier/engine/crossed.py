@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from luthier.models.pages import next_logits
-from luthier.models.slots import Slots, begin, go_on, writes_by_slots
+from luthier.models.prepared import Prepared
+from luthier.models.slots import Slots, begin, go_on, way_of, writes_by_slots
 from luthier.models.spec import LoadedModel
 
 # Sources are read side by side while no more than this share of them is padding.
@@ -26,7 +26,9 @@ class Crossed:
     """Reads the texts of an encoder-decoder in steps; a text goes by the first block of its table."""
 
     def __init__(self, model: LoadedModel):
-        self.model, self._slots, self._opening = model, Slots(), opening_of(model)
+        self.model, self._opening = model, opening_of(model)
+        self._slots = Slots(way_of(model, self._opening) or "masked")
+        self._weights = Prepared(model)
 
     def read(
         self,
@@ -49,23 +51,30 @@ class Crossed:
         texts = [ids[stop - length : stop] for stop, length in zip(stops, lengths)]
         new = [at for at, read in enumerate(before) if not read]
         old = [at for at, read in enumerate(before) if read]
-        found: list[Tensor] = [torch.empty(0)] * len(texts)
+        states: list[Tensor] = []
         training = module.training
-        module.eval()
+        if training:
+            module.eval()
         try:
-            # First: it reads nothing twice where it goes wrong and is tried again.
-            for part in _alike([lengths[at] for at in new]):
-                chosen = [new[at] for at in part]
-                states_SE, cache = begin(model, [texts[at] for at in chosen], self._opening)
-                self._slots.put([keys[at] for at in chosen], cache, [lengths[at] for at in chosen])
-                _place(found, chosen, states_SE)
-            if old:
-                states_SE = go_on(model, self._slots, [keys[at] for at in old], [texts[at][0] for at in old])
-                _place(found, old, states_SE)
-            logits_RV = next_logits(model, torch.stack(found)[[stops.index(row + 1) for row in rows]])
+            with self._weights.used():
+                # First: it reads nothing twice where it goes wrong and is tried again.
+                parts = [[new[at] for at in part] for part in _alike([lengths[at] for at in new])]
+                for part in parts:
+                    states_SE, cache = begin(model, [texts[at] for at in part], self._opening)
+                    self._slots.put([keys[at] for at in part], cache, [lengths[at] for at in part])
+                    states.append(states_SE)
+                if old:
+                    states.append(go_on(model, self._slots, [keys[at] for at in old], [texts[at][0] for at in old]))
+            place = {stops[at] - 1: row for row, at in enumerate([*chain(*parts), *old])}
+            chosen = [place[row] for row in rows]
+            states_RE = states[0] if len(states) == 1 else torch.cat(states)
+            if chosen != list(range(len(states_RE))):
+                states_RE = states_RE[chosen]
+            logits_RV = self._weights.logits(states_RE)
             return logits_RV.argmax(-1) if likeliest else logits_RV
         finally:
-            module.train(training)
+            if training:
+                module.train()
 
     def drop(self, block: int) -> None:
         """Let go of the text whose first block this is."""
@@ -74,11 +83,6 @@ class Crossed:
     def copy(self, source: int, target: int) -> None:
         """Raises NotImplementedError: texts of an encoder-decoder share nothing."""
         raise NotImplementedError("a search over the answers of an encoder-decoder goes by transformers' own loop")
-
-
-def _place(found: list[Tensor], places: Sequence[int], states_SE: Tensor) -> None:
-    for at, state_E in zip(places, states_SE):
-        found[at] = state_E
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:

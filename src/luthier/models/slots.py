@@ -2,18 +2,22 @@
 
 A step is one token more of each of several texts, wherever each of them is. It goes through transformers' own decoder over a
 cache whose rows begin at their first token: what the family makes of a token's place (a vector, or a bias by distance) it is
-asked for by row. `writes_by_slots` tries whether that gives what the model's own forward gives.
+asked for by row. Where the family's attention is no more than scores and a softmax, the kernel of `native.pages` takes its place
+and reads each row up to its end; else rows are as wide as the longest, and masked. `writes_by_slots` tries which of them gives
+what the model's own forward gives.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from luthier.core.errors import ModelError
@@ -21,53 +25,65 @@ from luthier.models.output import head_of
 from luthier.models.packed import mask_of, pad
 from luthier.models.pages import TOLERANCE
 from luthier.models.spec import LoadedModel
+from luthier.native.layers import usable
+from luthier.native.pages import attend_pages
 
 # Rows grow by so many tokens.
 GROWN = 64
+NAME = "luthier-rows"
+Way: TypeAlias = Literal["direct", "masked"]
+Taken: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Rows:
-    """Keys or values of texts in one layer [R, H, T, D]; what lies beyond a text's end is not looked at."""
+    """Keys or values of texts in one layer [R, T, H, D]; what lies beyond a text's end is not looked at."""
 
-    def __init__(self) -> None:
+    def __init__(self, blank: bool):
         self.held: Tensor = torch.empty(0)
+        # Where rows are masked, what is not looked at is multiplied by nothing, and must be a number.
+        self._blank = blank
 
-    def reserve(self, rows: int, tokens: int, like_SHTD: Tensor) -> None:
-        """Room for so many texts and tokens; what is there is kept."""
+    def reserve(self, rows: int, tokens: int, like: Tensor) -> None:
+        """Room for so many texts and tokens, of numbers and heads like these [.., H, D]; what is there is kept."""
         had = self.held.shape if self.held.dim() == 4 else (0, 0, 0, 0)
-        if rows <= had[0] and tokens <= had[2]:
+        if rows <= had[0] and tokens <= had[1]:
             return
-        _, heads, _, size = like_SHTD.shape
-        rows, tokens = (rows if rows <= had[0] else max(rows, 2 * had[0])), max(tokens, had[2])
-        # Zeros: what is not looked at is multiplied by nothing, and must be a number.
-        wider = like_SHTD.new_zeros(max(rows, had[0]), heads, -(-tokens // GROWN) * GROWN, size)
+        rows, tokens = (had[0] if rows <= had[0] else max(rows, 2 * had[0])), max(tokens, had[1])
+        shape = (rows, -(-tokens // GROWN) * GROWN, *like.shape[-2:])
+        wider = like.new_zeros(shape) if self._blank else like.new_empty(shape)
         if had[0]:
-            wider[: had[0], :, : had[2]] = self.held
+            wider[: had[0], : had[1]] = self.held
         self.held = wider
 
 
 class Slots:
-    """The rows of all texts, densely: the last one takes the place of one that is dropped."""
+    """The rows of all texts, densely: the last one takes the place of one that is dropped. Read `direct` by the kernel, or
+    `masked` by the family's own attention."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: Way = "masked"):
+        self.way: Way = way
         self.places: dict[int, int] = {}
         """The row of each text, by its key."""
         self.written: list[int] = []
         """Of each row, how many tokens of its answer lie there, and how many of its source."""
         self.sources: list[int] = []
         self.layers: list[tuple[Rows, Rows, Rows, Rows]] = []
+        self.biased: list[Any] | None = None
+        """Parts of the decoder that make a bias by distance; None: not looked for yet."""
 
     def put(self, keys: Sequence[int], cache: EncoderDecoderCache, sources: Sequence[int]) -> None:
         """New texts, as a cache holds them whose rows are padded on the right."""
         for key in keys:
             self.drop(key)
         own, cross = cache.self_attention_cache.layers, cache.cross_attention_cache.layers
-        self.layers = self.layers or [(Rows(), Rows(), Rows(), Rows()) for _ in own]
+        blank = self.way == "masked"
+        self.layers = self.layers or [(Rows(blank), Rows(blank), Rows(blank), Rows(blank)) for _ in own]
         start, stop = len(self.written), len(self.written) + len(keys)
         for layer, one, other in zip(self.layers, own, cross, strict=True):
             for rows, new in zip(layer, (one.keys, one.values, other.keys, other.values)):
-                rows.reserve(stop, new.shape[2], new)
-                rows.held[start:stop, :, : new.shape[2]] = new
+                new_STHD = new.transpose(1, 2)
+                rows.reserve(stop, new_STHD.shape[1], new_STHD)
+                rows.held[start:stop, : new_STHD.shape[1]] = new_STHD
         self.places.update(zip(keys, range(start, stop)))
         self.written += [own[0].keys.shape[2]] * len(keys)
         self.sources += sources
@@ -80,9 +96,11 @@ class Slots:
             return
         last = len(self.written) - 1
         if row < last:
-            for rows in (one for layer in self.layers for one in layer):
-                rows.held[row] = rows.held[last]
-            self.written[row], self.sources[row] = self.written[last], self.sources[last]
+            written, source = self.written[last], self.sources[last]
+            for layer in self.layers:
+                for rows, size in zip(layer, (written, written, source, source)):
+                    rows.held[row, :size] = rows.held[last, :size]
+            self.written[row], self.sources[row] = written, source
             self.places[next(one for one, at in self.places.items() if at == last)] = row
         self.written.pop()
         self.sources.pop()
@@ -93,24 +111,43 @@ class Slots:
 class _Growing(DynamicLayer):
     """Some of the rows of a layer, each with one token more at its own end."""
 
-    def __init__(self, keys: Rows, values: Rows, rows_R: Tensor, ends_R: Tensor, width: int, dense: bool):
+    def __init__(self, keys: Rows, values: Rows, rows_R: Tensor, ends_R: Tensor, width: int, take: Taken):
         super().__init__()
-        self._pair, self._rows_R, self._ends_R, self._width, self._dense = (keys, values), rows_R, ends_R, width, dense
+        self._pair, self._rows_R, self._ends_R, self._width, self._take = (keys, values), rows_R, ends_R, width, take
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        found = []
         for rows, new in zip(self._pair, (key_states, value_states)):
-            rows.held[self._rows_R, :, self._ends_R] = new[:, :, 0]
-            found.append(_chosen(rows.held, self._rows_R, self._width, self._dense))
-        return found[0], found[1]
+            rows.held[self._rows_R, self._ends_R] = new[:, :, 0]
+        return self._take(self._pair[0].held), self._take(self._pair[1].held)
 
     def get_seq_length(self) -> int:
         return self._width - 1
 
 
-def _chosen(held: Tensor, rows_R: Tensor, width: int, dense: bool) -> Tensor:
-    """[R, H, T, D]: without a copy where all rows are chosen, in order."""
-    return held[: len(rows_R), :, :width] if dense else held[rows_R, :, :width]
+def attend_rows(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, *, scaling: float | None = None,
+    position_bias: Tensor | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention as transformers calls it, of one token of each text: query [R, H, 1, D] to [R, 1, H, D]. Key and value are
+    whole rows [*, T, H, D]; where a mask would stand is [2, 1, 1, R]: in which block of GROWN tokens each text begins, and
+    how many of its tokens it sees. Raises ValueError where there is more to a score."""
+    if position_bias is not None:
+        raise ValueError("scores with a bias are not for the kernel")
+    size = query.shape[-1]
+    out_RHD = attend_pages(
+        query[:, :, 0], key.view(-1, *key.shape[2:]), value.view(-1, *value.shape[2:]),
+        _blocks(key.shape[0] * key.shape[1] // GROWN), attention_mask[0, 0, 0], attention_mask[1, 0, 0], GROWN,
+        scale=size**-0.5 if scaling is None else scaling,
+    )  # fmt: skip
+    return out_RHD[:, None], None
+
+
+@lru_cache(maxsize=8)
+def _blocks(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.int32)
+
+
+AttentionInterface.register(NAME, attend_rows)
 
 
 def begin(
@@ -136,42 +173,67 @@ def begin(
 
 def go_on(model: LoadedModel, slots: Slots, keys: Sequence[int], ids: Sequence[int]) -> Tensor:
     """[S, E]: the states of one token more of each of these texts."""
+    decoder, device = model.module.get_decoder(), model.device  # type: ignore[operator]
     rows = [slots.places[key] for key in keys]
     order = sorted(range(len(rows)), key=rows.__getitem__)
     chosen = [rows[at] for at in order]
-    dense = chosen == list(range(len(chosen)))
-    decoder, device = model.module.get_decoder(), model.device  # type: ignore[operator]
-    rows_R, ends_R = (torch.tensor(one, device=device) for one in (chosen, [slots.written[row] for row in chosen]))
-    sizes_R = torch.tensor([slots.sources[row] for row in chosen], device=device)
-    width, wide = int(ends_R.max()) + 1, int(sizes_R.max())
-    own, cross = [], []
+    ends, sizes = [slots.written[row] for row in chosen], [slots.sources[row] for row in chosen]
+    rows_R, ends_R, sizes_R, ids_R = torch.tensor([chosen, ends, sizes, [ids[at] for at in order]], device=device)
+    width, wide = max(ends) + 1, max(sizes)
+    for layer in slots.layers:
+        for one in layer[:2]:
+            one.reserve(len(slots.written), width, one.held)
+    first, direct = slots.layers[0], slots.way == "direct"
+    dtype, every = first[0].held.dtype, chosen == list(range(len(chosen)))
+
+    def taken(width: int) -> Taken:
+        if direct:
+            return lambda held: held
+        # Without a copy where all rows are chosen, in order.
+        return lambda held: (held[: len(chosen), :width] if every else held[rows_R, :width]).transpose(1, 2)
+
+    def seen(seen_R: Tensor, width: int, held: Tensor) -> Tensor:
+        if direct:
+            return torch.stack([rows_R * (held.shape[1] // GROWN), seen_R])[:, None, None]
+        return _seen(seen_R, width, dtype)
+
+    own, cross, take = [], [], taken(wide)
     for keys_own, values_own, keys_cross, values_cross in slots.layers:
-        keys_own.reserve(len(slots.written), width, keys_own.held)
-        values_own.reserve(len(slots.written), width, values_own.held)
-        own.append(_Growing(keys_own, values_own, rows_R, ends_R, width, dense))
+        own.append(_Growing(keys_own, values_own, rows_R, ends_R, width, taken(width)))
         layer = DynamicLayer()
         layer.is_initialized = True
-        layer.keys = _chosen(keys_cross.held, rows_R, wide, dense)
-        layer.values = _chosen(values_cross.held, rows_R, wide, dense)
+        layer.keys, layer.values = take(keys_cross.held), take(values_cross.held)
         cross.append(layer)
     cache = EncoderDecoderCache(Cache(layers=own), Cache(layers=cross))
-    dtype = slots.layers[0][0].held.dtype
-    ids_R1 = torch.tensor([[ids[at]] for at in order], device=device)
-    with _by_row(decoder, ends_R):
+    with _by_row(slots, decoder, ends_R), _attending(decoder, NAME if direct else None):
         states_R1E = decoder(
-            input_ids=ids_R1,
-            attention_mask=_seen(ends_R + 1, width, dtype),
+            input_ids=ids_R[:, None],
+            attention_mask=seen(ends_R + 1, width, first[0].held),
             # Their keys and values are there: it is only asked whether there are any.
-            encoder_hidden_states=torch.zeros(len(order), wide, 1, dtype=dtype, device=device),
-            encoder_attention_mask=_seen(sizes_R, wide, dtype),
+            encoder_hidden_states=torch.empty(len(order), wide, 1, dtype=dtype, device=device),
+            encoder_attention_mask=seen(sizes_R, wide, first[2].held),
             use_cache=True,
             **{_cache_name(decoder): cache},
         )[0]
     for row in chosen:
         slots.written[row] += 1
+    if order == list(range(len(order))):
+        return states_R1E[:, 0]  # type: ignore[no-any-return]
     found_SE = torch.empty_like(states_R1E[:, 0])
     found_SE[order] = states_R1E[:, 0]
     return found_SE
+
+
+@contextmanager
+def _attending(decoder: Any, name: str | None) -> Iterator[None]:
+    """Inside, the decoder attends by the function of that name, if there is any."""
+    config = decoder.config
+    own = config._attn_implementation
+    config._attn_implementation = name or own
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
 
 
 def _seen(sizes_R: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -184,21 +246,25 @@ def _seen(sizes_R: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def _by_row(decoder: Any, places_R: Tensor) -> Iterator[None]:
+def _by_row(slots: Slots, decoder: Any, places_R: Tensor) -> Iterator[None]:
     """Inside, the decoder takes the token in row r to be at place r: for vectors of places, and for biases by distance."""
+    if slots.biased is None:
+        parts = decoder.modules()
+        slots.biased = [
+            one for one in parts if hasattr(one, "relative_attention_bias") and hasattr(one, "compute_bias")
+        ]
     with ExitStack() as held:
         embed = getattr(decoder, "embed_positions", None)
         if embed is not None:
             held.enter_context(_instead(embed, "forward", _places(embed, places_R)))
-        for one in decoder.modules():
-            if hasattr(one, "relative_attention_bias") and hasattr(one, "compute_bias"):
-                held.enter_context(_instead(one, "compute_bias", _bias(one.compute_bias, places_R)))
+        for one in slots.biased or ():
+            held.enter_context(_instead(one, "compute_bias", _bias(one.compute_bias, places_R)))
         yield
 
 
 def _places(embed: Any, places_R: Tensor) -> Any:
     whole = embed.forward
-    named = "position_ids" in inspect.signature(whole).parameters
+    named = "position_ids" in _named(type(embed))
     some = 0 if getattr(embed, "padding_idx", None) != 0 else 1
 
     def forward(first: Any, *_: Any, **__: Any) -> Tensor:
@@ -233,18 +299,31 @@ def _instead(owner: Any, name: str, other: Any) -> Iterator[None]:
 
 def _cache_name(decoder: Any) -> str:
     """What its forward calls the keys and values: transformers renamed them."""
-    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+    return "cache" if "cache" in _named(type(decoder)) else "past_key_values"
+
+
+@lru_cache(maxsize=64)
+def _named(kind: Any) -> frozenset[str]:
+    """What the forward of such a module can be given by name: asked once, as it takes as long as a layer."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def writes_by_slots(model: LoadedModel, opening: Sequence[int]) -> bool:
     """Whether texts of several lengths, gone on with side by side, get the logits of the model's own forward: tried once."""
+    return way_of(model, opening) is not None
+
+
+def way_of(model: LoadedModel, opening: Sequence[int]) -> Way | None:
+    """How they do: `direct` where it can be, or `masked`; None where neither gives those logits."""
     if model.slots is None:
-        model.slots = model.spec.kind == "encoder-decoder" and _try(model, opening)
-    return model.slots
+        ways: tuple[Way, ...] = ("direct", "masked") if usable(next(model.module.parameters())) else ("masked",)
+        written = model.spec.kind == "encoder-decoder"
+        model.slots = next((way for way in ways if written and _try(model, opening, way)), "")
+    return model.slots or None
 
 
 @torch.no_grad()
-def _try(model: LoadedModel, opening: Sequence[int]) -> bool:
+def _try(model: LoadedModel, opening: Sequence[int], way: Way) -> bool:
     module: Any = model.module
     vocabulary = model.network.get_input_embeddings().weight.shape[0]
     tokens = [(at * 7 + 3) % min(vocabulary, 1000) for at in range(40)]
@@ -252,7 +331,7 @@ def _try(model: LoadedModel, opening: Sequence[int]) -> bool:
     training = module.training
     module.eval()
     try:
-        slots, found, right = Slots(), [], []
+        slots, found, right = Slots(way), [], []
         for key, source in enumerate(sources):
             _, cache = begin(model, [source], opening)
             slots.put([key], cache, [len(source)])

@@ -86,9 +86,9 @@ class LoadedModel:
     """Bytes of keys and values that a token takes where it writes with what came before in blocks, 0 where it cannot; None:
     not tried yet (`models.pages.writes_by_pages`)."""
 
-    slots: bool | None = None
-    """Whether it writes answers to sources side by side, wherever each of them is; None: not tried yet
-    (`models.slots.writes_by_slots`)."""
+    slots: Literal["direct", "masked", ""] | None = None
+    """How it writes answers to sources side by side, wherever each of them is, "" where it cannot; None: not tried yet
+    (`models.slots.way_of`)."""
 
     native: Any = None
     """Its weights packed for the native decoder; None: texts are written by the module itself (`engine.native`)."""

@@ -70,6 +70,15 @@ def test_greedy_tokens_of_many_that_come_and_go_are_those_of_transformers_alone(
     assert [one.written for one in written(model, given, samplings, 1, tokens=64, streams=5, room=512)] == right
 
 
+@pytest.mark.parametrize("family", ["mbart", "pegasus"])
+def test_rows_that_are_masked_give_what_the_kernel_gives(family):
+    model, given, sampling = crossed(family, ends=False), prompts(SIZES), Sampling(max_tokens=12)
+    assert Engine(model, 512)._reader._slots.way == "direct"
+    right = [one.written for one in written(model, given, sampling)]
+    model.slots = "masked"
+    assert [one.written for one in written(model, given, sampling)] == right
+
+
 @pytest.mark.parametrize("family", ["t5", "mbart", "marian"])
 def test_answers_end_where_the_model_ends_them(family):
     model, given, sampling = crossed(family, ends=False), prompts(SIZES), Sampling(max_tokens=25)
@@ -172,7 +181,7 @@ def test_settings_that_a_source_has_no_use_for_are_refused():
     with pytest.raises(ConfigError, match="prompt_logprobs"):
         engine.add([5, 6], Sampling(prompt_logprobs=True))
     with pytest.raises(ConfigError, match="adapter"):
-        engine.add([5, 6], Sampling(), adapter="tuned")
+        engine.add([5, 6], Sampling(), adapter="pirate")
     with pytest.raises(DataError, match="shorten"):
         engine.add(list(range(3, 203)), Sampling())
     engine.add(prompts((128,))[0], Sampling(max_tokens=300))
@@ -181,10 +190,11 @@ def test_settings_that_a_source_has_no_use_for_are_refused():
 
 
 @torch.no_grad()
-def test_some_of_the_rows_go_on_without_the_others_and_rows_move_where_one_is_dropped():
-    model = crossed("umt5")
+@pytest.mark.parametrize(("family", "way"), [("umt5", "masked"), ("mbart", "masked"), ("mbart", "direct")])
+def test_some_of_the_rows_go_on_without_the_others_and_rows_move_where_one_is_dropped(family, way):
+    model = crossed(family)
     opening, given = opening_of(model), prompts((4, 30, 11, 7))
-    slots = Slots()
+    slots = Slots(way)
     for key, source in enumerate(given):
         slots.put([key], begin(model, [source], opening)[1], [len(source)])
     said = {key: [] for key in range(4)}
