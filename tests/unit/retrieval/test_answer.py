@@ -5,8 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import DataError
-from luthier.retrieval.answer import answer, as_row, build_prompt, check_citations, fit_prompt, retrieve, stream_checked
+from luthier.retrieval.answer import answer, as_row, retrieve
 from luthier.retrieval.build import build_index
+from luthier.retrieval.citations import check_citations, place_citations, stream_checked
+from luthier.retrieval.prompt import build_prompt, fit_prompt
 from luthier.retrieval.search import open_index
 
 PIECES = st.lists(
@@ -55,6 +57,11 @@ def test_a_stream_is_checked_as_the_whole_is(pieces):
 
     sources = [SimpleNamespace(number=number) for number in (1, 2, 3)]
     assert "".join(stream_checked(pieces, sources)) == check_citations("".join(pieces), sources)[0]
+
+
+def test_citations_have_their_places(index):
+    text = check_citations("Fifths [2], strings 【1, 3】[9].", retrieve(index, "violins", 3).sources)[0]
+    assert [(number, text[start:end]) for number, start, end in place_citations(text)] == [(2, "[2]"), (1, "[1]")]
 
 
 def test_a_stream_does_not_wait_for_its_end():

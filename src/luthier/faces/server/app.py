@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from luthier import __version__
-from luthier.faces.server import chat, completions, health, metrics, models, responses, tokens
+from luthier.faces.server import chat, completions, health, metrics, models, responses, stores, tokens
 from luthier.faces.server.access import Access
 from luthier.faces.server.bounds import Bounds
 from luthier.faces.server.journal import Journal
@@ -18,7 +18,7 @@ from luthier.faces.server.refusals import explain
 from luthier.faces.server.server import Server
 
 ABOUT = "Inference and fine-tuning on your own machine, in the words of OpenAI's API."
-ROUTES = (health, metrics, models, chat, completions, responses, tokens)
+ROUTES = (health, metrics, models, chat, completions, responses, tokens, stores)
 
 
 def make_app(server: Server, keys: Sequence[Key] | None, journal: Callable[[str], None] = lambda line: None) -> FastAPI:

@@ -119,9 +119,9 @@ def explain(app: FastAPI) -> None:
         assert isinstance(err, RequestValidationError)
         return answer_of(_invalid(err))
 
-    async def plain(_: Request, err: Exception) -> JSONResponse:
+    async def plain(request: Request, err: Exception) -> JSONResponse:
         assert isinstance(err, HTTPException)
-        answer = answer_of(Refusal(err.status_code, _sentence(err)))
+        answer = answer_of(Refusal(err.status_code, _sentence(err, request.url.path)))
         answer.headers.update(err.headers or {})
         return answer
 
@@ -131,7 +131,9 @@ def explain(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, plain)
 
 
-def _sentence(err: HTTPException) -> str:
+def _sentence(err: HTTPException, path: str) -> str:
+    if err.status_code == 405 and path.startswith("/v1/vector_stores"):
+        return "indexes are read and searched here; `luthier index DOCS --name NAME` makes, updates and fills them"
     known = {
         404: "there is nothing at this address; /docs lists what there is",
         405: "this address does not take this method; /docs says which it takes",

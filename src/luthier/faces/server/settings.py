@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from luthier.core.config import Config
 
@@ -26,6 +26,8 @@ class Serve(Config):
 
     models: tuple[str, ...] = ()
     """Models to serve: a shipped name, run:<id>, a directory or a hub id; NAME=MODEL gives it another name."""
+    indexes: tuple[str, ...] = ()
+    """Indexes to answer from, as `luthier index` makes them: NAME,NAME; NAME=INDEX gives one another name."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 for every one of this machine."""
     port: int = Field(8000, ge=0, le=65535)
@@ -58,6 +60,11 @@ class Serve(Config):
     """File of the certificate for TLS."""
     private_key: Path | None = None
     """File of its private key."""
+
+    @field_validator("indexes", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(value.split(",")) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> Serve:
