@@ -200,7 +200,9 @@ async def complete_chat(
     asked = question_of(body, key.name)
     form = form_of(served.process, bool(body.tools) and body.tool_choice != "none")
     seconds = server.settings.timeout
-    ground = await while_here(request, ground_of(body, request, served, asked), seconds)
+    ground = None
+    if body.index is not None:
+        ground = await while_here(request, ground_of(body, request, served, asked), seconds)
     if body.stream:
         return await stream_events(request, _chunks(request, served, body, asked, form, ground), seconds)
     found = await while_here(request, write_grounded(request, served, asked, ground), seconds)

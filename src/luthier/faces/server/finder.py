@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from luthier.core.config import Config
-from luthier.core.errors import ConfigError, LuthierError, RunError
+from luthier.core.errors import ConfigError, LuthierError
 from luthier.core.events import Event, Events
 from luthier.retrieval.answer import Retrieved, retrieve_all
 from luthier.retrieval.embed import Encoder
 from luthier.retrieval.search import Index, open_index
-from luthier.retrieval.store import META, find_index, read_meta
+from luthier.retrieval.store import Stamp, find_index, read_meta, stamp_of
 
 Parts: TypeAlias = AsyncIterator[dict[str, Any]]
-Stamp: TypeAlias = tuple[int, int, int]
-"""Of the file that an update of an index replaces."""
 
 
 class Order(Config):
@@ -87,7 +85,7 @@ class Finder:
     def _describe(self, name: str) -> dict[str, Any]:
         meta, stamp = self._index(name).stored.meta, self._opened[name].stamp
         return {
-            "made": stamp[0] / 1e9,
+            "made": stamp[0] // 10**9,
             "files": len(meta.files),
             "passages": meta.passages,
             "bytes": sum(meta.sizes.values()),
@@ -98,7 +96,7 @@ class Finder:
         """The index as it is on the disk now: one that was updated is opened anew."""
         path = find_index(self._references[name])
         # Looked at before it is opened: what is replaced in between is seen the next time.
-        stamp, opened = _stamp(path), self._opened.get(name)
+        stamp, opened = stamp_of(path), self._opened.get(name)
         if opened is None or opened.stamp != stamp:
             opened = self._opened[name] = Opened(
                 open_index(path, encoder=self._encoder(path), events=self._events), stamp
@@ -110,16 +108,6 @@ class Finder:
         wanted = read_meta(path).fingerprint
         found = (one.index.encoder for one in self._opened.values())
         return next((one for one in found if one is not None and one.fingerprint == wanted), None)
-
-
-def _stamp(path: Path) -> Stamp:
-    try:
-        found = (path / META).stat()
-    except OSError as err:
-        raise RunError(
-            f"{path}: the index cannot be read ({err.strerror}); make it again with `luthier index`"
-        ) from None
-    return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def _row(found: Retrieved) -> dict[str, Any]:

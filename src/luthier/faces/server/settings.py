@@ -64,12 +64,20 @@ class Serve(Config):
     @field_validator("indexes", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(value.split(",")) if isinstance(value, str) else value
+        return tuple(one.strip() for one in value.split(",")) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> Serve:
         if (self.certificate is None) != (self.private_key is None):
             raise ValueError("certificate and private_key go together; set both, or none")
+        names = [one.partition("=")[0] for one in self.indexes]
+        for at, name in enumerate(names):
+            if name in names[:at]:
+                raise ValueError(f"two indexes are named {name}; write NAME=INDEX to name one otherwise")
+            if "/" in name:
+                raise ValueError(
+                    f"the index {name} is asked for in an address, where it would be taken apart; write NAME={name}"
+                )
         return self
 
     @property

@@ -101,14 +101,14 @@ async def list_stores(server: TheServer) -> StoreList:
     return StoreList(data=found, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None)
 
 
-@routes.get("/v1/vector_stores/{name:path}", response_model=Store)
+@routes.get("/v1/vector_stores/{name}", response_model=Store)
 async def read_store(name: str, server: TheServer) -> Store:
     """One of them."""
     server.indexes.check_names([name], "vector_store_id")
     return _store(name, (await server.indexes.describe())[name])
 
 
-@routes.post("/v1/vector_stores/{name:path}/search", response_model=SearchPage)
+@routes.post("/v1/vector_stores/{name}/search", response_model=SearchPage)
 async def search_store(name: str, body: SearchRequest, request: Request, server: TheServer) -> SearchPage:
     """The passages that fit a question best."""
     server.indexes.check_names([name], "vector_store_id")
@@ -127,7 +127,7 @@ def _store(name: str, facts: dict[str, Any]) -> Store:
         )  # fmt: skip
     counts = FileCounts(completed=facts["files"], total=facts["files"])
     return Store(
-        id=name, name=name, created_at=int(facts["made"]), file_counts=counts, usage_bytes=facts["bytes"],
+        id=name, name=name, created_at=facts["made"], file_counts=counts, usage_bytes=facts["bytes"],
         passages=facts["passages"], encoder=facts["encoder"],
     )  # fmt: skip
 
