@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -324,6 +326,12 @@ def test_a_wrong_index_ends_the_start(runs, capsys):
     assert "run:hlp: no such run" in capsys.readouterr().err
     assert main(["serve", "run:shop", "--indexes", "help,other=run:shop", "--port", "0"]) == 2
     assert "this run holds no index" in capsys.readouterr().err
+
+
+def test_addresses_need_no_torch():
+    code = "import sys, luthier.faces.server.app, luthier.faces.server.serving; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
 
 
 @pytest.mark.parametrize(
