@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -36,10 +37,11 @@ def resolve_source(source: str) -> Path | str:
         return path
     if source in shipped_models():
         return Path(str(files("luthier"))) / "assets" / source
-    path = Path(source).expanduser()
-    if path.is_dir():
+    # Unlike those of Path, these say no to what can be no path: a name that is too long, nobody's home.
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelError(f"{source}: this is a file; a model is the directory that holds config.json and the weights")
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
         raise ModelError(

@@ -61,7 +61,6 @@ class SearchRequest(Body):
     query: Query | Annotated[list[Query], Field(min_length=1, max_length=16)]
     """A question, or several in place of one."""
     max_num_results: Annotated[int, Field(ge=1, le=50)] = 10
-    rewrite_query: Literal[False] = False
 
 
 class Content(BaseModel):
