@@ -9,7 +9,7 @@ from luthier.retrieval.prompt import Source
 
 # [1], [1, 2], 【1】, and [1][2] one by one.
 CITED = re.compile(r"[ \t]*[\[【]\s*(\d{1,3}(?:\s*[,，、]\s*\d{1,3})*)\s*[\]】]")
-OPEN = re.compile(r"(?:[ \t]*[\[【][\d\s,，、]*|[ \t]*)\Z")
+OPEN = re.compile(r"(?:[ \t]*[\[【][\d\s,，、\[【]*|[ \t]*)\Z")
 
 
 def check_citations(text: str, sources: Sequence[Source]) -> tuple[str, tuple[Source, ...], int]:
@@ -28,7 +28,9 @@ def check_citations(text: str, sources: Sequence[Source]) -> tuple[str, tuple[So
         space = found[0][: len(found[0]) - len(found[0].lstrip(" \t"))]
         return space + "".join(f"[{number}]" for number in good) if good else ""
 
-    kept = CITED.sub(keep, text)
+    # What is taken out of the middle of another, as in [[9]8], leaves one that is looked at again.
+    while (kept := CITED.sub(keep, text)) != text:
+        text = kept
     return kept, tuple(cited.values()), removed
 
 
@@ -50,10 +52,10 @@ class CitationReader:
 
     def feed(self, piece: str) -> str:
         """What is certain now."""
-        held = self._held + piece
+        held = self._check(self._held + piece)
         ready = OPEN.search(held).start()  # type: ignore[union-attr]
         self._held = held[ready:]
-        return self._check(held[:ready])
+        return held[:ready]
 
     def end(self) -> str:
         """The rest, once the last piece was there."""

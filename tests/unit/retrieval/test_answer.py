@@ -1,5 +1,7 @@
 """Prompts, citations that exist, and answers that are not given."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,8 +55,6 @@ def test_citations_that_exist_stay(index):
 @settings(deadline=None)
 @given(PIECES)
 def test_a_stream_is_checked_as_the_whole_is(pieces):
-    from types import SimpleNamespace
-
     sources = [SimpleNamespace(number=number) for number in (1, 2, 3)]
     assert "".join(stream_checked(pieces, sources)) == check_citations("".join(pieces), sources)[0]
 
@@ -62,6 +62,19 @@ def test_a_stream_is_checked_as_the_whole_is(pieces):
 def test_citations_have_their_places(index):
     text = check_citations("Fifths [2], strings 【1, 3】[9].", retrieve(index, "violins", 3).sources)[0]
     assert [(number, text[start:end]) for number, start, end in place_citations(text)] == [(2, "[2]"), (1, "[1]")]
+
+
+@settings(deadline=None)
+@given(PIECES)
+def test_what_is_left_exists(pieces):
+    text, cited, _ = check_citations("".join(pieces), [SimpleNamespace(number=number) for number in (1, 2, 3)])
+    assert {number for number, _, _ in place_citations(text)} == {one.number for one in cited} <= {1, 2, 3}
+
+
+def test_citations_within_citations(index):
+    sources = retrieve(index, "violins").sources
+    text, cited, removed = check_citations("Fifths [[9]8] [[7]1].", sources)
+    assert (text, removed, [one.number for one in cited]) == ("Fifths [1].", 3, [1])
 
 
 def test_a_stream_does_not_wait_for_its_end():
