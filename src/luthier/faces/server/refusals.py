@@ -58,9 +58,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     )
 }
 
-# Of an address whose answer may also come as events.
+# Of an address whose answer may also come as events. A schema would be that of one event, of which there are many kinds.
 STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its events."}
+    200: {"content": {"text/event-stream": {"schema": {}}}, "description": "The answer, or its events."}
 }
 
 
