@@ -68,16 +68,15 @@ class Indexes:
     async def search(self, names: Sequence[str], queries: Sequence[str], k: int) -> tuple[list[Found], bool]:
         """The `k` passages of the named indexes that fit the queries best, and whether they are enough to answer from: of
         those indexes alone that know enough, where there is one. Raises Refusal, Refused for a query without words, Gone."""
-        found = [(name, one) for name in names for one in await self._search(name, queries, k)]
-        known = any(one["known"] for _, one in found)
+        found = {name: await self._search(name, queries, k) for name in names}
+        knowing = [name for name, answers in found.items() if any(one["known"] for one in answers)]
         best: dict[tuple[str, str], Found] = {}
-        for name, one in found:
-            for row in one["hits"] if one["known"] or not known else ():
-                hit = _hit(row)
+        for name in knowing or found:
+            for hit in (_hit(row) for one in found[name] for row in one["hits"]):
                 before = best.get((name, hit.passage.id))
                 if before is None or before.hit.score < hit.score:
                     best[name, hit.passage.id] = Found(name, hit)
-        return sorted(best.values(), key=lambda one: -one.hit.score)[:k], known
+        return sorted(best.values(), key=lambda one: -one.hit.score)[:k], bool(knowing)
 
     async def _search(self, name: str, queries: Sequence[str], k: int) -> list[dict[str, Any]]:
         assert self.process is not None
