@@ -8,7 +8,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from luthier.faces.server.drawing import Body
-from luthier.faces.server.refusals import RESPONSES
+from luthier.faces.server.refusals import RESPONSES, FaultBody
 from luthier.faces.server.server import TheServer
 from luthier.faces.server.shelf import Served
 
@@ -78,7 +78,12 @@ async def read_model(name: str, server: TheServer) -> ModelInfo:
     return _info(server.shelf.find(name))
 
 
-@routes.post("/admin/models", response_model=ModelInfo, status_code=201, tags=["admin"])
+TAKEN: dict[int | str, dict[str, Any]] = {
+    409: {"model": FaultBody, "description": "A model is served under this name."}
+}
+
+
+@routes.post("/admin/models", response_model=ModelInfo, status_code=201, tags=["admin"], responses=TAKEN)
 async def load_model(body: LoadRequest, server: TheServer) -> ModelInfo:
     """Serve one more model; returns when it is loaded."""
     return _info(await server.shelf.load(body.source, body.name))
