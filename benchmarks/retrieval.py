@@ -37,10 +37,11 @@ from luthier.core.events import Events
 from luthier.core.types import Estimate
 from luthier.metrics.scorers.answers import TokenF1
 from luthier.metrics.statistics import as_floats, mean, paired_difference, wilson
-from luthier.retrieval.answer import Retrieved, fit_prompt, retrieve_all
+from luthier.retrieval.answer import Retrieved, retrieve_all
 from luthier.retrieval.bm25 import index_words
 from luthier.retrieval.build import build_index
 from luthier.retrieval.embed import Encoder, load_encoder, name_encoder
+from luthier.retrieval.prompt import fit_prompt
 from luthier.retrieval.scores import Scored, rank, score_all
 from luthier.retrieval.search import Index, compares_meaning, fuse_ranks, open_index
 from luthier.retrieval.sentences import split_sentences

@@ -7,10 +7,11 @@ import sys
 import pytest
 
 from luthier.faces.server.keys import SCOPES, add_key
+from luthier.verbs.index import index
 from running import Running
 
 pytestmark = pytest.mark.e2e
-# Requests that get past the first checks: of a model that is served, and for few tokens.
+# Requests that get past the first checks: of a model and an index that are served, and for few tokens.
 HOOKS = """
 import schemathesis
 
@@ -19,17 +20,31 @@ def map_body(context, body):
     if isinstance(body, dict):
         if "model" in body and isinstance(body["model"], str):
             body["model"] = "mini"
+        if isinstance(body.get("index"), str):
+            body["index"] = "help"
+        for tool in body["tools"] if isinstance(body.get("tools"), list) else ():
+            if isinstance(tool, dict) and isinstance(tool.get("vector_store_ids"), list):
+                tool["vector_store_ids"] = ["help" for _ in tool["vector_store_ids"]]
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if isinstance(body.get(name), int) and body[name] > 8:
                 body[name] = 8
     return body
+
+@schemathesis.hook
+def map_path_parameters(context, path_parameters):
+    # Some of another name, too.
+    if path_parameters and context.operation.path.startswith("/v1/vector_stores") and len(path_parameters["name"]) % 2:
+        path_parameters["name"] = "help"
+    return path_parameters
 """
 
 
-def test_schemathesis_finds_nothing(tmp_path):
+def test_schemathesis_finds_nothing(tmp_path, runs):
     keys = tmp_path / "keys.json"
     key = add_key(keys, "all", SCOPES)
-    served = Running("mini", "--keys", str(keys), runs=tmp_path / "runs")
+    (tmp_path / "docs.md").write_text("Goods can be returned within thirty days.", encoding="utf-8")
+    index(docs=(str(tmp_path / "docs.md"),), name="help", encoder="none")
+    served = Running("mini", "--indexes", "help", "--keys", str(keys), runs=runs)
     hooks = tmp_path / "hooks.py"
     hooks.write_text(HOOKS)
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{served.url}/openapi.json", "--max-examples", "40"]

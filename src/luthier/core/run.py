@@ -161,7 +161,8 @@ def find_run(reference: str | Path) -> Path:
             raise RunError(f"{runs_root()}: no runs yet; `luthier tune` makes the first")
         return runs[-1]
     for path in (runs_root() / name, Path(name)):
-        if (path / "record.json").is_file():
+        # Unlike Path.is_file this says no to a name that is too long.
+        if os.path.isfile(path / "record.json"):
             return path
     known = [path.name for path in list_runs()]
     hint = did_you_mean(name, known) if known else "there are no runs yet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -36,15 +37,14 @@ def resolve_source(source: str) -> Path | str:
         return path
     if source in shipped_models():
         return Path(str(files("luthier"))) / "assets" / source
-    path = Path(source).expanduser()
-    if path.is_dir():
+    # Unlike those of Path, these say no to what can be no path: a name that is too long, nobody's home.
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelError(f"{source}: this is a file; a model is the directory that holds config.json and the weights")
     if source.startswith((".", "/", "~")) or not HUB_ID.fullmatch(source):
-        raise ModelError(
-            f"{source}: no such directory; give a directory, run:<id>, a hub id (owner/name), or {_shipped()}"
-        )
+        raise _nowhere(source)
     return source
 
 
@@ -61,11 +61,15 @@ def knock(source: str) -> dict[str, Any]:
 
     The hub's own client retries for half a minute before it gives up, for each file. When the hub does not answer,
     a model that is in the local cache is used from there; otherwise raises ModelError. So does an id that the hub
-    does not know, or does not show to this user.
+    does not know, does not show to this user, or takes for no name.
     """
     from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.utils import build_hf_headers, get_session
+    from huggingface_hub.utils import HFValidationError, build_hf_headers, get_session, validate_repo_id
 
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        raise _nowhere(source) from None
     cached = isinstance(try_to_load_from_cache(source, "config.json"), str) or isinstance(
         try_to_load_from_cache(source, "adapter_config.json"), str
     )
@@ -98,6 +102,12 @@ def knock(source: str) -> dict[str, Any]:
     if answer.status_code == 404 and answer.headers.get("x-error-code") != "EntryNotFound":
         raise ModelError(f"{source}: the hub at {endpoint} has no model of this name; {exits}")
     return {}
+
+
+def _nowhere(source: str) -> ModelError:
+    return ModelError(
+        f"{source}: no such directory; give a directory, run:<id>, a hub id (owner/name), or {_shipped()}"
+    )
 
 
 def _shipped() -> str:

@@ -1,40 +1,15 @@
-"""Answers from passages: what a model is asked, and which of its citations exist."""
+"""Answers from an index: its passages, and what a model says from them."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from luthier.core.errors import DataError
 from luthier.core.types import Message
-from luthier.retrieval.passage import Passage
+from luthier.retrieval.citations import check_citations
+from luthier.retrieval.prompt import Source, fit_prompt, say_unknown
 from luthier.retrieval.refuse import Evidence, Refusal, script_of
-from luthier.retrieval.search import Hit, Index, search_all
-from luthier.retrieval.words import is_dense
-
-# [1], [1, 2], 【1】, and [1][2] one by one.
-CITED = re.compile(r"[ \t]*[\[【]\s*(\d{1,3}(?:\s*[,，、]\s*\d{1,3})*)\s*[\]】]")
-OPEN = re.compile(r"(?:[ \t]*[\[【][\d\s,，、]*|[ \t]*)\Z")
-ASKED = {
-    "en": "Answer the question from the numbered passages alone. After each statement cite its passage as [1]. If the passages "
-    "do not answer the question, say: {unknown}",
-    "zh": "请只根据下面编号的资料回答问题，并在每个论断后用 [1] 的形式注明出处。如果资料中没有答案，请回答：{unknown}",
-}
-UNKNOWN = {"en": "I do not know.", "zh": "我不知道。"}
-QUESTION = {"en": "Question: {}", "zh": "问题：{}"}
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A passage with the number that it is cited by, from 1."""
-
-    number: int
-    hit: Hit
-
-    @property
-    def passage(self) -> Passage:
-        return self.hit.passage
+from luthier.retrieval.search import Index, search_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,73 +55,6 @@ def _refusal(index: Index, query: str) -> Refusal | None:
     measured = index.stored.meta.measured
     own = measured.get(script_of(query))
     return next((one.refusal for one in (own, *measured.values()) if one is not None and one.refusal is not None), None)
-
-
-def language_of(question: str) -> str:
-    """The language in which a question is answered, by its script: "zh" or "en"."""
-    return "zh" if is_dense(question) else "en"
-
-
-def say_unknown(question: str) -> str:
-    """What is said to a question that the passages do not answer, in its language."""
-    return UNKNOWN[language_of(question)]
-
-
-def build_prompt(question: str, sources: Sequence[Source]) -> str:
-    """What a model is asked: the rules, the passages by number, and the question last, in the question's language."""
-    language = language_of(question)
-    rules = ASKED[language].format(unknown=UNKNOWN[language])
-    passages = [
-        f"[{one.number}] {' › '.join((one.passage.file, *one.passage.heading))}\n{one.passage.shown}" for one in sources
-    ]
-    return "\n\n".join([rules, *passages, QUESTION[language].format(question)])
-
-
-def fit_prompt(question: str, sources: Sequence[Source], fits: Callable[[str], bool]) -> tuple[str, tuple[Source, ...]]:
-    """The prompt with as many of the sources, the best first, as `fits` allows, and those. Raises DataError where not even
-    one fits."""
-    for count in range(len(sources), 0, -1):
-        prompt = build_prompt(question, sources[:count])
-        if fits(prompt):
-            return prompt, tuple(sources[:count])
-    raise DataError(
-        "not one passage fits the model's context beside the question and room for an answer; ask for fewer tokens "
-        "(max_tokens), index with smaller passages (chunking.size), or use a model with a longer context"
-    )
-
-
-def check_citations(text: str, sources: Sequence[Source]) -> tuple[str, tuple[Source, ...], int]:
-    """The text with the citations that exist, the sources that it names in order, and how many citations were taken out
-    since they name none."""
-    known = {one.number: one for one in sources}
-    cited: dict[int, Source] = {}
-    removed = 0
-
-    def keep(found: re.Match[str]) -> str:
-        nonlocal removed
-        numbers = [int(one) for one in re.split(r"\D+", found[1])]
-        good = [number for number in numbers if number in known]
-        removed += len(numbers) - len(good)
-        cited.update({number: known[number] for number in good})
-        space = found[0][: len(found[0]) - len(found[0].lstrip(" \t"))]
-        return space + "".join(f"[{number}]" for number in good) if good else ""
-
-    kept = CITED.sub(keep, text)
-    return kept, tuple(cited.values()), removed
-
-
-def stream_checked(pieces: Iterable[str], sources: Sequence[Source]) -> Iterator[str]:
-    """The pieces of an answer as they come, without the citations that name no passage: the beginning of what may become a
-    citation is held until that is known."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        ready = OPEN.search(held).start()  # type: ignore[union-attr]
-        if ready:
-            yield check_citations(held[:ready], sources)[0]
-        held = held[ready:]
-    if held:
-        yield check_citations(held, sources)[0]
 
 
 def answer(

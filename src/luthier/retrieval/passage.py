@@ -1,8 +1,11 @@
-"""What is indexed: a section of a file as it was read, and the passages that it is cut into."""
+"""What is indexed: a section of a file as it was read, the passages that it is cut into, and one that was found."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+# Reciprocal rank fusion's constant (Cormack, Clarke and Buettcher 2009).
+RRF = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +68,22 @@ class Passage:
             return place
         last = self.line_end or self.line
         return f"{place}, line {self.line}" if last == self.line else f"{place}, lines {self.line}-{last}"
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A passage that was found. `bm25` is its score by words and `cosine` by meaning; `by_words`
+    and `by_meaning` its ranks from 1 (None beyond the first hundred, or without a shared word); `fused` the sum of
+    1 / (60 + rank). `cosine` is None without an encoder, and where it was measured that the encoder cannot read the question."""
+
+    passage: Passage
+    bm25: float
+    cosine: float | None
+    by_words: int | None
+    by_meaning: int | None
+    fused: float
+
+    @property
+    def score(self) -> float:
+        """How it ranks, from 0 to 1: 1 is the first in each way that was compared."""
+        return self.fused * (RRF + 1) / (1 if self.cosine is None else 2)

@@ -9,27 +9,13 @@ from pathlib import Path
 from luthier.core.errors import ModelError
 from luthier.core.events import Events
 from luthier.retrieval.embed import Encoder, load_encoder
-from luthier.retrieval.passage import Passage
+from luthier.retrieval.passage import RRF, Hit
 from luthier.retrieval.refuse import Evidence, script_of
 from luthier.retrieval.scores import Scored, rank, score_all
 from luthier.retrieval.store import Stored, find_index, open_stored
 
-# Reciprocal rank fusion's constant (Cormack, Clarke and Buettcher 2009), and how many of each way are fused.
-RRF, DEPTH = 60, 100
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """A passage that was found. `bm25` is its score by words and `cosine` by meaning; `by_words`
-    and `by_meaning` its ranks from 1 (None beyond the first hundred, or without a shared word); `fused` the sum of
-    1 / (60 + rank). `cosine` is None without an encoder, and where it was measured that the encoder cannot read the question."""
-
-    passage: Passage
-    bm25: float
-    cosine: float | None
-    by_words: int | None
-    by_meaning: int | None
-    fused: float
+# How many of each way are fused.
+DEPTH = 100
 
 
 @dataclass(slots=True)

@@ -26,6 +26,9 @@ from luthier.retrieval.refuse import Measured, Script
 
 Vectors: TypeAlias = NDArray[Any]
 
+Stamp: TypeAlias = tuple[int, int, int]
+"""Which state of an index lies in a folder: nanoseconds since the epoch at which it was written, its file's number and size."""
+
 META, PASSAGES, TERMS = "index.json", "passages.jsonl", "terms.txt"
 FORM = 1
 
@@ -111,7 +114,7 @@ def read_meta(path: Path) -> Meta:
         found = json.loads((path / META).read_text(encoding="utf-8"))
         form = found["form"]
     except FileNotFoundError:
-        raise RunError(f"{path}: there is no index here ({META} is missing); `luthier index` makes one") from None
+        raise _missing(path) from None
     except (OSError, ValueError, KeyError, TypeError):
         raise _damaged(path, META) from None
     if form != FORM:
@@ -123,6 +126,16 @@ def read_meta(path: Path) -> Meta:
         return Meta.model_validate(found)
     except ValidationError:
         raise _damaged(path, META) from None
+
+
+def stamp_of(path: Path) -> Stamp:
+    """What changes whenever the index in `path` is replaced, to be had without reading it. Raises RunError where there is
+    none."""
+    try:
+        found = (path / META).stat()
+    except OSError:
+        raise _missing(path) from None
+    return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def open_stored(path: Path) -> Stored:
@@ -219,6 +232,10 @@ def _next_part(path: Path) -> int:
 def _flush(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def _missing(path: Path) -> RunError:
+    return RunError(f"{path}: there is no index here ({META} is missing); `luthier index` makes one")
 
 
 def _damaged(path: Path, name: str) -> RunError:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from luthier.core.errors import ConfigError, DataError
+from luthier.core.errors import DataError
 from luthier.core.events import Events
 from luthier.core.types import Message
-from luthier.retrieval.answer import Answer, Retrieved, Source, as_row, finish, fit_prompt, retrieve_all, say_unknown
+from luthier.retrieval.answer import Answer, Retrieved, as_row, finish, retrieve_all
+from luthier.retrieval.prompt import Source, fit_prompt, question_of, say_unknown
 from luthier.retrieval.search import open_index
 
 if TYPE_CHECKING:
@@ -102,11 +103,7 @@ def _none(found: Retrieved) -> Answer:
 
 
 def _question(prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    if not prompt or prompt[-1].role != "user":
-        raise ConfigError("index: a conversation is answered from an index where its last turn is the user's")
-    return prompt[-1].content
+    return prompt if isinstance(prompt, str) else question_of(prompt)
 
 
 def _count(model: LoadedModel, prompt: Prompt, raw: bool) -> int:

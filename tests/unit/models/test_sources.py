@@ -99,3 +99,15 @@ def test_lasting_names(tmp_path, monkeypatch):
     assert lasting_name("run:x") == "run:x"
     assert lasting_name("owner/name") == "owner/name"
     assert all(lasting_name(name) == name for name in shipped_models())
+
+
+@pytest.mark.parametrize("source", ["º", "y" * 97, "a--b", "a."])
+def test_what_the_hub_takes_for_no_name_is_no_model(source):
+    with pytest.raises(ModelError, match="no such directory; give a directory, run:<id>, a hub id"):
+        load_model(source)
+
+
+@pytest.mark.parametrize("source", ["a model " * 50, "run:" + "y" * 300, "~nobody-of-this-name/model"])
+def test_what_can_be_no_path_is_no_model(source):
+    with pytest.raises(ModelError, match=r"no such (directory|run)"):
+        resolve_source(source)

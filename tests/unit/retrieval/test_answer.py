@@ -1,12 +1,16 @@
 """Prompts, citations that exist, and answers that are not given."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import DataError
-from luthier.retrieval.answer import answer, as_row, build_prompt, check_citations, fit_prompt, retrieve, stream_checked
+from luthier.retrieval.answer import answer, as_row, retrieve
 from luthier.retrieval.build import build_index
+from luthier.retrieval.citations import check_citations, place_citations, stream_checked
+from luthier.retrieval.prompt import build_prompt, fit_prompt
 from luthier.retrieval.search import open_index
 
 PIECES = st.lists(
@@ -51,10 +55,26 @@ def test_citations_that_exist_stay(index):
 @settings(deadline=None)
 @given(PIECES)
 def test_a_stream_is_checked_as_the_whole_is(pieces):
-    from types import SimpleNamespace
-
     sources = [SimpleNamespace(number=number) for number in (1, 2, 3)]
     assert "".join(stream_checked(pieces, sources)) == check_citations("".join(pieces), sources)[0]
+
+
+def test_citations_have_their_places(index):
+    text = check_citations("Fifths [2], strings 【1, 3】[9].", retrieve(index, "violins", 3).sources)[0]
+    assert [(number, text[start:end]) for number, start, end in place_citations(text)] == [(2, "[2]"), (1, "[1]")]
+
+
+@settings(deadline=None)
+@given(PIECES)
+def test_what_is_left_exists(pieces):
+    text, cited, _ = check_citations("".join(pieces), [SimpleNamespace(number=number) for number in (1, 2, 3)])
+    assert {number for number, _, _ in place_citations(text)} == {one.number for one in cited} <= {1, 2, 3}
+
+
+def test_citations_within_citations(index):
+    sources = retrieve(index, "violins").sources
+    text, cited, removed = check_citations("Fifths [[9]8] [[7]1].", sources)
+    assert (text, removed, [one.number for one in cited]) == ("Fifths [1].", 3, [1])
 
 
 def test_a_stream_does_not_wait_for_its_end():

@@ -21,7 +21,7 @@ from luthier.faces.cli.flags import add_structure, make_parser, read_structure
 from luthier.faces.cli.progress import show_progress
 
 if TYPE_CHECKING:
-    from luthier.retrieval.answer import Source
+    from luthier.retrieval.prompt import Source
 
 # Tokens of a talk that are kept at most.
 ROOM = 32768
@@ -96,7 +96,8 @@ def run(arguments: Sequence[str]) -> int:
     sampling, people = config.sampling, sys.stdin.isatty()
     if config.index is not None:
         from luthier.faces.cli.sources import show_passages, show_sources
-        from luthier.retrieval.answer import say_unknown, stream_checked
+        from luthier.retrieval.citations import stream_checked
+        from luthier.retrieval.prompt import say_unknown
         from luthier.verbs.grounding import Grounded
     if config.backend is not None:
         with show_progress(quiet=not people) as sinks:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from luthier.faces.cli.chinese import say
-from luthier.retrieval.answer import Answer, Source, as_row
+from luthier.retrieval.answer import Answer, as_row
+from luthier.retrieval.prompt import Source
 
 
 def show_sources(made: Answer) -> str:

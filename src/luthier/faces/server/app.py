@@ -21,6 +21,7 @@ from luthier.faces.server import (
     page,
     responses,
     scoring,
+    stores,
     tokens,
 )
 from luthier.faces.server.access import Access
@@ -33,7 +34,7 @@ from luthier.faces.server.server import Server
 
 ABOUT = "Inference and fine-tuning on your own machine, in the words of OpenAI's API."
 ROUTES = (
-    health, metrics, models, chat, completions, responses, embeddings, scoring, tokens, files, jobs, batches, page,
+    health, metrics, models, chat, completions, responses, embeddings, scoring, stores, tokens, files, jobs, batches, page,
 )  # fmt: skip
 
 

@@ -11,16 +11,27 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field, JsonValue, model_validator
 
 from luthier.faces.server.answering import DONE, event, new_id, stream_events, while_here
+from luthier.faces.server.citing import (
+    PASSAGES,
+    Citation,
+    Citing,
+    Ground,
+    Passages,
+    find_ground,
+    write_grounded,
+    write_grounded_pieces,
+)  # fmt: skip
 from luthier.faces.server.drawing import Body, Drawing, ResponseFormat, StreamOptions, Usage, usage_of
 from luthier.faces.server.engines import EngineProcess
 from luthier.faces.server.logprobs import ChatLogs, chat_logs
 from luthier.faces.server.refusals import RESPONSES, STREAMED
-from luthier.faces.server.server import TheKey, TheServer
+from luthier.faces.server.server import TheKey, TheServer, server_of
 from luthier.faces.server.shelf import Served
-from luthier.faces.server.writing import write, write_pieces
 from luthier.text.calls import CallForm, CallReader, Part, read_calls
 
 routes = APIRouter(tags=["chat"], responses=RESPONSES)
+# What a turn of the assistant holds beside its text, as it was answered.
+SENT_BACK = {"refusal", "annotations", "citations", "removed_citations", "known"}
 
 
 class TextPart(Body):
@@ -55,6 +66,9 @@ class Turn(Body):
     refusal: None = None
     """As an answer holds it that is sent back."""
     annotations: Annotated[list[JsonValue], Field(max_length=0)] | None = None
+    citations: list[JsonValue] | None = None
+    removed_citations: int | None = None
+    known: bool | None = None
     audio: None = None
     function_call: None = None
 
@@ -106,6 +120,10 @@ class ChatRequest(Drawing):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool = True
+    index: str | None = None
+    """The last turn is looked up in this index, and answered from what it holds."""
+    passages: Passages | None = None
+    """Most passages that the model is given of it; 5 by default."""
     # What other servers may do more: taken where it asks for nothing.
     store: Literal[False] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=0)] | None = None
@@ -124,6 +142,14 @@ class ChatRequest(Drawing):
             raise ValueError("structure and response_format say the same; set one of the two")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice needs tools")
+        if self.index is None:
+            if self.passages is not None:
+                raise ValueError("passages goes with index; name the index to answer from")
+            return self
+        form = self.response_format.structure() if self.response_format is not None else self.structure
+        for name, given in (("structure", form), ("tools", self.tools), ("logprobs", self.logprobs or None)):
+            if given is not None:
+                raise ValueError(f"answers from an index are text with citations; leave {name} or index out")
         return self
 
 
@@ -138,6 +164,12 @@ class Answer(BaseModel):
     content: str | None
     refusal: None = None
     tool_calls: list[AnsweredCall] | None = None
+    citations: list[Citation] | None = None
+    """The citations in an answer from an index."""
+    removed_citations: int | None = None
+    """Citations that named no passage and were taken out."""
+    known: bool | None = None
+    """Whether the index holds enough; otherwise the model was not asked."""
 
 
 class Choice(BaseModel):
@@ -168,10 +200,16 @@ async def complete_chat(
     asked = question_of(body, key.name)
     form = form_of(served.process, bool(body.tools) and body.tool_choice != "none")
     seconds = server.settings.timeout
+    ground = None
+    if body.index is not None:
+        ground = await while_here(request, ground_of(body, request, served, asked), seconds)
     if body.stream:
-        return await stream_events(request, _chunks(request, served, body, asked, form), seconds)
-    found = await while_here(request, write(request, served, asked), seconds)
+        return await stream_events(request, _chunks(request, served, body, asked, form, ground), seconds)
+    found = await while_here(request, write_grounded(request, served, asked, ground), seconds)
     choices = [_choice(at, one, form) for at, one in enumerate(found["answers"])]
+    if ground is not None:
+        for choice in choices:
+            _cite(choice.message, Citing(request, served, ground), ground)
     return ChatCompletion(
         id=new_id("chatcmpl"),
         created=int(time.time()),
@@ -190,7 +228,7 @@ def question_of(body: ChatRequest, tenant: str) -> dict[str, Any]:
     if structure is not None:
         sampling["structure"] = structure
     asked: dict[str, Any] = {
-        "messages": [turn.model_dump(exclude_none=True, exclude={"refusal", "annotations"}) for turn in body.messages],
+        "messages": [turn.model_dump(exclude_none=True, exclude=SENT_BACK) for turn in body.messages],
         "sampling": sampling,
         "stream": body.stream,
         "tenant": tenant,
@@ -203,6 +241,14 @@ def question_of(body: ChatRequest, tenant: str) -> dict[str, Any]:
         asked["choice"] = choice.function.name if isinstance(choice, ToolChoice) else choice or "auto"
         asked["parallel"] = body.parallel_tool_calls
     return asked
+
+
+async def ground_of(body: ChatRequest, request: Request, served: Served, asked: dict[str, Any]) -> Ground | None:
+    """What of an index the answer is written from, and put before the question; None where no index is named."""
+    if body.index is None:
+        return None
+    server_of(request).indexes.check_names([body.index], "index")
+    return await find_ground(request, served, asked, [body.index], body.passages or PASSAGES)
 
 
 def form_of(process: EngineProcess, callable: bool) -> CallForm | None:
@@ -222,8 +268,18 @@ def _choice(at: int, one: dict[str, Any], form: CallForm | None) -> Choice:
     )
 
 
+def _cite(message: Answer, citing: Citing, ground: Ground) -> None:
+    message.content, message.citations = citing.feed(message.content or "", last=True)
+    message.removed_citations, message.known = citing.removed, ground.known
+
+
 async def _chunks(
-    request: Request, served: Served, body: ChatRequest, asked: dict[str, Any], form: CallForm | None
+    request: Request,
+    served: Served,
+    body: ChatRequest,
+    asked: dict[str, Any],
+    form: CallForm | None,
+    ground: Ground | None,
 ) -> AsyncIterator[bytes]:
     """Server-sent events of an answer."""
     head = {
@@ -234,6 +290,7 @@ async def _chunks(
     }
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     readers = [CallReader(form) if form is not None else None for _ in range(body.n)]
+    citings = [Citing(request, served, ground) if ground is not None else None for _ in range(body.n)]
 
     def chunk(at: int, delta: dict[str, Any], finish: str | None = None, logs: Any = None) -> bytes:
         choice: dict[str, Any] = {"index": at, "delta": delta, "finish_reason": finish}
@@ -242,18 +299,21 @@ async def _chunks(
         return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
     begun: set[int] = set()
-    async for kind, part in write_pieces(request, served, asked):
+    async for kind, part in write_grounded_pieces(request, served, asked, ground):
         if kind == "end":
             if with_usage:
                 yield event({**head, "choices": [], "usage": usage_of(part["usage"]).model_dump()})
             yield DONE
             return
-        at, finish, reader = part["which"], part.get("finish"), readers[part["which"]]
+        at, finish, reader, citing = part["which"], part.get("finish"), readers[part["which"]], citings[part["which"]]
         if at not in begun:
             begun.add(at)
             yield chunk(at, {"role": "assistant", "content": ""})
-        if reader is None:
-            deltas: Sequence[dict[str, Any]] = [{"content": part["text"]}] if part["text"] else []
+        deltas: Sequence[dict[str, Any]]
+        if citing is not None:
+            deltas = _cited_deltas(citing, part, ground)
+        elif reader is None:
+            deltas = [{"content": part["text"]}] if part["text"] else []
         else:
             parts = reader.feed(part["text"]) + (reader.end() if finish is not None else [])
             deltas = [_delta(one) for one in parts]
@@ -264,6 +324,17 @@ async def _chunks(
             logs = None
         if finish is not None:
             yield chunk(at, {}, finish, logs)
+
+
+def _cited_deltas(citing: Citing, part: dict[str, Any], ground: Ground | None) -> list[dict[str, Any]]:
+    last = "finish" in part
+    text, cited = citing.feed(part["text"], last)
+    deltas: list[dict[str, Any]] = [{"content": text}] if text else []
+    if cited:
+        deltas[-1]["citations"] = [one.model_dump() for one in cited]
+    if last and ground is not None:
+        deltas.append({"removed_citations": citing.removed, "known": ground.known})
+    return deltas
 
 
 def _delta(part: Part) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Live(BaseModel):
 
 
 class Ready(BaseModel):
-    """Whether requests are answered, and what keeps each model from it."""
+    """Whether requests are answered, and what keeps each model or index from it."""
 
     status: Literal["ready", "not ready", "draining"]
     troubles: dict[str, str] = {}
@@ -33,9 +33,9 @@ async def live() -> Live:
 
 @routes.get("/health/ready", response_model=Ready, responses={503: {"model": Ready}, 401: RESPONSES[401]})
 async def ready(server: TheServer) -> JSONResponse:
-    """Lets every model write a token, before all that waits."""
+    """Lets every model write a token, before all that waits, and looks at every index."""
     if server.draining:
         return JSONResponse(Ready(status="draining").model_dump(), 503)
-    troubles = await server.shelf.check()
+    troubles = await server.shelf.check() | await server.indexes.check()
     found = Ready(status="not ready" if troubles else "ready", troubles=troubles)
     return JSONResponse(found.model_dump(), 503 if troubles else 200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ class Metrics:
         self.blocks = Gauge("luthier_blocks", "Blocks of keys and values", ["model"], registry=made)
         self.up = Gauge("luthier_engine_up", "Whether the engine is ready", ["model"], registry=made)
         self.restarts = Gauge("luthier_engine_restarts", "Starts after a break", ["model"], registry=made)
+        self.searches = Counter(
+            "luthier_searches", "Questions to an index, and whether it knew enough", ["index", "known"], registry=made
+        )
+        self.searched_seconds = Histogram(
+            "luthier_search_seconds", "Seconds of a search", ["index"], buckets=SHORT, registry=made
+        )
+        self.false = Counter("luthier_removed_citations", "Citations that named no passage", ["model"], registry=made)
+        self.found = Gauge("luthier_index_up", "Whether the process of the indexes is ready", registry=made)
+        self.found_again = Gauge("luthier_index_restarts", "Its starts after a break", registry=made)
         self.joules = Gauge(
             "luthier_energy_joules",
             "Energy that the processors counted, of the whole machine",
@@ -76,6 +86,12 @@ class Metrics:
             if usage["written"] > 1:
                 self.between.labels(model).observe(max(0.0, seconds - first) / (usage["written"] - 1))
 
+    def searched(self, index: str, known: Sequence[bool], seconds: float) -> None:
+        """Questions were looked up together."""
+        for one in known:
+            self.searches.labels(index, "yes" if one else "no").inc()
+        self.searched_seconds.labels(index).observe(seconds)
+
     async def look(self, server: Server) -> None:
         """Ask the engines how busy they are."""
         for name, served in server.shelf.models.items():
@@ -91,6 +107,10 @@ class Metrics:
                 (self.running, "running"), (self.waiting, "waiting"), (self.held, "blocks_held"), (self.blocks, "blocks"),
             ):  # fmt: skip
                 gauge.labels(name).set(state[key])
+        process = server.indexes.process
+        if process is not None:
+            self.found.set(process.state == "ready")
+            self.found_again.set(process.restarts)
         for path in Path("/").glob(ENERGY.lstrip("/")):
             try:
                 self.joules.labels(path.parent.name).set(int(path.read_text()) / 1e6)

@@ -8,12 +8,17 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 
 from luthier.faces.server.drawing import Body
-from luthier.faces.server.refusals import RESPONSES, Refusal
+from luthier.faces.server.refusals import RESPONSES, FaultBody, Refusal
 from luthier.faces.server.server import TheKey, TheServer
 from luthier.faces.server.shelf import Served
 from luthier.faces.server.store import owns, store_of
 
 routes = APIRouter(tags=["models"], responses=RESPONSES)
+
+
+TAKEN: dict[int | str, dict[str, Any]] = {
+    409: {"model": FaultBody, "description": "A model is served under this name, or beside it."}
+}
 
 
 class ModelInfo(BaseModel):
@@ -80,7 +85,7 @@ async def read_model(name: str, server: TheServer) -> ModelInfo:
     return _info(server.shelf.find(name))
 
 
-@routes.delete("/v1/models/{name:path}", response_model=Deleted)
+@routes.delete("/v1/models/{name:path}", response_model=Deleted, responses=TAKEN)
 async def delete_model(name: str, server: TheServer, key: TheKey) -> Deleted:
     """Serve a model that a fine-tuning job made no longer. Its run stays, with the weights."""
     store = store_of(server)
@@ -93,13 +98,13 @@ async def delete_model(name: str, server: TheServer, key: TheKey) -> Deleted:
     return Deleted(id=name)
 
 
-@routes.post("/admin/models", response_model=ModelInfo, status_code=201, tags=["admin"])
+@routes.post("/admin/models", response_model=ModelInfo, status_code=201, tags=["admin"], responses=TAKEN)
 async def load_model(body: LoadRequest, server: TheServer) -> ModelInfo:
     """Serve one more model; returns when it is loaded."""
     return _info(await server.shelf.load(body.source, body.name))
 
 
-@routes.delete("/admin/models/{name:path}", response_model=Deleted, tags=["admin"])
+@routes.delete("/admin/models/{name:path}", response_model=Deleted, tags=["admin"], responses=TAKEN)
 async def unload_model(name: str, server: TheServer) -> Deleted:
     """Serve a model no longer."""
     await server.shelf.unload(name)

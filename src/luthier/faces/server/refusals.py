@@ -60,9 +60,9 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     )
 }
 
-# Of an address whose answer may also come as events.
+# Of an address whose answer may also come as events. A schema would be that of one event, of which there are many kinds.
 STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its events."}
+    200: {"content": {"text/event-stream": {"schema": {}}}, "description": "The answer, or its events."}
 }
 
 
@@ -123,7 +123,7 @@ def explain(app: FastAPI, routers: Sequence[APIRouter] = ()) -> None:
 
     async def plain(request: Request, err: Exception) -> JSONResponse:
         assert isinstance(err, HTTPException)
-        answer = answer_of(Refusal(err.status_code, _sentence(err)))
+        answer = answer_of(Refusal(err.status_code, _sentence(err, request.url.path)))
         answer.headers.update(err.headers or {})
         if err.status_code == 405:
             answer.headers["Allow"] = ", ".join(_methods(routers, request))
@@ -141,7 +141,9 @@ def _methods(routers: Sequence[APIRouter], request: Request) -> list[str]:
     return sorted({name for one in routes if one.path_regex.match(request.url.path) for name in one.methods or ()})
 
 
-def _sentence(err: HTTPException) -> str:
+def _sentence(err: HTTPException, path: str) -> str:
+    if err.status_code == 405 and path.startswith("/v1/vector_stores"):
+        return "indexes are read and searched here; `luthier index DOCS --name NAME` makes, updates and fills them"
     known = {
         404: "there is nothing at this address; /docs lists what there is",
         405: "this address does not take this method; /docs says which it takes",

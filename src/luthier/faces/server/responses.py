@@ -4,152 +4,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, Field, JsonValue, model_validator
+from pydantic import BaseModel, JsonValue
 
 from luthier.core.errors import LuthierError
 from luthier.faces.server.answering import event, new_id, stream_events, while_here
 from luthier.faces.server.chat import form_of
+from luthier.faces.server.citing import (
+    Citing,
+    Ground,
+    attributes_of,
+    find_ground,
+    write_grounded,
+    write_grounded_pieces,
+)  # fmt: skip
 from luthier.faces.server.drawing import Body
+from luthier.faces.server.inputs import NamedFunction, ResponsesRequest, turns_of
+from luthier.faces.server.items import (
+    Items,
+    Output,
+    OutputCall,
+    OutputMessage,
+    OutputText,
+    SearchCall,
+    SearchHit,
+    status_of,
+)  # fmt: skip
 from luthier.faces.server.refusals import RESPONSES, STREAMED, Refusal, body_of, refusal_of
 from luthier.faces.server.server import TheKey, TheServer
 from luthier.faces.server.shelf import Served
-from luthier.faces.server.writing import write, write_pieces
 from luthier.text.calls import CallForm, CallReader, Part, read_calls
 
 routes = APIRouter(tags=["responses"], responses=RESPONSES)
-
-
-class InputText(Body):
-    """A part of a turn."""
-
-    type: Literal["input_text", "output_text", "text"]
-    text: str
-    annotations: Annotated[list[JsonValue], Field(max_length=0)] | None = None
-    logprobs: Annotated[list[JsonValue], Field(max_length=0)] | None = None
-
-
-class InputMessage(Body):
-    """A turn."""
-
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[InputText]
-    id: str | None = None
-    status: str | None = None
-    phase: None = None
-
-
-class InputCall(Body):
-    """A call that was made."""
-
-    type: Literal["function_call"]
-    call_id: str
-    name: str
-    arguments: str
-    id: str | None = None
-    status: str | None = None
-
-
-class InputCallOutput(Body):
-    """What a function that was called gave."""
-
-    type: Literal["function_call_output"]
-    call_id: str
-    output: str
-    id: str | None = None
-    status: str | None = None
-
-
-class FunctionTool(Body):
-    """A function that may be called."""
-
-    type: Literal["function"]
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, JsonValue] | None = None
-    strict: bool | None = None
-
-
-class NamedFunction(Body):
-    type: Literal["function"]
-    name: str
-
-
-class TextFormat(Body):
-    """The form of the answer's text."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, JsonValue] | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class TextSettings(Body):
-    format: TextFormat | None = None
-
-
-class ResponsesRequest(Body):
-    """What /v1/responses takes. Nothing is kept here: send the whole conversation each time."""
-
-    model: str
-    input: str | Annotated[list[InputMessage | InputCall | InputCallOutput], Field(min_length=1)]
-    instructions: str | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    text: TextSettings | None = None
-    tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
-    parallel_tool_calls: bool = True
-    stream: bool = False
-    user: str | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    # What other servers may do more: taken where it asks for nothing.
-    store: Literal[False] | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=0)] | None = None
-    include: Annotated[list[str], Field(max_length=0)] | None = None
-    truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> ResponsesRequest:
-        if self.tool_choice not in (None, "none", "auto") and not self.tools:
-            raise ValueError("tool_choice needs tools")
-        return self
-
-
-class OutputText(BaseModel):
-    type: Literal["output_text"] = "output_text"
-    text: str
-    annotations: list[JsonValue] = []
-    logprobs: list[JsonValue] = []
-
-
-class OutputMessage(BaseModel):
-    """What the assistant says."""
-
-    type: Literal["message"] = "message"
-    id: str
-    role: Literal["assistant"] = "assistant"
-    status: Literal["in_progress", "completed", "incomplete"]
-    content: list[OutputText]
-
-
-class OutputCall(BaseModel):
-    """A call that it makes."""
-
-    type: Literal["function_call"] = "function_call"
-    id: str
-    call_id: str
-    name: str
-    arguments: str
-    status: Literal["in_progress", "completed", "incomplete"]
 
 
 class InputDetails(BaseModel):
@@ -190,7 +79,7 @@ class ResponseBody(BaseModel):
     instructions: str | None = None
     max_output_tokens: int | None = None
     model: str
-    output: list[OutputMessage | OutputCall]
+    output: list[Output]
     parallel_tool_calls: bool
     previous_response_id: None = None
     store: Literal[False] = False
@@ -209,18 +98,29 @@ async def respond(body: ResponsesRequest, request: Request, server: TheServer, k
     """Answer a conversation of items; with `stream`, as server-sent events."""
     served = server.shelf.find(body.model)
     asked = _question(body, key.name)
-    form = form_of(served.process, bool(body.tools) and body.tool_choice != "none")
+    form = form_of(served.process, bool(body.functions) and body.tool_choice != "none")
     empty = _empty(body, served.name)
-    seconds = server.settings.timeout
+    seconds, ground = server.settings.timeout, None
+    if body.search is not None:
+        server.indexes.check_names(body.search.vector_store_ids, "tools.vector_store_ids")
+        names = list(dict.fromkeys(body.search.vector_store_ids))
+        looking = find_ground(request, served, asked, names, body.search.max_num_results)
+        ground = await while_here(request, looking, seconds)
     if body.stream:
-        return await stream_events(request, _events(request, served, asked, form, empty), seconds)
-    found = await while_here(request, write(request, served, asked), seconds)
+        return await stream_events(request, _events(request, served, asked, form, empty, body, ground), seconds)
+    found = await while_here(request, write_grounded(request, served, asked, ground), seconds)
     answer = found["answers"][0]
     text, calls = read_calls(form, answer["text"])
-    status = _status(answer["finish"])
-    output: list[OutputMessage | OutputCall] = []
+    status = status_of(answer["finish"])
+    output: list[Output] = []
+    said = OutputText(text=text)
+    if ground is not None:
+        output.append(_search_call(body, ground))
+        citing = Citing(request, served, ground)
+        said.text, cited = citing.feed(text, last=True)
+        said.annotations, said.removed_citations = [one.annotation() for one in cited], citing.removed
     if text or not calls:
-        output.append(OutputMessage(id=new_id("msg"), status=status, content=[OutputText(text=text)]))
+        output.append(OutputMessage(id=new_id("msg"), status=status, content=[said]))
     output += [OutputCall(id=new_id("fc"), call_id=new_id("call"), status=status, **call) for call in calls]
     return _whole(empty, output, answer["finish"], found["usage"])
 
@@ -238,42 +138,18 @@ def _question(body: ResponsesRequest, tenant: str) -> dict[str, Any]:
             raise Refusal(400, "text.format.schema: is required", param="text.format.schema")
         sampling["structure"] = {"json_schema": wanted.schema_ or {"type": "object"}}
     asked: dict[str, Any] = {
-        "messages": _turns(body), "sampling": sampling, "stream": body.stream, "tenant": tenant,
+        "messages": turns_of(body), "sampling": sampling, "stream": body.stream, "tenant": tenant,
         "salt": f"{tenant} {body.user or ''}",
     }  # fmt: skip
-    if body.tools:
+    if body.functions:
         choice = body.tool_choice
         asked["tools"] = [
             {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type", "strict"})}
-            for tool in body.tools
+            for tool in body.functions
         ]
         asked["choice"] = choice.name if isinstance(choice, NamedFunction) else choice or "auto"
         asked["parallel"] = body.parallel_tool_calls
     return asked
-
-
-def _turns(body: ResponsesRequest) -> list[dict[str, Any]]:
-    """The items as turns of a chat: calls belong to the turn of the assistant before them."""
-    turns: list[dict[str, Any]] = []
-    if body.instructions:
-        turns.append({"role": "system", "content": body.instructions})
-    if isinstance(body.input, str):
-        return [*turns, {"role": "user", "content": body.input}]
-    for item in body.input:
-        if isinstance(item, InputMessage):
-            content = item.content
-            text = content if isinstance(content, str) else "".join(part.text for part in content)
-            turns.append({"role": item.role, "content": text})
-        elif isinstance(item, InputCallOutput):
-            turns.append({"role": "tool", "tool_call_id": item.call_id, "content": item.output})
-        else:
-            if not turns or turns[-1]["role"] != "assistant":
-                turns.append({"role": "assistant", "content": ""})
-            function = {"name": item.name, "arguments": item.arguments}
-            turns[-1].setdefault("tool_calls", []).append(
-                {"id": item.call_id, "type": "function", "function": function}
-            )
-    return turns
 
 
 def _empty(body: ResponsesRequest, name: str) -> ResponseBody:
@@ -283,14 +159,12 @@ def _empty(body: ResponsesRequest, name: str) -> ResponseBody:
         max_output_tokens=body.max_output_tokens, model=name, output=[], parallel_tool_calls=body.parallel_tool_calls,
         temperature=body.temperature, top_p=1.0 if body.top_p is None else body.top_p,
         text={"format": {"type": "text"}} if body.text is None else body.text.model_dump(exclude_none=True, by_alias=True),
-        tool_choice=choice.model_dump() if isinstance(choice, NamedFunction) else choice or "auto",
+        tool_choice=choice.model_dump() if isinstance(choice, Body) else choice or "auto",
         tools=[tool.model_dump() for tool in body.tools or ()],
     )  # fmt: skip
 
 
-def _whole(
-    empty: ResponseBody, output: list[OutputMessage | OutputCall], finish: str, usage: dict[str, int]
-) -> ResponseBody:
+def _whole(empty: ResponseBody, output: list[Output], finish: str, usage: dict[str, int]) -> ResponseBody:
     counted = ResponseUsage(
         input_tokens=usage["prompt"],
         input_tokens_details=InputDetails(cached_tokens=usage["reused"]),
@@ -299,79 +173,35 @@ def _whole(
     )
     cut = Incomplete() if finish == "length" else None
     return empty.model_copy(
-        update={"status": _status(finish), "output": output, "usage": counted, "incomplete_details": cut}
+        update={"status": status_of(finish), "output": output, "usage": counted, "incomplete_details": cut}
     )
 
 
-def _status(finish: str) -> Literal["completed", "incomplete"]:
-    return "incomplete" if finish == "length" else "completed"
-
-
-class _Items:
-    """The items of an answer as they come, and the events that tell of them."""
-
-    def __init__(self) -> None:
-        self.output: list[OutputMessage | OutputCall] = []
-
-    def take(self, part: Part) -> list[dict[str, Any]]:
-        """Events of a part of the answer."""
-        last = self.output[-1] if self.output else None
-        if part.kind == "text":
-            found = [] if isinstance(last, OutputMessage) else self._open_text()
-            last = self.output[-1]
-            assert isinstance(last, OutputMessage)
-            last.content[0].text += part.text
-            return [*found, self._event("response.output_text.delta", content_index=0, delta=part.text, logprobs=[])]
-        if part.kind == "name":
-            found = self.close("completed")
-            made = OutputCall(
-                id=new_id("fc"), call_id=new_id("call"), name=part.text, arguments="", status="in_progress"
+def _search_call(body: ResponsesRequest, ground: Ground) -> SearchCall:
+    results = None
+    if body.include:
+        results = [
+            SearchHit(
+                file_id=one.hit.passage.file, filename=one.hit.passage.file, score=one.hit.score, text=one.hit.passage.shown,
+                attributes=attributes_of(one),
             )
-            self.output.append(made)
-            return [*found, self._item("response.output_item.added")]
-        assert isinstance(last, OutputCall)
-        last.arguments += part.text
-        return [self._event("response.function_call_arguments.delta", delta=part.text)]
-
-    def close(self, status: Literal["completed", "incomplete"]) -> list[dict[str, Any]]:
-        """Events of the end of the last item."""
-        if not self.output:
-            return []
-        last = self.output[-1]
-        if last.status != "in_progress":
-            return []
-        last.status = status
-        if isinstance(last, OutputCall):
-            done = self._event("response.function_call_arguments.done", name=last.name, arguments=last.arguments)
-            return [done, self._item("response.output_item.done")]
-        part = last.content[0]
-        return [
-            self._event("response.output_text.done", content_index=0, text=part.text, logprobs=[]),
-            self._event("response.content_part.done", content_index=0, part=part.model_dump()),
-            self._item("response.output_item.done"),
-        ]
-
-    def _open_text(self) -> list[dict[str, Any]]:
-        found = self.close("completed")
-        made = OutputMessage(id=new_id("msg"), status="in_progress", content=[])
-        self.output.append(made)
-        added = self._item("response.output_item.added")
-        made.content.append(OutputText(text=""))
-        part = self._event("response.content_part.added", content_index=0, part=made.content[0].model_dump())
-        return [*found, added, part]
-
-    def _event(self, kind: str, /, **fields: Any) -> dict[str, Any]:
-        return {"type": kind, "item_id": self.output[-1].id, "output_index": len(self.output) - 1, **fields}
-
-    def _item(self, name: str) -> dict[str, Any]:
-        return {"type": name, "output_index": len(self.output) - 1, "item": self.output[-1].model_dump()}
+            for one in ground.found
+        ]  # fmt: skip
+    return SearchCall(id=new_id("fs"), queries=[ground.question], results=results, known=ground.known, read=ground.read)
 
 
 async def _events(
-    request: Request, served: Served, asked: dict[str, Any], form: CallForm | None, empty: ResponseBody
+    request: Request,
+    served: Served,
+    asked: dict[str, Any],
+    form: CallForm | None,
+    empty: ResponseBody,
+    body: ResponsesRequest,
+    ground: Ground | None,
 ) -> AsyncIterator[bytes]:
     reader = CallReader(form) if form is not None else None
-    items, number = _Items(), 0
+    citing = Citing(request, served, ground) if ground is not None else None
+    items, number = Items(), 0
 
     def tell(content: dict[str, Any]) -> bytes:
         nonlocal number
@@ -380,19 +210,30 @@ async def _events(
 
     finish = "stop"
     try:
-        async for kind, part in write_pieces(request, served, asked):
+        async for kind, part in write_grounded_pieces(request, served, asked, ground):
             if number == 0:
                 yield tell({"type": "response.created", "response": empty.model_dump()})
                 yield tell({"type": "response.in_progress", "response": empty.model_dump()})
+                for one in items.search(_search_call(body, ground)) if ground is not None else ():
+                    yield tell(one)
             if kind == "end":
-                opened = [] if items.output else items.take(Part("text", ""))
-                for one in [*opened, *items.close(_status(finish))]:
+                opened = [] if items.said else items.take(Part("text", ""))
+                if citing is not None:
+                    items.cite((), citing.removed)
+                for one in [*opened, *items.close(status_of(finish))]:
                     yield tell(one)
                 whole = _whole(empty, items.output, finish, part["usage"])
                 yield tell({"type": f"response.{whole.status}", "response": whole.model_dump()})
                 return
             finish = part.get("finish") or finish
             text = part["text"]
+            if citing is not None:
+                text, cited = citing.feed(text, "finish" in part)
+                for one in items.take(Part("text", text)) if text else ():
+                    yield tell(one)
+                for one in items.cite(cited, citing.removed):
+                    yield tell(one)
+                continue
             if reader is None:
                 parts = [Part("text", text)] if text else []
             else:

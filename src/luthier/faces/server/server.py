@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from fastapi import Depends, Request
 
+from luthier.faces.server.indexes import Indexes
 from luthier.faces.server.keys import Key
 from luthier.faces.server.limits import Taken
 from luthier.faces.server.settings import Serve
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Server:
-    """The settings, the models, and whether it goes on."""
+    """The settings, the models, the indexes, and whether it goes on."""
 
     settings: Serve
     shelf: Shelf
     metrics: Metrics
+    indexes: Indexes
     taken: dict[str, Taken] = field(default_factory=dict)
     """What each key took, by its name."""
     started: float = field(default_factory=time.time)

@@ -10,6 +10,7 @@ from typing import Any
 
 from luthier.core.errors import ConfigError, MissingExtra
 from luthier.faces.server import loops
+from luthier.faces.server.indexes import Indexes
 from luthier.faces.server.keys import read_keys
 from luthier.faces.server.settings import Serve
 from luthier.faces.server.shelf import Shelf, names_of
@@ -47,9 +48,14 @@ async def _run(settings: Serve, say: Say) -> int:
     keys = read_keys(settings.keys) if settings.keys is not None else None
     listening = _listen(settings)
     shelf = Shelf(settings, lambda event: _tell(event, say))
-    server = Server(settings, shelf, Metrics())
+    metrics = Metrics()
+    indexes = Indexes(settings, metrics, lambda event: _tell(event, say))
+    server = Server(settings, shelf, metrics, indexes)
     server.idle.set()
     try:
+        await indexes.start()
+        for name, facts in indexes.facts.items():
+            say(_holds(name, facts))
         for name, source in names_of(settings.models):
             served = await shelf.load(source, name)
             say(_plan(name, served.process.facts))
@@ -71,6 +77,7 @@ async def _run(settings: Serve, say: Say) -> int:
     finally:
         listening.close()
         await shelf.close()
+        await indexes.close()
     return 0
 
 
@@ -133,6 +140,12 @@ def _plan(name: str, facts: dict[str, Any]) -> str:
         f"  {weights:,.0f} MB of weights; up to {kept:,.0f} MB for {facts['kept_tokens']:,} tokens of keys and values: "
         f"{facts['streams']} texts at once, a context of {facts['context']:,}"
     )
+
+
+def _holds(name: str, facts: dict[str, Any]) -> str:
+    """What an index holds, and how it is searched."""
+    how = "by words" if facts["encoder"] is None else f"by words and by meaning ({facts['encoder']})"
+    return f"index {name}: {facts['passages']:,} passages of {facts['files']:,} files, searched {how}"
 
 
 def _welcome(address: str, settings: Serve) -> str:

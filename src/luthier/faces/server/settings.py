@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from luthier.core.config import Config
 
@@ -26,6 +26,8 @@ class Serve(Config):
 
     models: tuple[str, ...] = ()
     """Models to serve: a shipped name, run:<id>, a directory or a hub id; NAME=MODEL gives it another name."""
+    indexes: tuple[str, ...] = ()
+    """Indexes to answer from, as `luthier index` makes them: NAME,NAME; NAME=INDEX gives one another name."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 for every one of this machine."""
     port: int = Field(8000, ge=0, le=65535)
@@ -59,10 +61,23 @@ class Serve(Config):
     private_key: Path | None = None
     """File of its private key."""
 
+    @field_validator("indexes", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(one.strip() for one in value.split(",")) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _check(self) -> Serve:
         if (self.certificate is None) != (self.private_key is None):
             raise ValueError("certificate and private_key go together; set both, or none")
+        names = [one.partition("=")[0] for one in self.indexes]
+        for at, name in enumerate(names):
+            if name in names[:at]:
+                raise ValueError(f"two indexes are named {name}; write NAME=INDEX to name one otherwise")
+            if "/" in name:
+                raise ValueError(
+                    f"the index {name} is asked for in an address, where it would be taken apart; write NAME={name}"
+                )
         return self
 
     @property

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, model_validator
 
-from luthier.faces.server.chat import ChatRequest, Tool, Turn, question_of
+from luthier.faces.server.chat import ChatRequest, Tool, Turn, ground_of, question_of
 from luthier.faces.server.drawing import Body, TokenId
-from luthier.faces.server.refusals import RESPONSES
+from luthier.faces.server.refusals import RESPONSES, Refusal
 from luthier.faces.server.server import TheKey, TheServer
 
 routes = APIRouter(tags=["tokens"], responses=RESPONSES)
@@ -75,9 +75,14 @@ async def detokenize(body: DetokenizeRequest, server: TheServer) -> Detokenized:
 
 
 @routes.post("/v1/chat/completions/render", response_model=Rendered)
-async def render(body: ChatRequest, server: TheServer, key: TheKey) -> Rendered:
+async def render(body: ChatRequest, request: Request, server: TheServer, key: TheKey) -> Rendered:
     """What the model would read of this request, and nothing is written."""
-    asked = question_of(body, key.name)
+    served, asked = server.shelf.find(body.model), question_of(body, key.name)
+    ground = await ground_of(body, request, served, asked)
+    if ground is not None and not ground.known:
+        raise Refusal(
+            400, "index: it holds too little about this question, so that the model reads nothing", param="index"
+        )
     wanted = {name: asked[name] for name in ("messages", "tools") if name in asked}
-    found = await server.shelf.find(body.model).process.ask("render", **wanted)
+    found = await served.process.ask("render", **wanted)
     return Rendered(prompt=found["text"], tokens=found["ids"], count=len(found["ids"]))

@@ -1,4 +1,4 @@
-"""An engine's process: loads one model, and does with it what the server asks for, all at once.
+"""An engine's process: loads one model, or opens the indexes, and does what the server asks for, all at once.
 
 Started by `faces.server.engines`, with a socket in place of its arguments; it ends when the other side of that is gone.
 """
@@ -16,6 +16,7 @@ from luthier.faces.server import loops, wire
 from luthier.faces.server.wire import Message, Outbox
 
 if TYPE_CHECKING:
+    from luthier.faces.server.finder import Finder
     from luthier.faces.server.hands import Hands
 
 # Seconds for which one thread may keep the other from Python.
@@ -44,7 +45,10 @@ async def _serve(sock: socket.socket) -> None:
     def tell(event: dict[str, Any]) -> None:
         loop.call_soon_threadsafe(wire.write, writer, {"said": event})
 
-    from luthier.faces.server.hands import load
+    if "indexes" in order:
+        from luthier.faces.server.finder import load
+    else:
+        from luthier.faces.server.hands import load  # type: ignore[assignment]
 
     try:
         hands = await asyncio.to_thread(load, order, tell)
@@ -57,7 +61,7 @@ async def _serve(sock: socket.socket) -> None:
     await asyncio.to_thread(hands.close)
 
 
-async def _work(hands: Hands, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _work(hands: Hands | Finder, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     going: dict[int, asyncio.Task[None]] = {}
 
     # Who reads slowly gets longer pieces, instead of a queue of short ones.
@@ -75,7 +79,7 @@ async def _work(hands: Hands, reader: asyncio.StreamReader, writer: asyncio.Stre
         task.cancel()
 
 
-async def _do(hands: Hands, message: Message, send: Send) -> None:
+async def _do(hands: Hands | Finder, message: Message, send: Send) -> None:
     id = message["id"]
     try:
         async for part in hands.do(message):
