@@ -8,10 +8,8 @@ import time
 import httpx
 
 from luthier.faces.server.app import make_app
-from luthier.faces.server.metrics import Metrics
-from luthier.faces.server.server import Server
+from luthier.faces.server.server import make_server
 from luthier.faces.server.settings import Serve
-from luthier.faces.server.shelf import Shelf
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 LIKED = {
@@ -37,7 +35,7 @@ class Asked:
     def __init__(self, folder, monkeypatch, keys=None, **settings):
         monkeypatch.setenv("LUTHIER_RUNS", str(folder))
         made = Serve(**settings)
-        self.server = Server(made, Shelf(made, lambda event: None), Metrics())
+        self.server = make_server(made, lambda event: None)
         self.app = make_app(self.server, keys)
 
     def __call__(self, method, path, key=None, **more):

@@ -100,6 +100,7 @@ EXEMPT = {
     "hub               {}: {}": "names",
     "luthier {}": "the program's name",
     "luthier serve": "a command",
+    "scores with a bias are not for the kernel": "caught where it is raised for",
     "not ready": "a state, which programs read",
     '{} -H "Authorization: Bearer $LUTHIER_KEY"': "a part of a command",
     '{"model": "{}", "messages": [{"role": "user", "content": "Hello"}]}': "the same",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -37,6 +38,16 @@ class Server:
     idle: asyncio.Event = field(default_factory=asyncio.Event)
     parts: dict[str, Any] = field(default_factory=dict)
     """What belongs to some addresses alone."""
+
+
+def make_server(settings: Serve, tell: Callable[[dict[str, Any]], None]) -> Server:
+    """One that serves nothing yet; `tell` gets what happens in its engines."""
+    from luthier.faces.server.metrics import Metrics
+
+    metrics = Metrics()
+    server = Server(settings, Shelf(settings, tell), metrics, Indexes(settings, metrics, tell))
+    server.idle.set()
+    return server
 
 
 def server_of(request: Request) -> Server:

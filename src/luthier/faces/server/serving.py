@@ -10,10 +10,9 @@ from typing import Any
 
 from luthier.core.errors import ConfigError, MissingExtra
 from luthier.faces.server import loops
-from luthier.faces.server.indexes import Indexes
 from luthier.faces.server.keys import read_keys
 from luthier.faces.server.settings import Serve
-from luthier.faces.server.shelf import Shelf, names_of
+from luthier.faces.server.shelf import names_of
 
 Say = Callable[[str], None]
 
@@ -42,16 +41,12 @@ async def _run(settings: Serve, say: Say) -> int:
 
     from luthier.faces.server.app import make_app
     from luthier.faces.server.keeping import working
-    from luthier.faces.server.metrics import Metrics
-    from luthier.faces.server.server import Server
+    from luthier.faces.server.server import make_server
 
     keys = read_keys(settings.keys) if settings.keys is not None else None
     listening = _listen(settings)
-    shelf = Shelf(settings, lambda event: _tell(event, say))
-    metrics = Metrics()
-    indexes = Indexes(settings, metrics, lambda event: _tell(event, say))
-    server = Server(settings, shelf, metrics, indexes)
-    server.idle.set()
+    server = make_server(settings, lambda event: _tell(event, say))
+    shelf, indexes = server.shelf, server.indexes
     try:
         await indexes.start()
         for name, facts in indexes.facts.items():

@@ -11,10 +11,8 @@ from fastapi.testclient import TestClient
 from luthier.faces.server import page
 from luthier.faces.server.app import make_app
 from luthier.faces.server.keys import Key
-from luthier.faces.server.metrics import Metrics
-from luthier.faces.server.server import Server
+from luthier.faces.server.server import make_server
 from luthier.faces.server.settings import Serve
-from luthier.faces.server.shelf import Shelf
 
 FOLDER = Path(page.__file__).parent / "page"
 SCRIPTS = sorted(FOLDER.glob("*.js"))
@@ -24,9 +22,7 @@ HTML = (FOLDER / "index.html").read_text(encoding="utf-8")
 @pytest.fixture
 def client():
     settings = Serve()
-    return TestClient(
-        make_app(Server(settings, Shelf(settings, print), Metrics()), None), base_url="http://127.0.0.1:8000"
-    )
+    return TestClient(make_app(make_server(settings, print), None), base_url="http://127.0.0.1:8000")
 
 
 def table(language):
@@ -65,7 +61,7 @@ def test_file_that_is_not_of_the_page_is_not_found(client, name):
 def test_page_is_open_and_its_questions_are_not():
     settings = Serve()
     keys = [Key(name="one", sha256="0" * 64)]
-    client = TestClient(make_app(Server(settings, Shelf(settings, print), Metrics()), keys))
+    client = TestClient(make_app(make_server(settings, print), keys))
     assert client.get("/").status_code == client.get("/page/main.js").status_code == 200
     assert client.get("/v1/models").status_code == 401
 
