@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from luthier.core.errors import DataError, ModelError
 from luthier.core.types import Chat, Encoded, Message, Pair, Text
+from luthier.text.controls import MARK, Controls
 from luthier.text.spans import SENTINEL, Span, find_spans
 from luthier.text.template import Template
 
-# Stands, between here and the tokenizer, inside a text that somebody said and that spells a control token: such a text is
-# tokenised in two, so that it is a text.
-MARK = "\uf8ff"
 # How many conversations are checked for the prompt's tokens being the first tokens of the whole.
 CHECKED = 50
 
@@ -40,9 +37,7 @@ class Renderer:
         self.max_length, self.truncate, self.learn = max_length, truncate, learn
         self.guarded = 0
         """Times that a turn of a user or a tool spelt a control token, which was taken as text."""
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        controls = {one for one in (*added, *tokenizer.all_special_tokens) if len(one) > 1}
-        self._controls = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or r"(?!)")
+        self._controls = Controls(tokenizer)
         plain, framed = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         at = next((at for at in range(len(framed)) if framed[at : at + len(plain)] == plain), 0)
         self._first = list(framed[:at]) if kind == "decoder" else []
@@ -79,7 +74,7 @@ class Renderer:
             ids = self._framed(example.text)
             fitted, weights, cut = self._fit(ids, [0.0] + [1.0] * (len(ids) - 1), example.id)
             return Encoded(example.id, fitted, weights, cut=cut)
-        ids = self._first + self._ids(example.text) + ([self._end] if self._end is not None else [])
+        ids = self._first + self._controls.ids(example.text) + ([self._end] if self._end is not None else [])
         return self._checked_row(example.id, ids, [0.0] + [1.0] * (len(ids) - 1))
 
     def chat(self, example: Chat) -> Encoded:
@@ -115,7 +110,7 @@ class Renderer:
             raise ModelError("the tokenizer has no end-of-text token, so the model could not learn to stop")
         whole = example.source + example.target + self.tokenizer.eos_token
         row = self._spanned(example.id, whole, [(len(example.source), len(whole), 1.0)])
-        self._compare_prompt(row, lambda: (*self._first, *self._ids(example.source)))
+        self._compare_prompt(row, lambda: (*self._first, *self._controls.ids(example.source)))
         return row
 
     def labelled(self, text: str, pair: str | None = None, id: str = "") -> Encoded:
@@ -124,7 +119,7 @@ class Renderer:
         lost = 0
         if self.kind == "decoder":
             whole = text if pair is None else f"{text}\n{pair}"
-            ids = self._first + self._ids(whole) + ([self._end] if self._end is not None else [])
+            ids = self._first + self._controls.ids(whole) + ([self._end] if self._end is not None else [])
         else:
             ids = self._framed(text, pair)
             if pair is not None and self.truncate and len(ids) > self.max_length:
@@ -156,7 +151,7 @@ class Renderer:
         Raises DataError when the template refuses the turns.
         """
         text = self._apply(messages, tools, opened)
-        return text.replace(MARK, ""), tuple(self._with_first(self._ids(text)))
+        return text.replace(MARK, ""), tuple(self._with_first(self._controls.ids(text)))
 
     def split(self, messages: Sequence[Message], id: str = "") -> tuple[str, str]:
         """A conversation's text before what the assistant says last, and that with the end of its turn, as `tokens` takes it.
@@ -169,14 +164,14 @@ class Renderer:
 
     def tokens(self, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids of a rendered text, and for each how many characters it reaches to."""
-        ids, offsets = self._placed(text)
+        ids, offsets = self._controls.placed(text)
         ends = [end for _, end in offsets]
         framed = self._with_first(ids)
         return tuple(framed), (*(0,) * (len(framed) - len(ids)), *ends)
 
     def shorten(self, text: str, count: int) -> str:
         """A text without its last `count` tokens."""
-        kept = self._placed(text)[1][:-count]
+        kept = self._controls.placed(text)[1][:-count]
         # Tokens of one character reach to the same place, so that its last ones alone cut nothing.
         return text[: min(kept[-1][1], len(text) - 1)] if kept else ""
 
@@ -192,7 +187,7 @@ class Renderer:
             ids = self._framed(text)
         elif raw or self.template is None or self.template.name == "raw":
             text = prompt if isinstance(prompt, str) else "\n".join(message.content for message in prompt)
-            ids = self._first + self._ids(text)
+            ids = self._first + self._controls.ids(text)
         else:
             turns = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)
             ids = list(self.render(turns, tools, opened=True)[1])
@@ -213,27 +208,11 @@ class Renderer:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _ids(self, text: str) -> list[int]:
-        parts = (
-            self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in text.split(MARK)
-        )
-        return [token for part in parts for token in part]
-
-    def _placed(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of a text, and the first character and the one after the last of each."""
-        ids, offsets, start = list[int](), list[tuple[int, int]](), 0
-        for part in text.split(MARK):
-            found = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ids += found["input_ids"]
-            offsets += [(start + first, start + last) for first, last in found["offset_mapping"]]
-            start += len(part) + 1
-        return ids, offsets
-
     def _said(self, message: Message) -> dict[str, Any]:
         """A turn as templates take it. What users and tools say controls nothing."""
         turn = _as_dict(message)
-        if message.role in ("user", "tool") and self._controls.search(message.content):
-            turn["content"], count = self._controls.subn(lambda one: one[0][0] + MARK + one[0][1:], message.content)
+        if message.role in ("user", "tool"):
+            turn["content"], count = self._controls.guard(message.content)
             self.guarded += count
         return turn
 
@@ -281,7 +260,7 @@ class Renderer:
         text = self._apply([Message("user", "a"), Message("assistant", SENTINEL)], (), False)
         self._tail = text.partition(SENTINEL)[2]
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        found = next((token for token in self._ids(self._tail) if token in special), None)
+        found = next((token for token in self._controls.ids(self._tail) if token in special), None)
         return None if found is None else str(self.tokenizer.convert_ids_to_tokens(found))
 
     def _with_first(self, ids: list[int]) -> list[int]:
@@ -291,7 +270,7 @@ class Renderer:
 
     def _spanned(self, id: str, whole: str, spans: Sequence[Span]) -> Encoded:
         """Tokens of `whole`, each weighing as the span it lies in; a token across the edge of a span is context."""
-        ids, offsets = self._placed(whole)
+        ids, offsets = self._controls.placed(whole)
         weights = [0.0] * len(ids)
         for start, end, weight in spans:
             for at, (first, last) in enumerate(offsets):
