@@ -19,6 +19,7 @@ from luthier.core.events import Events
 from luthier.data.batches import Batch
 from luthier.engine.passes import MOST, TOKENS, run_rows
 from luthier.models.facts import fingerprint
+from luthier.models.heads import pool_flat
 from luthier.models.load import load_model
 from luthier.models.packed import hidden_states
 from luthier.models.sources import resolve_source
@@ -84,7 +85,8 @@ class Encoder:
         found: list[Tensor] = [torch.empty(0)] * len(rows)
 
         def pool(model: LoadedModel, batch: Batch) -> Tensor:
-            return pool_segments(hidden_states(model, batch.ids_N, batch.lengths), batch.lengths, self.pooling)
+            states_NE = hidden_states(model, batch.ids_N, batch.lengths).float()
+            return pool_flat(states_NE, batch.lengths, self.pooling)
 
         def keep(places: list[int], vectors_SE: Tensor) -> None:
             for at, vector_E in zip(places, vectors_SE.float().cpu()):
@@ -93,14 +95,6 @@ class Encoder:
         tokens = TOKENS if self.model.device.type == "cpu" else MOST
         run_rows(self.model, rows, pool, keep, tokens=tokens, on_progress=on_progress, events=events)
         return torch.nn.functional.normalize(torch.stack(found), dim=-1).numpy()
-
-
-def pool_segments(states_NE: Tensor, lengths: Sequence[int], pooling: Pooling) -> Tensor:
-    """One vector [S, E] of the states of each segment laid end to end: their mean, the first, or the last."""
-    parts = states_NE.float().split(list(lengths))
-    if pooling == "mean":
-        return torch.stack([part_TE.mean(0) for part_TE in parts])
-    return torch.stack([part_TE[0 if pooling == "first" else -1] for part_TE in parts])
 
 
 def load_encoder(source: str, *, device: str = "auto", events: Events | None = None) -> Encoder | None:
