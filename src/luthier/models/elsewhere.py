@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from luthier.core.errors import ConfigError
 from luthier.core.events import Events
-from luthier.models.adapters.peft_files import read_adapter_config
-from luthier.models.facts import kind_of
-from luthier.models.load import base_of, load_tokenizer, read_config
+from luthier.models.origin import find_origin, read_tokenizer
 from luthier.models.purpose import choose_length, make_renderer
 from luthier.models.rendering import check_rendering
-from luthier.models.sources import knock, lasting_name, resolve_source
-from luthier.models.spec import NATURAL_TASK, LoadedModel, ModelSpec, read_spec
+from luthier.models.sources import lasting_name
+from luthier.models.spec import NATURAL_TASK, LoadedModel, ModelSpec
 
 
 class Elsewhere(nn.Module):
@@ -37,35 +34,26 @@ def load_elsewhere(
 
     Raises ModelError as `load_model` does, and ConfigError for models that are no decoders or not made to write.
     """
-    place = resolve_source(source)
-    saved = read_spec(place) if isinstance(place, Path) else None
-    adapter = read_adapter_config(place) if isinstance(place, Path) else None
-    base, base_name = place, source
-    if adapter is not None:
-        base_name = (saved.base if saved else None) or str(adapter.get("base_model_name_or_path") or "")
-        base = base_of(source, base_name)
-    hub: dict[str, Any] = knock(base) if isinstance(base, str) else {}
-    config = read_config(base, hub)
-    kind = kind_of(config)
-    task = saved.task if saved else NATURAL_TASK[kind]
+    origin = find_origin(source)
+    saved, adapter, config = origin.saved, origin.adapter, origin.config
+    task = saved.task if saved else NATURAL_TASK[origin.kind]
     if task != "causal":
         raise ConfigError(
             f"backend: {source} is made to {task}, and a server elsewhere writes with language models alone; leave `backend` out"
         )
-    whole = adapter is None or saved is not None or (isinstance(place, Path) and (place / "tokenizer.json").is_file())
-    tokenizer = load_tokenizer(place if whole else base, hub)
+    tokenizer = read_tokenizer(origin)
     spec = ModelSpec(
         source=source,
-        kind=kind,
+        kind=origin.kind,
         family=config.model_type,
         task=task,
         learned=saved.learned if saved else None,
         max_length=choose_length(max_length, saved, config, tokenizer),
         adapter={"kind": str(adapter.get("peft_type"))} if adapter is not None else None,
-        base=lasting_name(base_name) if adapter is not None else None,
+        base=lasting_name(origin.base_name) if adapter is not None else None,
     )
-    if saved is not None and isinstance(place, Path):
-        check_rendering(place, source, tokenizer, saved)
+    if saved is not None and isinstance(origin.place, Path):
+        check_rendering(origin.place, source, tokenizer, saved)
     spec, renderer = make_renderer(
         tokenizer,
         spec,

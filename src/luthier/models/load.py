@@ -10,28 +10,26 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
 )
 
-from luthier.core.errors import ConfigError, LuthierError, MissingExtra, ModelError
+from luthier.core.errors import ConfigError, ModelError
 from luthier.core.events import Events
 from luthier.core.types import Task
-from luthier.models.adapters.peft_files import ADAPTER_CONFIG, attach_adapter, read_adapter_config
+from luthier.models.adapters.peft_files import attach_adapter, read_adapter_config
 from luthier.models.adapters.peft_methods import read as read_peft
 from luthier.models.adapters.peft_methods import room_left
 from luthier.models.facts import fingerprint, kind_of
 from luthier.models.heads import Pooled
 from luthier.models.lean import Undrawn
+from luthier.models.origin import ask, base_of, find_origin, read_config, read_tokenizer
 from luthier.models.precision import cast_network, cast_weights
 from luthier.models.purpose import add_head, check_task, choose_length, choose_pooling, keeps_head, make_renderer
 from luthier.models.quantised.linear import Form
 from luthier.models.quantised.network import quantise
-from luthier.models.quiet import quiet
 from luthier.models.rendering import check_rendering
 from luthier.models.sources import knock, lasting_name, resolve_source
 from luthier.models.spec import HEAD_FILE, NATURAL_TASK, Kind, LoadedModel, ModelSpec, read_spec
@@ -82,17 +80,9 @@ def load_model(
     beyond the context) and MissingExtra.
     """
     events = events or Events()
-    place = resolve_source(source)
-    saved = read_spec(place) if isinstance(place, Path) else None
-    adapter = read_adapter_config(place) if isinstance(place, Path) else None
-    base: Path | str = place
-    base_name = source
-    if adapter is not None:
-        base_name = (saved.base if saved else None) or str(adapter.get("base_model_name_or_path") or "")
-        base = base_of(source, base_name)
-    hub: dict[str, Any] = knock(base) if isinstance(base, str) else {}
-    config = read_config(base, hub)
-    kind = kind_of(config)
+    origin = find_origin(source)
+    place, saved, adapter = origin.place, origin.saved, origin.adapter
+    base, base_name, hub, config, kind = origin.base, origin.base_name, origin.hub, origin.config, origin.kind
     task = check_task(task or (saved.task if saved else NATURAL_TASK[kind]), kind, source)
     if dtype == "auto" and saved is not None:
         dtype = saved.precision
@@ -119,8 +109,7 @@ def load_model(
     if form is not None and not pissa and (adapter is not None or not unquantised):
         quantise(network, form, events)
         cast_network(network, DTYPES[dtype])
-    whole = adapter is None or saved is not None or (isinstance(place, Path) and (place / "tokenizer.json").is_file())
-    tokenizer = load_tokenizer(place if whole else base, hub)
+    tokenizer = read_tokenizer(origin)
     spec = ModelSpec(
         source=source,
         kind=kind,
@@ -199,18 +188,6 @@ def read_kind(source: str) -> Kind:
     return kind_of(read_config(place, knock(place) if isinstance(place, str) else {}))
 
 
-def read_config(place: Path | str, hub: dict[str, Any]) -> Any:
-    """The transformers config at `place`. Raises ModelError."""
-    if isinstance(place, Path) and not (place / "config.json").is_file():
-        raise ModelError(f"{place}: no config.json here, so this is no model directory")
-    return _ask(place, "config", lambda: AutoConfig.from_pretrained(str(place), **hub))
-
-
-def load_tokenizer(place: Path | str, hub: dict[str, Any]) -> Any:
-    """The tokenizer at `place`. Raises ModelError, and MissingExtra when its kind needs sentencepiece."""
-    return _ask(place, "tokenizer", lambda: AutoTokenizer.from_pretrained(str(place), **hub))
-
-
 def load_network(
     place: Path | str, config: Any, task: Task, hub: dict[str, Any], *, dtype: str, from_scratch: bool, events: Events
 ) -> Any:
@@ -222,7 +199,7 @@ def load_network(
         raise ConfigError(f"dtype: {dtype!r} is not among {', '.join(DTYPES)}")
     factory = AUTO_CLASSES[task]
     if from_scratch:
-        return _ask(place, "model", lambda: factory.from_config(config, dtype=DTYPES[dtype]))
+        return ask(place, "model", lambda: factory.from_config(config, dtype=DTYPES[dtype]))
     if isinstance(place, Path) and not any((*place.glob("*.safetensors"), *place.glob("pytorch_model*.bin"))):
         raise ModelError(
             f"{place}: there is a config.json but no weights; ask for random ones with `from_scratch: true` "
@@ -230,7 +207,7 @@ def load_network(
         )
     held: Any = DTYPES.get(dtype, "auto")
     with Undrawn():
-        network, info = _ask(
+        network, info = ask(
             place,
             "weights",
             lambda: factory.from_pretrained(str(place), dtype=held, output_loading_info=True, **hub),
@@ -248,43 +225,6 @@ def load_network(
     if missing and task == "masked":
         events.warn(f"{place}: the files hold no head for filling in masked tokens, so it starts from random weights")
     return network
-
-
-def base_of(source: str, base: str) -> Path | str:
-    """Where the base of the adapter `source` is. Raises ModelError for one that is not named, not found, or an adapter too."""
-    if not base:
-        raise ModelError(f"{source}: {ADAPTER_CONFIG} names no base model, so the adapter cannot be loaded")
-    try:
-        place = resolve_source(base)
-    except ModelError as err:
-        raise ModelError(f"{source}: the base of this adapter cannot be found: {err}") from None
-    if isinstance(place, Path) and (place / ADAPTER_CONFIG).is_file():
-        raise ModelError(f"{source}: its base {base} is an adapter too; merge that one into a whole model first")
-    return place
-
-
-def _ask(place: Path | str, what: str, load: Any) -> Any:
-    """Run `load` quietly, and turn whatever transformers raises into one sentence."""
-    try:
-        with quiet():
-            return load()
-    except LuthierError:
-        raise
-    except ImportError as err:
-        if any(name in str(err).lower() for name in ("sentencepiece", "protobuf", "tiktoken")):
-            raise MissingExtra("sentencepiece", "sentencepiece", f"{place}: its tokenizer") from None
-        raise ModelError(f"{place}: the {what} cannot be loaded: {_first_line(err)}") from None
-    except Exception as err:  # transformers raises OSError, ValueError, KeyError, RuntimeError, safetensors' own ...
-        if "trust_remote_code" in str(err):
-            raise ModelError(
-                f"{place}: this model brings its own Python code, which is never run here; choose one that transformers knows"
-            ) from None
-        raise ModelError(f"{place}: the {what} cannot be loaded ({type(err).__name__}: {_first_line(err)})") from None
-
-
-def _first_line(err: BaseException) -> str:
-    lines = [line.strip() for line in str(err).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no reason given"
 
 
 def _is_computed(network: Any, name: str) -> bool:

@@ -41,7 +41,8 @@ def merge(
     ConfigError when there is no adapter, or something is in the way.
     """
     from luthier.models.adapters.merge import merge_adapter
-    from luthier.models.load import load_model, read_config
+    from luthier.models.load import load_model
+    from luthier.models.origin import read_config
     from luthier.models.save import save_model
     from luthier.models.sources import knock, resolve_source
 

@@ -108,7 +108,8 @@ def read_base(loaded: LoadedModel) -> Any:
     """The base of an adapter from its files, in fp32, checked to be the one it was made for."""
     from luthier.core.events import Events
     from luthier.models.facts import fingerprint
-    from luthier.models.load import load_network, read_config
+    from luthier.models.load import load_network
+    from luthier.models.origin import read_config
     from luthier.models.sources import knock, resolve_source
 
     spec = loaded.spec
