@@ -155,7 +155,8 @@ def _reader(folder: Path, name: str, column: dict[str, Any]) -> Callable[[int], 
         return lambda at: tuple(flat[ends[at] : ends[at + 1]].tolist())
 
     def text(at: int) -> str:
-        return flat[ends[at] : ends[at + 1]].tobytes().decode("utf-8", "surrogatepass")
+        content: bytes = flat[ends[at] : ends[at + 1]].tobytes()
+        return content.decode("utf-8", "surrogatepass")
 
     return text if kind == "text" else lambda at: json.loads(text(at))
 
@@ -172,9 +173,9 @@ def _save_offsets(folder: Path, name: str, lengths: list[int]) -> None:
 
 def _narrow(flat: Any) -> Any:
     """The same numbers in the smallest type that holds them all."""
-    for kind in (np.uint8, np.int32) if flat.dtype.kind == "i" else (np.uint8, np.float32):
+    for kind in ("uint8", "int32") if flat.dtype.kind == "i" else ("uint8", "float32"):
         low, high = float(flat.min()), float(flat.max())
-        limits = np.iinfo(kind) if np.issubdtype(kind, np.integer) else np.finfo(kind)
+        limits = np.finfo(kind) if kind == "float32" else np.iinfo(kind)
         if low >= limits.min and high <= limits.max and np.array_equal(flat.astype(kind), flat):
             return flat.astype(kind)
     return flat

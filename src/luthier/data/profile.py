@@ -56,10 +56,11 @@ def profile_examples(examples: Sequence[Example]) -> dict[str, Any]:
     labels: Counter[str] = Counter()
     scores: list[float] = []
     for example in examples:
-        if isinstance(example, Labelled) and isinstance(example.label, float):
-            scores.append(example.label)
-        elif isinstance(example, Labelled) and example.label is not None:
-            labels.update(example.label if isinstance(example.label, tuple) else (example.label,))
+        label = example.label if isinstance(example, Labelled) else None
+        if isinstance(label, float):
+            scores.append(label)
+        elif label is not None:
+            labels.update(label if isinstance(label, tuple) else (label,))
     if labels:
         found["labels"] = dict(labels.most_common())
         found["imbalance"] = round(max(labels.values()) / min(labels.values()), 2)

@@ -14,18 +14,16 @@ from luthier.data.sources.row import Row
 from luthier.data.turns import read_number, read_text, read_tools, read_turns
 
 Shape: TypeAlias = Literal[
-    *(
-        "preference",
-        "feedback",
-        "messages",
-        "sharegpt",
-        "alpaca",
-        "prompt_completion",
-        "pair",
-        "scored",
-        "labelled",
-        "text",
-    )
+    "preference",
+    "feedback",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "pair",
+    "scored",
+    "labelled",
+    "text",
 ]
 
 
@@ -119,7 +117,7 @@ def find_columns(names: Iterable[str], columns: Columns) -> dict[str, str]:
     return found
 
 
-def recognise(row: Row, columns: Columns, asked: str = "auto") -> tuple[Shape, dict[str, str]]:
+def recognise(row: Row, columns: Columns, asked: Shape | Literal["auto"] = "auto") -> tuple[Shape, dict[str, str]]:
     """The shape of a table from its first row, and the column of each role.
 
     Columns that are mapped by hand decide before those found by name. Raises DataError when nothing fits.
@@ -130,13 +128,13 @@ def recognise(row: Row, columns: Columns, asked: str = "auto") -> tuple[Shape, d
     if columns.good is None and asked != "feedback" and not judged:
         found.pop("good", None)
     if asked != "auto":
-        lacking = [role for role in NEEDS[asked] if role not in found]  # type: ignore[index]
+        lacking = [role for role in NEEDS[asked] if role not in found]
         if lacking:
             raise DataError(
-                f"{row.where}: the shape {asked!r} needs {_named(NEEDS[asked])}; the columns are {_named(row.values)}: "  # type: ignore[index]
+                f"{row.where}: the shape {asked!r} needs {_named(NEEDS[asked])}; the columns are {_named(row.values)}: "
                 f"map them with columns.{lacking[0]}"
             )
-        return asked, found  # type: ignore[return-value]
+        return asked, found
     mapped = {role for role in Columns.model_fields if getattr(columns, role) is not None}
     fits = [shape for shape, needs in NEEDS.items() if all(role in found for role in needs)]
     if not fits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from markupsafe import Markup, escape
@@ -16,7 +16,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 220, 66, 28, 10, 10
 MOST_POINTS = 300
 
 
-def draw_lines(curves: dict[str, Points], *, title: str, mark: float | None = None, unit: str = "step") -> Markup:
+def draw_lines(curves: Mapping[str, Points], *, title: str, mark: float | None = None, unit: str = "step") -> Markup:
     """Curves over one axis; `mark` is a place on it to point out (the best step). Empty curves are left out."""
     curves = {name: thin([point for point in points if math.isfinite(point[1])]) for name, points in curves.items()}
     curves = {name: points for name, points in curves.items() if points}

@@ -133,7 +133,7 @@ def read_confusion(path: Path) -> dict[str, Any] | None:
     found = read_json(path / "artefacts" / "details.json").get("confusion")
     if not found or len(found["labels"]) > LARGEST_MATRIX:
         return None
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, counts in zip(found["labels"], found["counts"]):
         cells = [
             {"count": count, "shade": shade(count, sum(counts)), "right": at == len(rows)}

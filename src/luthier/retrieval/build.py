@@ -141,7 +141,8 @@ def _embed(
     if encoder is None:
         return None, 0
     known: dict[str, int] = {}
-    if old is not None and old.vectors_NE is not None and old.vectors_NE.dtype == dtype:
+    kept_NE = None if old is None else old.vectors_NE
+    if old is not None and kept_NE is not None and kept_NE.dtype == dtype:
         known = {one.compared: at for at, one in enumerate(old.all_passages())}
     new = list(dict.fromkeys(one.compared for one in passages if one.compared not in known))
     events.stage(f"embedding {len(new)} passages")
@@ -152,9 +153,7 @@ def _embed(
     ).astype(dtype)
     place = {text: at for at, text in enumerate(new)}
     rows = [
-        old.vectors_NE[known[one.compared]]
-        if old is not None and one.compared in known
-        else made_ME[place[one.compared]]  # type: ignore[index]
+        kept_NE[known[one.compared]] if kept_NE is not None and one.compared in known else made_ME[place[one.compared]]
         for one in passages
     ]
     return np.stack(rows), len(new)

@@ -60,7 +60,7 @@ class Encoder:
     def unknown(self, texts: Sequence[str]) -> float:
         """The share of the tokens of these texts that stand for what is outside the vocabulary."""
         found = self.model.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        ids = [token for one in found for token in one]
+        ids: list[int] = [token for one in found for token in one]
         return sum(token == self.model.renderer.unknown_id for token in ids) / max(1, len(ids))
 
     def embed(
@@ -162,7 +162,7 @@ def _read(folder: Path | None, place: Path | str, name: str, events: Events) -> 
     """A JSON file of the encoder; {} where there is none. Raises ModelError for one that cannot be read."""
     if folder is None:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             path = Path(hf_hub_download(str(place), name))

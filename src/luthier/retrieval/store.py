@@ -195,7 +195,7 @@ def write_index(
             folder.mkdir()
             lines = [(json.dumps(asdict(one), ensure_ascii=False) + "\n").encode("utf-8") for one in passages]
             places_N1 = np.concatenate([[0], np.cumsum([len(line) for line in lines])]).astype(np.int64)
-            arrays = {
+            arrays: dict[str, NDArray[Any]] = {
                 "places": places_N1,
                 "starts": words.starts_V1,
                 "postings": words.passages_P,

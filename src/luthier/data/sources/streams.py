@@ -36,8 +36,8 @@ def stream_rows(source: Any, place: Place, bad: Bad) -> Iterator[tuple[Row, Plac
     elif isinstance(source, str | Path):
         for number, path in enumerate(list_files(source)):
             if number >= place[0]:
-                row, byte = place[1:] if number == place[0] else (0, 0)
-                for found, (line, after) in _stream_file(path, row, byte, bad):
+                start, byte = place[1:] if number == place[0] else (0, 0)
+                for found, (line, after) in _stream_file(path, start, byte, bad):
                     yield found, (number, line, after)
     else:
         for number, row in enumerate(read_table(_again(source), bad), 1):
