@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from luthier.core.errors import ConfigError, ModelError, did_you_mean
 from luthier.core.events import Events
-from luthier.engine.readers import Reader
+from luthier.engine.reader import Reader
 from luthier.engine.request import Request
 from luthier.models.adapters.additions import Additions, Line, read_additions
 from luthier.models.decoder import lows_of

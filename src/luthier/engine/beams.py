@@ -11,7 +11,8 @@ from torch import Tensor
 from luthier.engine.blocks import Blocks
 from luthier.engine.choose import settled
 from luthier.engine.pieces import stops_here
-from luthier.engine.readers import Reader, reader_for
+from luthier.engine.reader import Reader
+from luthier.engine.readers import reader_for
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of

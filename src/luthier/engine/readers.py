@@ -3,18 +3,15 @@ plans for it."""
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 from luthier.engine.blocks import Blocks
 from luthier.engine.crossed import Crossed, why_padded
 from luthier.engine.paged import Paged
+from luthier.engine.reader import Reader
 from luthier.engine.schedule import Schedule
 from luthier.engine.seats import Seats
 from luthier.models.pages import writes_by_pages
 from luthier.models.spec import LoadedModel
 from luthier.native.decoder import Cached
-
-Reader: TypeAlias = Paged | Cached | Crossed
 
 
 def reader_for(model: LoadedModel, blocks: int) -> Reader:
