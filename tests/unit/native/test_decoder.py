@@ -56,10 +56,13 @@ def test_the_c_code_follows_the_plain_one_with_the_same_rounded_weights(family, 
     assert apart(native_logits(Packed(decoder, form), ids), plain_TV) < (0.02 if form == "bfloat16" else 0.05)
 
 
-@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("form", "kept"), [("bfloat16", "bfloat16"), ("int8", "bfloat16"), ("int8", "int8"), ("int4", "bfloat16")]
+)
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "mistral"])
-def test_a_token_is_the_same_bits_whatever_is_beside_it(family, form):
+def test_a_token_is_the_same_bits_whatever_is_beside_it(family, form, kept):
     packed = Packed(describe(decoder_model(family)), form)
+    packed.kept = kept
     texts = [some_ids(size, size) for size in (1, 5, 33, 64, 90, 2, 17, 40)]
     tables, taken = [], list(range(200))
     random.Random(3).shuffle(taken)
