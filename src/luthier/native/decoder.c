@@ -38,8 +38,8 @@ typedef struct {
 } Decoder;
 
 /* A step: `count` tokens, each with its place in its text and where the table of its text begins; `wanted` of them are to
- * predict the next: their logits, as wide as the head's n, or the likeliest token alone. `adapters`: of each token, or -1;
- * what they add is `low` wide before B at most. */
+ * predict the next: their logits, as wide as the head's n, or the likeliest token alone, -1 where its logit is not finite.
+ * `adapters`: of each token, or -1; what they add is `low` wide before B at most. */
 typedef struct {
     int64_t count, wanted, threads, low;
     const int32_t *ids, *places, *first, *tables, *rows;
@@ -229,7 +229,7 @@ static void finish_logits(const Decoder *d, float *logits, int64_t from, int64_t
     }
 }
 
-/* Of 16 candidates a thread, the highest; the first of equals. */
+/* Of 16 candidates a thread, the highest; the first of equals; -1 where that is no finite number. */
 static int32_t best_of(const Best *best, int64_t rows, int64_t row, int threads) {
     float high = -INFINITY;
     int32_t at = 0;
@@ -237,12 +237,13 @@ static int32_t best_of(const Best *best, int64_t rows, int64_t row, int threads)
         for (int64_t i = 0; i < LANE; i++) {
             int64_t lane = (thread * rows + row) * LANE + i;
             int32_t column = best->at[lane] + (int32_t)i;
+            if (best->value[lane] != best->value[lane]) return -1;
             if (best->value[lane] > high || (best->value[lane] == high && column < at)) {
                 high = best->value[lane];
                 at = column;
             }
         }
-    return at;
+    return isfinite(high) ? at : -1;
 }
 
 static int64_t wider(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -331,7 +331,8 @@ class Cached:
     ) -> Tensor:
         """Read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks of its table, with
         the adapter of that number for each text, or without one (-1).
-        The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R].
+        The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R], -1
+        where the largest logit is not finite.
 
         Raises IndexError for what is not there: tokens, places or blocks."""
         packed, count = self.packed, len(ids)

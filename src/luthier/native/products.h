@@ -44,7 +44,8 @@ INLINE void keep(const Product *p, int64_t tile, int64_t m, vf x, float *out, in
     if (best) {
         float *value = best->value + m * LANE;
         int32_t *at = best->at + m * LANE;
-        vi above = x > load(value);
+        /* What is no number is above all, and nothing above it. */
+        vi above = (x > load(value)) | (x != x);
         store(value, pick(above, x, load(value)));
         *(vi_any *)at = (all_words((int32_t)(tile * LANE)) & above) | (load_words(at) & ~above);
     }

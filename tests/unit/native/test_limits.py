@@ -72,6 +72,32 @@ def test_one_number_that_is_none_stays_visible(activation, form):
     assert logits(Packed(small_decoder(activation, up_bias=bias_N), form), IDS).isnan().all()
 
 
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
+def test_a_text_whose_largest_logit_is_no_number_has_no_likeliest_token_and_those_beside_it_have(form):
+    embedding_VE = torch.randn(TOKENS, WIDTH)
+    embedding_VE[BROKEN] = torch.nan
+    packed = Packed(small_decoder(embedding_VE=embedding_VE), form)
+    texts = [[5, 6], [5, BROKEN], [7, 8]]
+    found, alone = (
+        Cached(packed, 3).read([one for text in some for one in text], [[at] for at in range(len(some))], [0] * len(some),
+                               [2] * len(some), range(1, 2 * len(some), 2), likeliest=True).tolist()
+        for some in (texts, texts[::2])
+    )  # fmt: skip
+    assert found == [alone[0], -1, alone[1]] and min(alone) >= 0
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("at", [0, 17, TOKENS - 1])
+def test_one_logit_above_all_numbers_is_enough(at, bad):
+    bias_N = torch.zeros(TOKENS)
+    bias_N[at] = bad
+    packed = Packed(small_decoder(head=linear(TOKENS, WIDTH, 9, bias_N)), "bfloat16")
+    assert Cached(packed, 1).read([5, 6], [[0]], [0], [2], [0, 1], likeliest=True).tolist() == [-1, -1]
+    bias_N[at] = -torch.inf
+    packed = Packed(small_decoder(head=linear(TOKENS, WIDTH, 9, bias_N)), "bfloat16")
+    assert min(Cached(packed, 1).read([5, 6], [[0]], [0], [2], [0, 1], likeliest=True).tolist()) >= 0
+
+
 @pytest.mark.parametrize("kept", ["bfloat16", "int8"])
 def test_scores_that_are_no_numbers_stay_visible(kept):
     bias_N = torch.zeros(3 * WIDTH)
