@@ -8,11 +8,15 @@
 #define TILES 3
 #define MOST 8
 #define MOST_NIBBLES 4
+#define FEW 4
 #else
 #define TILES 1
 #define MOST 4
 #define MOST_NIBBLES 2
+#define FEW 1
 #endif
+/* Bytes before they are read that weights are fetched, where rows are few. */
+#define BEFORE 8192
 #define GROUP 64
 
 typedef struct {
@@ -185,12 +189,96 @@ PRODUCT(multiply_nibbles, nibbles_block, MOST_NIBBLES)
 
 INLINE int64_t tile_bytes(const Product *p) { return p->k * LANE * p->bits / 8; }
 
+/* A few rows take less time than reading the weights, so these are read from the first to the last byte of the share, which
+ * goes faster than several tiles at once; sums of a tile go on in four, that none waits for the one before. Whole numbers are
+ * the same in any order. */
+INLINE const uint8_t *before_long(const uint8_t *w, const uint8_t *end, const uint8_t *then) {
+    return w + BEFORE < end ? w + BEFORE : then + (w + BEFORE - end);
+}
+
+INLINE void bytes_few(const Product *p, const int MR, const Rows *rows, float *out, int64_t stride, Best *best, int64_t from,
+                      int64_t to, const uint8_t *then) {
+    int64_t k = p->k, groups = rows->k / GROUP;
+    const uint8_t *w = p->weight + from * tile_bytes(p), *end = p->weight + to * tile_bytes(p);
+    for (int64_t tile = from; tile < to; tile++) {
+        const uint8_t *next = before_long(w, end, then);
+        vi sum[FEW][4];
+        UNROLL for (int i = 0; i < MR; i++) {
+            sum[i][0] = all_words(-128 * rows->sums[i * (groups + 1) + groups]);
+            UNROLL for (int n = 1; n < 4; n++) sum[i][n] = all_words(0);
+        }
+        for (int64_t at = 0; at < k / 4; at += 4, w += 256, next += 256)
+            UNROLL for (int n = 0; n < 4; n++) {
+                vi word = load_words(w + n * 64);
+                fetch_far(next + n * 64);
+                UNROLL for (int i = 0; i < MR; i++) {
+                    int32_t four;
+                    memcpy(&four, rows->bytes + i * rows->k + (at + n) * 4, 4);
+                    sum[i][n] = dot_bytes(sum[i][n], word, all_words(four));
+                }
+            }
+        UNROLL for (int i = 0; i < MR; i++) {
+            vi whole = sum[i][0] + sum[i][1] + (sum[i][2] + sum[i][3]);
+            keep(p, tile, i, from_words(whole) * all(rows->scale[i]) * load(p->scale + tile * LANE), out, stride, best);
+        }
+    }
+}
+
+INLINE void nibbles_few(const Product *p, const int MR, const Rows *rows, float *out, int64_t stride, Best *best,
+                        int64_t from, int64_t to, const uint8_t *then) {
+    int64_t groups = rows->k / GROUP;
+    const uint8_t *w = p->weight + from * tile_bytes(p), *end = p->weight + to * tile_bytes(p);
+    const uint16_t *scales = p->scales + from * groups * LANE;
+    for (int64_t tile = from; tile < to; tile++) {
+        const uint8_t *next = before_long(w, end, then);
+        vf whole[FEW];
+        UNROLL for (int i = 0; i < MR; i++) whole[i] = all(0);
+        for (int64_t g = 0; g < groups; g++, w += 512, next += 512, scales += LANE) {
+            vi sum[FEW][4];
+            UNROLL for (int i = 0; i < MR; i++) {
+                sum[i][0] = all_words(-8 * rows->sums[i * (groups + 1) + g]);
+                UNROLL for (int n = 1; n < 4; n++) sum[i][n] = all_words(0);
+            }
+            UNROLL for (int at = 0; at < 8; at++) {
+                vi word = load_words(w + at * 64), low = word & 0x0f0f0f0f, high = (vi)((vu)word >> 4) & 0x0f0f0f0f;
+                fetch_far(next + at * 64);
+                UNROLL for (int i = 0; i < MR; i++) {
+                    int32_t first, second;
+                    const int8_t *four = rows->bytes + i * rows->k + g * GROUP + at * 4;
+                    memcpy(&first, four, 4);
+                    memcpy(&second, four + 32, 4);
+                    sum[i][at % 2] = dot_bytes(sum[i][at % 2], low, all_words(first));
+                    sum[i][2 + at % 2] = dot_bytes(sum[i][2 + at % 2], high, all_words(second));
+                }
+            }
+            vf scale = from_halves(scales);
+            UNROLL for (int i = 0; i < MR; i++)
+                whole[i] += from_words(sum[i][0] + sum[i][1] + (sum[i][2] + sum[i][3])) * scale;
+        }
+        UNROLL for (int i = 0; i < MR; i++) keep(p, tile, i, whole[i] * all(rows->scale[i]), out, stride, best);
+    }
+}
+
+#define FEW_ROWS(name, block)                                                                                         \
+    static void name(const Product *p, const Rows *rows, int64_t count, float *out, int64_t stride, Best *best,       \
+                     int64_t from, int64_t to, const uint8_t *then) {                                                 \
+        if (count == 1) block(p, 1, rows, out, stride, best, from, to, then);                                         \
+        else if (count == 2) block(p, FEW > 1 ? 2 : 1, rows, out, stride, best, from, to, then);                      \
+        else if (count == 3) block(p, FEW > 2 ? 3 : 1, rows, out, stride, best, from, to, then);                      \
+        else block(p, FEW, rows, out, stride, best, from, to, then);                                                  \
+    }
+
+FEW_ROWS(multiply_few_bytes, bytes_few)
+FEW_ROWS(multiply_few_nibbles, nibbles_few)
+
 /* The share of one thread of `threads`; after it, it multiplies by `next`. */
 static void multiply(const Product *p, const Rows *rows, int64_t count, float *out, Best *best, int thread, int threads,
                      const Product *next) {
     int64_t tiles = p->n / LANE, from = tiles * thread / threads, to = tiles * (thread + 1) / threads;
     const uint8_t *then = next->weight + next->n / LANE * thread / threads * tile_bytes(next);
-    if (p->bits == 16) multiply_halves(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
+    if (p->bits == 8 && count <= FEW) multiply_few_bytes(p, rows, count, out, p->n, best, from, to, then);
+    else if (p->bits == 4 && count <= FEW) multiply_few_nibbles(p, rows, count, out, p->n, best, from, to, then);
+    else if (p->bits == 16) multiply_halves(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
     else if (p->bits == 8) multiply_bytes(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
     else multiply_nibbles(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
 }
