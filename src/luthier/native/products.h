@@ -8,12 +8,14 @@
 #define TILES 3
 #define MOST 8
 #define MOST_NIBBLES 4
-#define FEW 4
+#define FEW 8
+#define FEW_NIBBLES 4
 #else
 #define TILES 1
 #define MOST 4
 #define MOST_NIBBLES 2
 #define FEW 1
+#define FEW_NIBBLES 1
 #endif
 /* Bytes before they are read that weights are fetched, where rows are few. */
 #define BEFORE 8192
@@ -148,32 +150,45 @@ INLINE void nibbles_block(const Product *p, int64_t tile, int64_t m, const int M
     }
 }
 
-/* All rows by the tiles of one kind: as many rows at once as fit, then fewer. The weights of the next tiles are fetched
- * while the second to fourth lot of rows is worked on, or where there are fewer, all with the first; at the end of the share,
- * `then`, what this thread reads after it. */
-#define PRODUCT(name, block, most)                                                                                    \
+/* The last rows, fewer than a lot, at once: one after another they would wait for their sums each. */
+#define REST_OF(block, most, n) \
+    case n: if (n < most) block(p, tile, m, n < most ? n : 1, TILES, rows, out, stride, best, left, 1); break;
+#define REST(block, most)                                                                                             \
+    switch (count - m) {                                                                                              \
+    REST_OF(block, most, 1) REST_OF(block, most, 2) REST_OF(block, most, 3) REST_OF(block, most, 4)                   \
+    REST_OF(block, most, 5) REST_OF(block, most, 6) REST_OF(block, most, 7)                                           \
+    }
+
+/* All rows by the tiles of one kind: as many rows at once as fit, then the rest. The weights of the next tiles are fetched
+ * meanwhile, a tile with each lot of rows from the second on, or where there are fewer lots more with each; at the end of the
+ * share, `then`, what this thread reads after it. */
+#define LESS (TILES > 1 ? TILES - 1 : 1)
+#define PRODUCT(name, block, most, few)                                                                               \
     static void name(const Product *p, const Rows *rows, int64_t count, float *out, int64_t stride, Best *best,       \
                      int64_t from, int64_t to, int64_t bytes, const uint8_t *then) {                                  \
         for (int64_t tile = from; tile < to;) {                                                                       \
             int64_t m = 0;                                                                                            \
             if (to - tile >= TILES) {                                                                                 \
                 const uint8_t *next = tile + TILES < to ? p->weight + (tile + TILES) * bytes : then;                  \
-                if (count < 4 * most) {                                                                               \
-                    if (count >= most) { block(p, tile, 0, most, TILES, rows, out, stride, best, next, TILES); m = most; } \
-                    else if (count >= most / 2) {                                                                     \
-                        block(p, tile, 0, most / 2, TILES, rows, out, stride, best, next, TILES);                     \
-                        m = most / 2;                                                                                 \
-                    } else { block(p, tile, 0, 1, TILES, rows, out, stride, best, next, TILES); m = 1; }              \
+                int64_t lots = count / most, skipped = lots > TILES;                                                  \
+                if (few < most && !lots) {                                                                            \
+                    if (count >= most / 2) block(p, tile, 0, most / 2, TILES, rows, out, stride, best, next, TILES);  \
+                    else block(p, tile, 0, 1, TILES, rows, out, stride, best, next, TILES);                           \
+                    m = count >= most / 2 ? most / 2 : 1;                                                             \
                 }                                                                                                     \
-                for (int lot = 0; m + most <= count; m += most, lot++) {                                              \
-                    if (count >= 4 * most && lot >= 1 && lot <= 3)                                                    \
-                        block(p, tile, m, most, TILES, rows, out, stride, best, next + (lot - 1) * bytes, 1);         \
-                    else                                                                                              \
-                        block(p, tile, m, most, TILES, rows, out, stride, best, 0, 0);                                \
+                for (int64_t lot = 0; lot < lots; lot++, m += most) {                                                 \
+                    int64_t tiles = lot - skipped;                                                                    \
+                    if (count == most) block(p, tile, m, most, TILES, rows, out, stride, best, next, TILES);          \
+                    else if (lots < 3 && !lot) block(p, tile, m, most, TILES, rows, out, stride, best, next, LESS);   \
+                    else if (lots == 2 && TILES > 1)                                                                  \
+                        block(p, tile, m, most, TILES, rows, out, stride, best, next + LESS * bytes, 1);              \
+                    else if (lots > 2 && tiles >= 0 && tiles < TILES)                                                 \
+                        block(p, tile, m, most, TILES, rows, out, stride, best, next + tiles * bytes, 1);             \
+                    else block(p, tile, m, most, TILES, rows, out, stride, best, 0, 0);                               \
                 }                                                                                                     \
-                for (; m + most / 2 <= count; m += most / 2)                                                          \
-                    block(p, tile, m, most / 2, TILES, rows, out, stride, best, 0, 0);                                \
-                for (; m < count; m++) block(p, tile, m, 1, TILES, rows, out, stride, best, 0, 0);                    \
+                /* Where nothing is left to be fetched, what is there already. */                                     \
+                const uint8_t *left = lots == 1 && TILES > 1 ? next + LESS * bytes : p->weight + tile * bytes;        \
+                REST(block, most)                                                                                     \
                 tile += TILES;                                                                                        \
             } else {                                                                                                  \
                 for (; m + most <= count; m += most) block(p, tile, m, most, 1, rows, out, stride, best, 0, 0);       \
@@ -183,9 +198,9 @@ INLINE void nibbles_block(const Product *p, int64_t tile, int64_t m, const int M
         }                                                                                                             \
     }
 
-PRODUCT(multiply_halves, halves_block, MOST)
-PRODUCT(multiply_bytes, bytes_block, MOST)
-PRODUCT(multiply_nibbles, nibbles_block, MOST_NIBBLES)
+PRODUCT(multiply_halves, halves_block, MOST, 0)
+PRODUCT(multiply_bytes, bytes_block, MOST, FEW)
+PRODUCT(multiply_nibbles, nibbles_block, MOST_NIBBLES, FEW_NIBBLES)
 
 INLINE int64_t tile_bytes(const Product *p) { return p->k * LANE * p->bits / 8; }
 
@@ -198,6 +213,7 @@ INLINE const uint8_t *before_long(const uint8_t *w, const uint8_t *end, const ui
 
 INLINE void bytes_few(const Product *p, const int MR, const Rows *rows, float *out, int64_t stride, Best *best, int64_t from,
                       int64_t to, const uint8_t *then) {
+    const int sums = MR > 4 ? 2 : 4;
     int64_t k = p->k, groups = rows->k / GROUP;
     const uint8_t *w = p->weight + from * tile_bytes(p), *end = p->weight + to * tile_bytes(p);
     for (int64_t tile = from; tile < to; tile++) {
@@ -205,20 +221,21 @@ INLINE void bytes_few(const Product *p, const int MR, const Rows *rows, float *o
         vi sum[FEW][4];
         UNROLL for (int i = 0; i < MR; i++) {
             sum[i][0] = all_words(-128 * rows->sums[i * (groups + 1) + groups]);
-            UNROLL for (int n = 1; n < 4; n++) sum[i][n] = all_words(0);
+            UNROLL for (int n = 1; n < sums; n++) sum[i][n] = all_words(0);
         }
         for (int64_t at = 0; at < k / 4; at += 4, w += 256, next += 256)
             UNROLL for (int n = 0; n < 4; n++) {
-                vi word = load_words(w + n * 64);
+                vi word = held(load_words(w + n * 64));
                 fetch_far(next + n * 64);
                 UNROLL for (int i = 0; i < MR; i++) {
                     int32_t four;
                     memcpy(&four, rows->bytes + i * rows->k + (at + n) * 4, 4);
-                    sum[i][n] = dot_bytes(sum[i][n], word, all_words(four));
+                    sum[i][n % sums] = dot_bytes(sum[i][n % sums], word, all_words(four));
                 }
             }
         UNROLL for (int i = 0; i < MR; i++) {
-            vi whole = sum[i][0] + sum[i][1] + (sum[i][2] + sum[i][3]);
+            vi whole = sum[i][0] + sum[i][1];
+            if (sums == 4) whole += sum[i][2] + sum[i][3];
             keep(p, tile, i, from_words(whole) * all(rows->scale[i]) * load(p->scale + tile * LANE), out, stride, best);
         }
     }
@@ -259,17 +276,19 @@ INLINE void nibbles_few(const Product *p, const int MR, const Rows *rows, float 
     }
 }
 
-#define FEW_ROWS(name, block)                                                                                         \
+#define FEW_CASE(block, most, n) \
+    case n: if (n <= most) block(p, n <= most ? n : 1, rows, out, stride, best, from, to, then); break;
+#define FEW_ROWS(name, block, most)                                                                                   \
     static void name(const Product *p, const Rows *rows, int64_t count, float *out, int64_t stride, Best *best,       \
                      int64_t from, int64_t to, const uint8_t *then) {                                                 \
-        if (count == 1) block(p, 1, rows, out, stride, best, from, to, then);                                         \
-        else if (count == 2) block(p, FEW > 1 ? 2 : 1, rows, out, stride, best, from, to, then);                      \
-        else if (count == 3) block(p, FEW > 2 ? 3 : 1, rows, out, stride, best, from, to, then);                      \
-        else block(p, FEW, rows, out, stride, best, from, to, then);                                                  \
+        switch (count) {                                                                                              \
+        FEW_CASE(block, most, 1) FEW_CASE(block, most, 2) FEW_CASE(block, most, 3) FEW_CASE(block, most, 4)           \
+        FEW_CASE(block, most, 5) FEW_CASE(block, most, 6) FEW_CASE(block, most, 7) FEW_CASE(block, most, 8)           \
+        }                                                                                                             \
     }
 
-FEW_ROWS(multiply_few_bytes, bytes_few)
-FEW_ROWS(multiply_few_nibbles, nibbles_few)
+FEW_ROWS(multiply_few_bytes, bytes_few, FEW)
+FEW_ROWS(multiply_few_nibbles, nibbles_few, FEW_NIBBLES)
 
 /* The share of one thread of `threads`; after it, it multiplies by `next`. */
 static void multiply(const Product *p, const Rows *rows, int64_t count, float *out, Best *best, int thread, int threads,
@@ -277,7 +296,7 @@ static void multiply(const Product *p, const Rows *rows, int64_t count, float *o
     int64_t tiles = p->n / LANE, from = tiles * thread / threads, to = tiles * (thread + 1) / threads;
     const uint8_t *then = next->weight + next->n / LANE * thread / threads * tile_bytes(next);
     if (p->bits == 8 && count <= FEW) multiply_few_bytes(p, rows, count, out, p->n, best, from, to, then);
-    else if (p->bits == 4 && count <= FEW) multiply_few_nibbles(p, rows, count, out, p->n, best, from, to, then);
+    else if (p->bits == 4 && count <= FEW_NIBBLES) multiply_few_nibbles(p, rows, count, out, p->n, best, from, to, then);
     else if (p->bits == 16) multiply_halves(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
     else if (p->bits == 8) multiply_bytes(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
     else multiply_nibbles(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);

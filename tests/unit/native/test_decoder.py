@@ -89,6 +89,18 @@ def test_a_token_is_the_same_bits_whatever_is_beside_it(family, form, kept):
         assert torch.equal(found[0], row)
 
 
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
+def test_any_number_of_rows_gives_each_the_same_bits(form):
+    # As many rows at once as there are registers for, what is left of them, and few go different ways.
+    packed, ids = Packed(describe(decoder_model("qwen2")), form), some_ids(36)
+    alone = torch.cat([Cached(packed, 1).read([one], [[0]], [0], [1], [0]) for one in ids])
+    for count in range(1, 37):
+        places, cached = list(range(count)), Cached(packed, count)
+        step = ids[:count], [[at] for at in places], [0] * count, [1] * count, places
+        assert torch.equal(cached.read(*step), alone[:count])
+        assert cached.read(*step, likeliest=True).tolist() == alone[:count].argmax(-1).tolist()
+
+
 @pytest.mark.parametrize("form", ["bfloat16", "int8"])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "phi3"])
 def test_adapters_kept_apart_add_what_they_add_each_to_its_own_texts(family, form):
