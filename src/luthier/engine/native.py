@@ -59,6 +59,11 @@ class Quality:
     apart: float
     """Distance of the centred logits, relative to their size."""
 
+    @property
+    def close(self) -> bool:
+        """Whether that is next to nothing."""
+        return self.kl <= MOST_KL and self.perplexity <= MOST_PERPLEXITY and self.apart <= MOST_APART
+
     def __str__(self) -> str:
         return f"KL {self.kl:.4f} nats a token, perplexity {self.perplexity:+.2%}"
 
@@ -67,8 +72,8 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
     """Choose how `model` is read when it writes, put the packed weights into it, and say so.
 
     auto: int8 if the model is not small and stays what it is within the limits above, else bf16 if that does, else as it is. A
-    form that is asked for is taken, and what it changes is said. Raises ConfigError for one that this model or machine cannot
-    take.
+    form that is asked for is taken, and what it changes is said. Beside int8, keys and values are int8 too within the same
+    limits, else bf16. Raises ConfigError for one that this model or machine cannot take.
     """
     if execution == "model" or model.native is not None:
         return
@@ -91,7 +96,8 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
         return
     packed, quality = chosen
     model.native = packed
-    events.choose("engine", f"native {packed.form}", f"{quality}; {packed.nbytes / 1e6:,.0f} MB of weights")
+    why = f"{quality}; {packed.nbytes / 1e6:,.0f} MB of weights; keys and values in {packed.kept}"
+    events.choose("engine", f"native {packed.form}", why)
 
 
 def refuse(execution: Execution, draft: str | None = None) -> None:
@@ -213,10 +219,10 @@ def _choose(model: LoadedModel, decoder: Decoder, own: Own, execution: Execution
     if execution == "int4":
         packed = Packed(decoder, "int4", letting_go(model.network))
         return packed, measure(packed, own)
-    if quality.kl <= MOST_KL and quality.perplexity <= MOST_PERPLEXITY:
+    if quality.close:
         return packed, quality
     whole, other = _try(model, decoder, "bfloat16", own)
-    if other.kl <= MOST_KL and other.perplexity <= MOST_PERPLEXITY:
+    if other.close:
         return whole, other
     raise Unlike(f"int8 changes too much ({quality}), and so does bf16 ({other})")
 
@@ -228,6 +234,9 @@ def _try(model: LoadedModel, decoder: Decoder, form: Form, own: Own) -> tuple[Pa
     let_go()
     packed = Packed(decoder, form, let_go)
     quality = measure(packed, own)
+    if packed.kept == "int8" and not quality.close:
+        packed.kept = "bfloat16"
+        quality = measure(packed, own)
     let_go()
     if not quality.apart <= MOST_APART:
         raise Unlike(

@@ -21,6 +21,11 @@ def reader_for(model: LoadedModel, blocks: int) -> Reader:
     return Paged(model, blocks) if model.native is None else Cached(model.native, blocks)
 
 
+def kept_bytes(model: LoadedModel) -> int:
+    """Bytes that the keys and values of a token take, in the form that its reader keeps them in."""
+    return int(model.pages or 0) if model.native is None else model.native.kept_bytes
+
+
 def schedule_for(reader: Reader, blocks: Blocks, streams: int, tokens: int) -> Schedule | Seats:
     """What plans the steps of a reader."""
     if isinstance(reader, Crossed):

@@ -1,4 +1,5 @@
-/* Attention over keys and values in blocks of 32 tokens, in bf16, as the dot instruction reads them.
+/* Attention over keys and values in blocks of 32 tokens, as the dot instruction reads them: in bf16 here, in bytes in
+ * cached_bytes.h.
  *
  * A block holds for every head of keys [size / 2][32][2], and of values [16][size][2]. A few queries that see the same
  * keys are worked on together: the heads of a group, and tokens that follow one another in a text. Scores, softmax and sums
@@ -10,11 +11,14 @@
 #else
 #define QUERIES 2
 #endif
+/* So many blocks before it is read one is fetched. */
+#define AHEAD 4
 /* Lower than any score, and what becomes of it. */
 #define UNSEEN -1e30f
 
 typedef struct {
-    const uint16_t *keys, *values;  /* of this layer */
+    const uint8_t *keys, *values;   /* of this layer */
+    int64_t key_bytes, value_bytes; /* of one head of a block */
     const int32_t *table;
     int64_t heads, head, size;      /* of keys; which one; its width, a multiple of 16 */
     float softcap;
@@ -22,19 +26,43 @@ typedef struct {
     uint16_t *share;                /* the same */
 } Cached;
 
-INLINE const uint8_t *block_of(const Cached *c, const uint16_t *from, int64_t at) {
-    return (const uint8_t *)(from + ((int64_t)c->table[at] * c->heads + c->head) * TOKENS * c->size);
+INLINE const uint8_t *keys_of(const Cached *c, int64_t at) {
+    return c->keys + ((int64_t)c->table[at] * c->heads + c->head) * c->key_bytes;
+}
+
+INLINE const uint8_t *values_of(const Cached *c, int64_t at) {
+    return c->values + ((int64_t)c->table[at] * c->heads + c->head) * c->value_bytes;
+}
+
+/* The scores of a query in their final form, from the block `first` on: softly capped, and none where it sees nothing. The
+ * largest, in every lane. */
+INLINE vf settle(const Cached *c, float *score, int64_t room, int64_t from, int64_t seen, int64_t first) {
+    if (c->softcap > 0)
+        for (int64_t t = 0; t < room; t += LANE) {
+            /* tanh(x) = 1 - 2 / (e^2x + 1) */
+            vf twice = exp_of(load(score + t) * (2.0f / c->softcap));
+            store(score + t, c->softcap * (1.0f - 2.0f / (twice + 1.0f)));
+        }
+    /* In whole lanes: what was written piece by piece is slow to read as one. */
+    int64_t begin = from - first * TOKENS, end = seen - first * TOKENS;
+    for (int64_t t = 0; t < begin; t += LANE)
+        store(score + t, pick(counted() < (int32_t)(begin - t), all(UNSEEN), load(score + t)));
+    for (int64_t t = end / LANE * LANE; t < room; t += LANE)
+        store(score + t, pick(counted() < (int32_t)(end - t), load(score + t), all(UNSEEN)));
+    vf high = all(UNSEEN);
+    for (int64_t t = 0; t < room; t += LANE) high = larger(high, load(score + t));
+    return all(most_of(high));
 }
 
 /* N queries (bf16, scaled; `step` apart), which see the places from[i] to seen[i]; blocks from `first` to `last` hold all
- * of these. Writes out[i] (`step` apart). `after` is fetched meanwhile for whoever is next. */
-INLINE void attend_some(const Cached *c, const int N, const uint16_t *const *query, const int64_t *from,
-                        const int64_t *seen, int64_t first, int64_t last, float *const *out, const uint8_t *after) {
+ * of these. Writes out[i] (`step` apart). `after`: AHEAD blocks that are read next, and are fetched meanwhile; or none. */
+INLINE void halves_attend(const Cached *c, const int N, const uint16_t *const *query, const int64_t *from,
+                          const int64_t *seen, int64_t first, int64_t last, float *const *out, const uint8_t *const *after) {
     int64_t size = c->size, room = (last - first) * TOKENS;
     vf scale[QUERIES];
     for (int64_t at = first; at < last; at++) {
-        const uint8_t *keys = block_of(c, c->keys, at);
-        const uint8_t *next = at + 1 < last ? block_of(c, c->keys, at + 1) : block_of(c, c->values, first);
+        const uint8_t *keys = keys_of(c, at);
+        const uint8_t *next = at + 1 < last ? keys_of(c, at + 1) : values_of(c, first);
         vf sum[QUERIES][2];
         UNROLL for (int i = 0; i < N; i++) { sum[i][0] = all(0); sum[i][1] = all(0); }
         for (int64_t d = 0; d < size / 2; d++) {
@@ -58,17 +86,7 @@ INLINE void attend_some(const Cached *c, const int N, const uint16_t *const *que
     for (int i = 0; i < N; i++) {
         float *score = c->score + i * room;
         uint16_t *share = c->share + i * room;
-        if (c->softcap > 0)
-            for (int64_t t = 0; t < room; t += LANE) {
-                /* tanh(x) = 1 - 2 / (e^2x + 1) */
-                vf twice = exp_of(load(score + t) * (2.0f / c->softcap));
-                store(score + t, c->softcap * (1.0f - 2.0f / (twice + 1.0f)));
-            }
-        for (int64_t t = 0; t < from[i] - first * TOKENS; t++) score[t] = UNSEEN;
-        for (int64_t t = seen[i] - first * TOKENS; t < room; t++) score[t] = UNSEEN;
-        vf high = all(UNSEEN), mass = all(0);
-        for (int64_t t = 0; t < room; t += LANE) high = larger(high, load(score + t));
-        high = all(most_of(high));
+        vf high = settle(c, score, room, from[i], seen[i], first), mass = all(0);
         for (int64_t t = 0; t < room; t += LANE) {
             vf x = load(score + t);
             vf e = pick(x <= all(UNSEEN * 0.5f), all(0), exp_of(x - high));
@@ -84,8 +102,8 @@ INLINE void attend_some(const Cached *c, const int N, const uint16_t *const *que
         vf sum[QUERIES][4];
         UNROLL for (int i = 0; i < N; i++) UNROLL for (int r = 0; r < wide; r++) sum[i][r] = all(0);
         for (int64_t at = first; at < last; at++) {
-            const uint8_t *values = block_of(c, c->values, at) + d * 4;
-            const uint8_t *next = at + 1 < last ? block_of(c, c->values, at + 1) + d * 4 : after;
+            const uint8_t *values = values_of(c, at) + d * 4;
+            const uint8_t *next = at + 1 < last ? values_of(c, at + 1) + d * 4 : after[0];
             if (columns == wide)
                 for (int64_t t = 0; t < TOKENS / 2; t++) {
                     vi word[4];
@@ -114,22 +132,23 @@ INLINE void attend_some(const Cached *c, const int N, const uint16_t *const *que
     }
 }
 
-static void attend(const Cached *c, int count, const uint16_t *const *query, const int64_t *from, const int64_t *seen,
-                   int64_t first, int64_t last, float *const *out, const uint8_t *after) {
-    switch (count) {
-    case 1: attend_some(c, 1, query, from, seen, first, last, out, after); break;
+/* How many queries there are decides which code they go by. */
 #if QUERIES > 2
-    case 2: attend_some(c, 2, query, from, seen, first, last, out, after); break;
-    case 3: attend_some(c, 3, query, from, seen, first, last, out, after); break;
-    case 4: attend_some(c, 4, query, from, seen, first, last, out, after); break;
-    case 5: attend_some(c, 5, query, from, seen, first, last, out, after); break;
-    case 6: attend_some(c, 6, query, from, seen, first, last, out, after); break;
-    case 7: attend_some(c, 7, query, from, seen, first, last, out, after); break;
-    case 8: attend_some(c, 8, query, from, seen, first, last, out, after); break;
-    case 9: attend_some(c, 9, query, from, seen, first, last, out, after); break;
-    case 10: attend_some(c, 10, query, from, seen, first, last, out, after); break;
-    case 11: attend_some(c, 11, query, from, seen, first, last, out, after); break;
+#define CASE(some, n) case n: some(c, n, query, from, seen, first, last, out, after); break;
+#define CASES(some) CASE(some, 2) CASE(some, 3) CASE(some, 4) CASE(some, 5) CASE(some, 6) CASE(some, 7) CASE(some, 8) \
+    CASE(some, 9) CASE(some, 10) CASE(some, 11)
+#else
+#define CASES(some)
 #endif
-    default: attend_some(c, QUERIES, query, from, seen, first, last, out, after);
+#define ATTEND(name, some)                                                                                            \
+    static void name(const Cached *c, int count, const uint16_t *const *query, const int64_t *from,                   \
+                     const int64_t *seen, int64_t first, int64_t last, float *const *out,                             \
+                     const uint8_t *const *after) {                                                                   \
+        switch (count) {                                                                                              \
+        case 1: some(c, 1, query, from, seen, first, last, out, after); break;                                        \
+        CASES(some)                                                                                                   \
+        default: some(c, QUERIES, query, from, seen, first, last, out, after);                                        \
+        }                                                                                                             \
     }
-}
+
+ATTEND(attend_halves, halves_attend)

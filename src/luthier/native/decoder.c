@@ -2,7 +2,7 @@
  * another between its parts. No headers but the compiler's own.
  *
  * Sums of a token run in one order whatever is beside it, so what a text becomes does not depend on the others. Weights are
- * packed (products.h); the residual stream, norms and softmax are fp32, keys and values bf16. */
+ * packed (products.h); the residual stream, norms and softmax are fp32, keys and values bf16 or bytes. */
 #define _GNU_SOURCE
 #include <omp.h>
 #include <sched.h>
@@ -14,18 +14,20 @@
 #include "lowrank.h"
 #include "rowwise.h"
 #include "cached.h"
+#include "cached_bytes.h"
 
 typedef struct {
     Norm before_attention, query, key, after_attention, before_mlp, after_mlp;
     Product qkv, out, up, down;
     const float *cosine, *sine;     /* [places][turned / 2]; none: no positions here */
     int64_t window;                 /* 0: all */
-    uint16_t *keys, *values;        /* [blocks][kv][32 x size] */
+    uint8_t *keys, *values;         /* [blocks][kv], each what cached.h says of a block */
     const LowSet *low_qkv, *low_out, *low_up, *low_down;    /* by adapter; or none */
 } Layer;
 
 typedef struct {
     int64_t width, heads, kv, size, turned, inner, layers, gated, activation, parallel;
+    int64_t kept;                   /* bits of keys and values: 16 or 8 */
     float scale, softcap, residual, embedding_scale;
     const uint16_t *embedding;      /* [V, width] in bf16 */
     const float *places;            /* [places, width], learned; or none */
@@ -36,8 +38,8 @@ typedef struct {
 } Decoder;
 
 /* A step: `count` tokens, each with its place in its text and where the table of its text begins; `wanted` of them are to
- * predict the next: their logits, as wide as the head's n, or the likeliest token alone. `adapters`: of each token, or -1;
- * what they add is `low` wide before B at most. */
+ * predict the next: their logits, as wide as the head's n, or the likeliest token alone, -1 where its logit is not finite.
+ * `adapters`: of each token, or -1; what they add is `low` wide before B at most. */
 typedef struct {
     int64_t count, wanted, threads, low;
     const int32_t *ids, *places, *first, *tables, *rows;
@@ -99,46 +101,95 @@ static int64_t find_spans(const Step *step, int64_t most, Span *spans) {
     return found;
 }
 
+/* Of one head of a block. */
+INLINE int64_t key_bytes(const Decoder *d) { return TOKENS * d->size * d->kept / 8 + (d->kept == 8 ? (int64_t)SCALES : 0); }
+INLINE int64_t value_bytes(const Decoder *d) { return TOKENS * d->size * d->kept / 8; }
+
+static void place_query(const Decoder *d, float *x, uint16_t *to) {
+    vf scale = all(d->scale);
+    if (d->kept == 16) {
+        for (int64_t i = 0; i < d->size; i += LANE) store_halves(to + i, load(x + i) * scale);
+        return;
+    }
+    int32_t sum;
+    for (int64_t i = 0; i < d->size; i += LANE) store(x + i, load(x + i) * scale);
+    float own = to_bytes(x, d->size, (int8_t *)to, &sum);
+    memcpy((int8_t *)to + d->size, &own, 4);
+    memcpy((int8_t *)to + d->size + 4, &sum, 4);
+}
+
+static void place_key(const Decoder *d, const float *x, uint8_t *block, int64_t inside) {
+    uint32_t words[256];
+    int64_t size = d->size;
+    if (d->kept == 16) {
+        for (int64_t i = 0; i < size; i += LANE) store_halves((uint16_t *)words + i, load(x + i));
+        for (int64_t i = 0; i < size / 2; i++) memcpy(block + (i * TOKENS + inside) * 4, words + i, 4);
+        return;
+    }
+    int32_t sum;
+    float scale = to_bytes(x, size, (int8_t *)words, &sum);
+    for (int64_t i = 0; i < size / 4; i++) {
+        uint32_t higher = words[i] ^ 0x80808080;
+        memcpy(block + (i * TOKENS + inside) * 4, &higher, 4);
+    }
+    memcpy(block + TOKENS * size + inside * 4, &scale, 4);
+}
+
+/* `keys`: the block of its key, where its scale is kept. */
+static void place_value(const Decoder *d, const float *x, uint8_t *block, uint8_t *keys, int64_t inside, int last) {
+    int64_t size = d->size;
+    if (d->kept == 8) {
+        int8_t bytes[1024], *to = (int8_t *)block + (inside / 4) * size * 4 + inside % 4;
+        int32_t sum;
+        float scale = to_bytes(x, size, bytes, &sum);
+        for (int64_t i = 0; i < size; i++) to[i * 4] = bytes[i];
+        memcpy(keys + TOKENS * (size + 4) + inside * 4, &scale, 4);
+        return;
+    }
+    uint16_t halves[512], *to = (uint16_t *)block + (inside / 2) * size * 2 + inside % 2;
+    for (int64_t i = 0; i < size; i += LANE) store_halves(halves + i, load(x + i));
+    for (int64_t i = 0; i < size; i++) to[i * 2] = halves[i];
+    /* What follows the last token of a text in its block counts nothing, but nothing times what is no number is none: a
+     * block may hold what a text that overflowed left there. */
+    if (!last) return;
+    if (inside % 2 == 0)
+        for (int64_t i = 0; i < size; i++) to[i * 2 + 1] = 0;
+    memset(block + (inside / 2 + 1) * size * 4, 0, (size_t)((TOKENS / 2 - 1 - inside / 2) * size) * 4);
+}
+
 /* The keys and values of a token to their block, and its queries, scaled. */
 static void place_token(const Decoder *d, const Layer *layer, const Step *step, int64_t n, float *made, uint16_t *queries) {
     int64_t size = d->size, place = step->places[n];
     int64_t block = step->tables[step->first[n] + place / TOKENS], inside = place % TOKENS;
     const float *cosine = layer->cosine ? layer->cosine + place * (d->turned / 2) : 0;
     const float *sine = layer->cosine ? layer->sine + place * (d->turned / 2) : 0;
-    uint16_t halves[512];
+    int last = n + 1 == step->count || step->first[n + 1] != step->first[n];
     for (int64_t h = 0; h < d->heads + d->kv; h++) {
         float *x = made + h * size;
         const Norm *norm = h < d->heads ? &layer->query : &layer->key;
         if (norm->kind != NO_NORM) normalise(norm, x, x, size);
         if (cosine) turn(x, cosine, sine, d->turned);
-        if (h < d->heads) {
-            vf scale = all(d->scale);
-            for (int64_t i = 0; i < size; i += LANE) store_halves(queries + h * size + i, load(x + i) * scale);
-        } else {
-            for (int64_t i = 0; i < size; i += LANE) store_halves(halves + i, load(x + i));
-            uint16_t *to = layer->keys + (block * d->kv + h - d->heads) * TOKENS * size + inside * 2;
-            for (int64_t i = 0; i < size / 2; i++) memcpy(to + i * TOKENS * 2, halves + i * 2, 4);
-        }
+        if (h < d->heads) place_query(d, x, queries + h * size);
+        else place_key(d, x, layer->keys + (block * d->kv + h - d->heads) * key_bytes(d), inside);
     }
-    /* What follows the last token of a text in its block counts nothing, but nothing times what is no number is none: a
-     * block may hold what a text that overflowed left there. */
-    int last = n + 1 == step->count || step->first[n + 1] != step->first[n];
-    for (int64_t h = 0; h < d->kv; h++) {
-        const float *x = made + (d->heads + d->kv + h) * size;
-        for (int64_t i = 0; i < size; i += LANE) store_halves(halves + i, load(x + i));
-        uint16_t *to = layer->values + (block * d->kv + h) * TOKENS * size + (inside / 2) * size * 2 + inside % 2;
-        for (int64_t i = 0; i < size; i++) to[i * 2] = halves[i];
-        if (!last) continue;
-        if (inside % 2 == 0)
-            for (int64_t i = 0; i < size; i++) to[i * 2 + 1] = 0;
-        uint16_t *rest = layer->values + (block * d->kv + h) * TOKENS * size + (inside / 2 + 1) * size * 2;
-        memset(rest, 0, (size_t)((TOKENS / 2 - 1 - inside / 2) * size) * 4);
-    }
+    for (int64_t h = 0; h < d->kv; h++)
+        place_value(d, made + (d->heads + d->kv + h) * size, layer->values + (block * d->kv + h) * value_bytes(d),
+                    layer->keys + (block * d->kv + h) * key_bytes(d), inside, last);
+}
+
+/* The first blocks that attention of this token and head reads: keys, and where there are few of them, values. */
+static void find_next(const Decoder *d, const Layer *layer, const Step *step, int64_t n, int64_t head, const uint8_t **found) {
+    int64_t place = step->places[n], from = layer->window && place >= layer->window ? place + 1 - layer->window : 0;
+    const int32_t *table = step->tables + step->first[n] + from / TOKENS;
+    int64_t count = place / TOKENS - from / TOKENS + 1;
+    for (int64_t at = 0; at < AHEAD; at++)
+        found[at] = at < count ? layer->keys + (table[at] * d->kv + head) * key_bytes(d)
+                               : layer->values + (table[(at - count) % count] * d->kv + head) * value_bytes(d);
 }
 
 /* One head of keys for the tokens of a span. */
 static void attend_span(const Decoder *d, const Layer *layer, const Step *step, Cached cached, Span span, int64_t head,
-                        const uint16_t *queries, float *out, const uint8_t *after) {
+                        const uint16_t *queries, float *out, const uint8_t *const *after) {
     int64_t group = d->heads / d->kv, size = d->size, stride = d->heads * size;
     const uint16_t *query[QUERIES];
     float *to[QUERIES];
@@ -157,7 +208,9 @@ static void attend_span(const Decoder *d, const Layer *layer, const Step *step, 
             low = from[i] < low ? from[i] : low;
             high = seen[i] > high ? seen[i] : high;
         }
-        attend(&cached, count, query, from, seen, low / TOKENS, (high + TOKENS - 1) / TOKENS, to, after);
+        int64_t first = low / TOKENS, last = (high + TOKENS - 1) / TOKENS;
+        if (d->kept == 8) attend_bytes(&cached, count, query, from, seen, first, last, to, after);
+        else attend_halves(&cached, count, query, from, seen, first, last, to, after);
     }
 }
 
@@ -176,7 +229,7 @@ static void finish_logits(const Decoder *d, float *logits, int64_t from, int64_t
     }
 }
 
-/* Of 16 candidates a thread, the highest; the first of equals. */
+/* Of 16 candidates a thread, the highest; the first of equals; -1 where that is no finite number. */
 static int32_t best_of(const Best *best, int64_t rows, int64_t row, int threads) {
     float high = -INFINITY;
     int32_t at = 0;
@@ -184,12 +237,13 @@ static int32_t best_of(const Best *best, int64_t rows, int64_t row, int threads)
         for (int64_t i = 0; i < LANE; i++) {
             int64_t lane = (thread * rows + row) * LANE + i;
             int32_t column = best->at[lane] + (int32_t)i;
+            if (best->value[lane] != best->value[lane]) return -1;
             if (best->value[lane] > high || (best->value[lane] == high && column < at)) {
                 high = best->value[lane];
                 at = column;
             }
         }
-    return at;
+    return isfinite(high) ? at : -1;
 }
 
 static int64_t wider(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -256,19 +310,14 @@ int decoder_step(const Decoder *d, const Step *step) {
                 place_token(d, layer, step, n, made + n * layer->qkv.n, queries + n * mixed);
             meet(&gate, all_threads);
             /* Whoever is free takes the next span, or where there are few, the next head of one. */
-            Cached cached = {layer->keys, layer->values, 0, d->kv, 0, d->size, d->softcap,
+            Cached cached = {layer->keys, layer->values, key_bytes(d), value_bytes(d), 0, d->kv, 0, d->size, d->softcap,
                              score + thread * QUERIES * blocks * TOKENS, share + thread * QUERIES * blocks * TOKENS};
             int64_t lot = spans_found >= 4 * all_threads ? d->kv : 1, works = spans_found * d->kv;
             for (int64_t at; (at = atomic_fetch_add_explicit(turns + l, lot, memory_order_relaxed)) < works;)
                 for (int64_t one = at; one < at + lot; one++) {
-                    const uint8_t *after = 0;
-                    if (one + 1 < works) {
-                        const Span *next = spans + (one + 1) / d->kv;
-                        int64_t place = step->places[next->first];
-                        int64_t start = layer->window && place >= layer->window ? (place + 1 - layer->window) / TOKENS : 0;
-                        int64_t block = step->tables[step->first[next->first] + start];
-                        after = (const uint8_t *)(layer->keys + (block * d->kv + (one + 1) % d->kv) * TOKENS * d->size);
-                    }
+                    const uint8_t *after[AHEAD];
+                    int64_t next = one + 1 < works ? one + 1 : one;
+                    find_next(d, layer, step, spans[next / d->kv].first, next % d->kv, after);
                     attend_span(d, layer, step, cached, spans[one / d->kv], one % d->kv, queries, branch, after);
                 }
             meet(&gate, all_threads);

@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ AT_ONCE = 4096
 # Bytes of weights that are asked for at once.
 CHUNK = 2**24
 LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+Kept: TypeAlias = Literal["bfloat16", "int8"]
 NORMS = {None: 0, "rms": 1, "layer": 2}
 
 
@@ -57,7 +58,7 @@ class CLayer(ctypes.Structure):
 class CDecoder(ctypes.Structure):
     _fields_ = (
         *((name, LONG) for name in ("width", "heads", "kv", "size", "turned", "inner", "layers", "gated", "activation",
-                                    "parallel")),
+                                    "parallel", "kept")),
         *((name, FLOAT) for name in ("scale", "softcap", "residual", "embedding_scale")),
         ("embedding", POINTER), ("places", POINTER), ("last", CNorm), ("head", CProduct),
         ("head_scale", FLOAT), ("head_softcap", FLOAT), ("layer", ctypes.POINTER(CLayer)),
@@ -117,10 +118,12 @@ def kernels() -> str:
 
 class Packed:
     """The weights of a decoder in one form, as the C code reads them. Takes what it needs besides the decoder's own tensors;
-    the head of int4 is int8, since it decides every token. `let_go` is called whenever a part of those was packed."""
+    the head of int4 is int8, since it decides every token. `let_go` is called whenever a part of those was packed. Keys and
+    values are `kept` in bytes beside weights in bytes, else in bf16, until that is set otherwise."""
 
     def __init__(self, decoder: Decoder, form: Form, let_go: Callable[[], None] = lambda: None):
         self.decoder, self.form = decoder, form
+        self.kept: Kept = "int8" if form == "int8" else "bfloat16"
         self.nbytes = 0
         self._held: list[Any] = []
         self._chunk, self._left = 0, 0
@@ -130,7 +133,7 @@ class Packed:
         self._tables: dict[Any, tuple[int, Tensor, Tensor]] = {}
         self._reached = 0
         # Where the layers were told that their keys and values lie.
-        self.told: tuple[int, int] | None = None
+        self.told: tuple[int, int, Kept] | None = None
         # A step is told by the layers where its keys and values lie, so one goes through at a time.
         self.lock = threading.Lock()
         embedding_VE = self._hold(decoder.embedding_VE.bfloat16())
@@ -204,6 +207,11 @@ class Packed:
             bias = self._hold(filled_N).data_ptr()
         address = None if scale is None else scale.data_ptr()
         return CProduct(n, k, bits, made, address if bits == 8 else None, address if bits == 4 else None, bias)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the keys and values of a token take."""
+        return len(self.decoder.blocks) * sum(block_bytes(self.decoder, self.kept)) // TOKENS
 
     def take_adapters(self, decoders: Sequence[Decoder]) -> None:
         """What the adapters of these add, each a decoder over this base that keeps its own apart; in place of all before."""
@@ -294,14 +302,21 @@ class Adapter:
         return packed.data_ptr()
 
 
+def block_bytes(decoder: Decoder, kept: Kept) -> tuple[int, int]:
+    """Bytes that the keys and the values of a block take in one layer. In bytes, the scales of both lie behind the keys."""
+    numbers = TOKENS * decoder.kv * decoder.size * BITS[kept] // 8
+    return numbers + (2 * TOKENS * decoder.kv * 4 if kept == "int8" else 0), numbers
+
+
 class Cached:
-    """Keys and values of `blocks` blocks of tokens, for a packed decoder, and the steps over them."""
+    """Keys and values of `blocks` blocks of tokens, for a packed decoder and in the form that it keeps them in, and the steps
+    over them."""
 
     def __init__(self, packed: Packed, blocks: int):
-        decoder = packed.decoder
-        self.packed, self.blocks = packed, blocks
-        self._half = blocks * TOKENS * decoder.kv * decoder.size * 2
-        self._pages = Pages(2 * self._half * len(decoder.blocks))
+        self.packed, self.blocks, self.kept = packed, blocks, packed.kept
+        self._keys, self._values = block_bytes(packed.decoder, self.kept)
+        self._layer = blocks * (self._keys + self._values)
+        self._pages = Pages(self._layer * len(packed.decoder.blocks))
 
     def read(
         self,
@@ -316,7 +331,8 @@ class Cached:
     ) -> Tensor:
         """Read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks of its table, with
         the adapter of that number for each text, or without one (-1).
-        The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R].
+        The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R], -1
+        where the largest logit is not finite.
 
         Raises IndexError for what is not there: tokens, places or blocks."""
         packed, count = self.packed, len(ids)
@@ -344,11 +360,12 @@ class Cached:
                 None if best_R is None else best_R.data_ptr(), numbers[-1].ctypes.data if packed.adapters else None,
             )  # fmt: skip
             packed.reach(int(places_N.max()) + 1)
-            if packed.told != (self._pages.at, self._half):
-                packed.told = self._pages.at, self._half
+            told = self._pages.at, self.blocks, self.kept
+            if packed.told != told:
+                packed.told, packed.c.kept = told, BITS[self.kept]
                 for at, layer in enumerate(packed._layers):
-                    layer.keys = self._pages.at + 2 * at * self._half
-                    layer.values = layer.keys + self._half
+                    layer.keys = self._pages.at + at * self._layer
+                    layer.values = layer.keys + self.blocks * self._keys
             if _library().decoder_step(ctypes.byref(packed.c), ctypes.byref(step)):
                 raise MemoryError(f"no memory for a step of {count} tokens")
         if best_R is not None:
@@ -377,11 +394,10 @@ class Cached:
 
     def copy(self, source: int, target: int) -> None:
         """The keys and values of one block to another."""
-        decoder = self.packed.decoder
-        size = TOKENS * decoder.kv * decoder.size * 2
-        for half in range(2 * len(decoder.blocks)):
-            start = self._pages.at + half * self._half
-            ctypes.memmove(start + target * size, start + source * size, size)
+        for at in range(len(self.packed.decoder.blocks)):
+            keys = self._pages.at + at * self._layer
+            for start, size in ((keys, self._keys), (keys + self.blocks * self._keys, self._values)):
+                ctypes.memmove(start + target * size, start + source * size, size)
 
 
 class Pages:

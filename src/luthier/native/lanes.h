@@ -25,6 +25,13 @@ typedef int8_t vb_any __attribute__((vector_size(16), aligned(1), may_alias));
 INLINE vf load(const float *from) { return *(const vf_any *)from; }
 INLINE void store(float *to, vf x) { *(vf_any *)to = x; }
 INLINE vi load_words(const void *from) { return *(const vi_any *)from; }
+/* In a register from here on: compilers else read a word that is used several times from memory each time. */
+INLINE vi held(vi x) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(x));
+#endif
+    return x;
+}
 
 INLINE vf all(float x) {
 #if defined(__AVX512F__)
@@ -41,6 +48,9 @@ INLINE vi all_words(int32_t x) {
     return (vi){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
 #endif
 }
+
+/* 0 to 15. */
+INLINE vi counted(void) { return (vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
 INLINE vf pick(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 
@@ -77,11 +87,15 @@ INLINE float sum_of(vf x) {
 }
 
 INLINE float most_of(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float at[LANE], most;
     store(at, x);
     most = at[0];
     for (int i = 1; i < LANE; i++) most = at[i] > most ? at[i] : most;
     return most;
+#endif
 }
 
 INLINE int32_t most_of_words(vi x) {

@@ -9,10 +9,16 @@ from torch import Tensor
 from luthier.native.forms import Form, rounded
 from luthier.native.shape import Activation, Decoder, Linear, Norm
 
+# Places whose shares are rounded with one scale.
+BLOCK = 32
+
 
 @torch.no_grad()
-def read_plainly(decoder: Decoder, ids_T: Tensor, form: Form | None = None, head_form: Form | None = None) -> Tensor:
-    """[T, V]: the logits after each token of a text, in fp32, with weights rounded as `form` has them."""
+def read_plainly(
+    decoder: Decoder, ids_T: Tensor, form: Form | None = None, head_form: Form | None = None, kept: Form | None = None
+) -> Tensor:
+    """[T, V]: the logits after each token of a text, in fp32, with weights rounded as `form` has them; with `kept` int8 keys,
+    values, queries and shares as bytes."""
     count, (heads, kv, size) = len(ids_T), (decoder.heads, decoder.kv, decoder.size)
     embedding_VE = decoder.embedding_VE if form is None else decoder.embedding_VE.bfloat16()
     x_TE = embedding_VE[ids_T].float() * decoder.embedding_scale
@@ -26,13 +32,21 @@ def read_plainly(decoder: Decoder, ids_T: Tensor, form: Form | None = None, head
         if block.turns is not None:
             cosine, sine = (one[:, None] for one in block.turns.tables(count))
             q_THD, k_TKD = (_turn(one, cosine, sine) for one in (q_THD, k_TKD))
-        k_TKD, v_TKD = (one.repeat_interleave(heads // kv, 1) for one in (k_TKD, v_TKD))
-        scores_HTS = torch.einsum("thd,shd->hts", q_THD * decoder.scale, k_TKD)
+        q_THD = q_THD * decoder.scale
+        scale_TK = torch.ones(count, kv)
+        if kept == "int8":
+            (q_THD, q_scale_TH), (k_TKD, k_scale_TK) = as_bytes(q_THD), as_bytes(k_TKD)
+            q_THD, k_TKD = q_THD * q_scale_TH[..., None], k_TKD * k_scale_TK[..., None]
+            v_TKD, scale_TK = as_bytes(v_TKD)
+        k_TKD, v_TKD, scale_TH = (one.repeat_interleave(heads // kv, 1) for one in (k_TKD, v_TKD, scale_TK))
+        scores_HTS = torch.einsum("thd,shd->hts", q_THD, k_TKD)
         if decoder.softcap is not None:
             scores_HTS = decoder.softcap * torch.tanh(scores_HTS / decoder.softcap)
         apart_TS = places_T[:, None] - places_T[None]
         hidden_TS = (apart_TS < 0) | (apart_TS >= (block.window or count))
-        share_HTS = scores_HTS.masked_fill(hidden_TS, -torch.inf).softmax(-1)
+        share_HTS = scores_HTS.masked_fill(hidden_TS, -torch.inf).softmax(-1) * scale_TH.T[:, None]
+        if kept == "int8":
+            share_HTS = shares_as_bytes(share_HTS)
         mixed_TM = torch.einsum("hts,shd->thd", share_HTS, v_TKD).flatten(1)
         branch_TE = _norm(block.after_attention, _product(block.out, mixed_TM, form)) * decoder.residual
         into_TE = _norm(block.before_mlp, x_TE if decoder.parallel else x_TE + branch_TE)
@@ -48,6 +62,20 @@ def read_plainly(decoder: Decoder, ids_T: Tensor, form: Form | None = None, head
     if decoder.head_softcap is not None:
         logits_TV = decoder.head_softcap * torch.tanh(logits_TV / decoder.head_softcap)
     return logits_TV
+
+
+def as_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers from -127 to 127 [..., D], and a scale for each row of them [...]."""
+    scale = (x.abs().amax(-1) / 127).clamp_(min=1e-12)
+    return (x / scale[..., None]).round_(), scale
+
+
+def shares_as_bytes(share_HTS: Tensor) -> Tensor:
+    """Rounded so that the largest of each block of places is 255 of its scale."""
+    count = share_HTS.shape[-1]
+    blocks_HTBS = F.pad(share_HTS, (0, -count % BLOCK)).unflatten(-1, (-1, BLOCK))
+    scale_HTB1 = (blocks_HTBS.amax(-1, keepdim=True) / 255).clamp_(min=1e-30)
+    return ((blocks_HTBS / scale_HTB1).round_() * scale_HTB1).flatten(-2)[..., :count]
 
 
 def activate(kind: Activation, x: Tensor) -> Tensor:

@@ -8,11 +8,17 @@
 #define TILES 3
 #define MOST 8
 #define MOST_NIBBLES 4
+#define FEW 8
+#define FEW_NIBBLES 4
 #else
 #define TILES 1
 #define MOST 4
 #define MOST_NIBBLES 2
+#define FEW 1
+#define FEW_NIBBLES 1
 #endif
+/* Bytes before they are read that weights are fetched, where rows are few. */
+#define BEFORE 8192
 #define GROUP 64
 
 typedef struct {
@@ -44,7 +50,8 @@ INLINE void keep(const Product *p, int64_t tile, int64_t m, vf x, float *out, in
     if (best) {
         float *value = best->value + m * LANE;
         int32_t *at = best->at + m * LANE;
-        vi above = x > load(value);
+        /* What is no number is above all, and nothing above it. */
+        vi above = (x > load(value)) | (x != x);
         store(value, pick(above, x, load(value)));
         *(vi_any *)at = (all_words((int32_t)(tile * LANE)) & above) | (load_words(at) & ~above);
     }
@@ -143,32 +150,45 @@ INLINE void nibbles_block(const Product *p, int64_t tile, int64_t m, const int M
     }
 }
 
-/* All rows by the tiles of one kind: as many rows at once as fit, then fewer. The weights of the next tiles are fetched
- * while the second to fourth lot of rows is worked on, or where there are fewer, all with the first; at the end of the share,
- * `then`, what this thread reads after it. */
-#define PRODUCT(name, block, most)                                                                                    \
+/* The last rows, fewer than a lot, at once: one after another they would wait for their sums each. */
+#define REST_OF(block, most, n) \
+    case n: if (n < most) block(p, tile, m, n < most ? n : 1, TILES, rows, out, stride, best, left, 1); break;
+#define REST(block, most)                                                                                             \
+    switch (count - m) {                                                                                              \
+    REST_OF(block, most, 1) REST_OF(block, most, 2) REST_OF(block, most, 3) REST_OF(block, most, 4)                   \
+    REST_OF(block, most, 5) REST_OF(block, most, 6) REST_OF(block, most, 7)                                           \
+    }
+
+/* All rows by the tiles of one kind: as many rows at once as fit, then the rest. The weights of the next tiles are fetched
+ * meanwhile, a tile with each lot of rows from the second on, or where there are fewer lots more with each; at the end of the
+ * share, `then`, what this thread reads after it. */
+#define LESS (TILES > 1 ? TILES - 1 : 1)
+#define PRODUCT(name, block, most, few)                                                                               \
     static void name(const Product *p, const Rows *rows, int64_t count, float *out, int64_t stride, Best *best,       \
                      int64_t from, int64_t to, int64_t bytes, const uint8_t *then) {                                  \
         for (int64_t tile = from; tile < to;) {                                                                       \
             int64_t m = 0;                                                                                            \
             if (to - tile >= TILES) {                                                                                 \
                 const uint8_t *next = tile + TILES < to ? p->weight + (tile + TILES) * bytes : then;                  \
-                if (count < 4 * most) {                                                                               \
-                    if (count >= most) { block(p, tile, 0, most, TILES, rows, out, stride, best, next, TILES); m = most; } \
-                    else if (count >= most / 2) {                                                                     \
-                        block(p, tile, 0, most / 2, TILES, rows, out, stride, best, next, TILES);                     \
-                        m = most / 2;                                                                                 \
-                    } else { block(p, tile, 0, 1, TILES, rows, out, stride, best, next, TILES); m = 1; }              \
+                int64_t lots = count / most, skipped = lots > TILES;                                                  \
+                if (few < most && !lots) {                                                                            \
+                    if (count >= most / 2) block(p, tile, 0, most / 2, TILES, rows, out, stride, best, next, TILES);  \
+                    else block(p, tile, 0, 1, TILES, rows, out, stride, best, next, TILES);                           \
+                    m = count >= most / 2 ? most / 2 : 1;                                                             \
                 }                                                                                                     \
-                for (int lot = 0; m + most <= count; m += most, lot++) {                                              \
-                    if (count >= 4 * most && lot >= 1 && lot <= 3)                                                    \
-                        block(p, tile, m, most, TILES, rows, out, stride, best, next + (lot - 1) * bytes, 1);         \
-                    else                                                                                              \
-                        block(p, tile, m, most, TILES, rows, out, stride, best, 0, 0);                                \
+                for (int64_t lot = 0; lot < lots; lot++, m += most) {                                                 \
+                    int64_t tiles = lot - skipped;                                                                    \
+                    if (count == most) block(p, tile, m, most, TILES, rows, out, stride, best, next, TILES);          \
+                    else if (lots < 3 && !lot) block(p, tile, m, most, TILES, rows, out, stride, best, next, LESS);   \
+                    else if (lots == 2 && TILES > 1)                                                                  \
+                        block(p, tile, m, most, TILES, rows, out, stride, best, next + LESS * bytes, 1);              \
+                    else if (lots > 2 && tiles >= 0 && tiles < TILES)                                                 \
+                        block(p, tile, m, most, TILES, rows, out, stride, best, next + tiles * bytes, 1);             \
+                    else block(p, tile, m, most, TILES, rows, out, stride, best, 0, 0);                               \
                 }                                                                                                     \
-                for (; m + most / 2 <= count; m += most / 2)                                                          \
-                    block(p, tile, m, most / 2, TILES, rows, out, stride, best, 0, 0);                                \
-                for (; m < count; m++) block(p, tile, m, 1, TILES, rows, out, stride, best, 0, 0);                    \
+                /* Where nothing is left to be fetched, what is there already. */                                     \
+                const uint8_t *left = lots == 1 && TILES > 1 ? next + LESS * bytes : p->weight + tile * bytes;        \
+                REST(block, most)                                                                                     \
                 tile += TILES;                                                                                        \
             } else {                                                                                                  \
                 for (; m + most <= count; m += most) block(p, tile, m, most, 1, rows, out, stride, best, 0, 0);       \
@@ -178,18 +198,106 @@ INLINE void nibbles_block(const Product *p, int64_t tile, int64_t m, const int M
         }                                                                                                             \
     }
 
-PRODUCT(multiply_halves, halves_block, MOST)
-PRODUCT(multiply_bytes, bytes_block, MOST)
-PRODUCT(multiply_nibbles, nibbles_block, MOST_NIBBLES)
+PRODUCT(multiply_halves, halves_block, MOST, 0)
+PRODUCT(multiply_bytes, bytes_block, MOST, FEW)
+PRODUCT(multiply_nibbles, nibbles_block, MOST_NIBBLES, FEW_NIBBLES)
 
 INLINE int64_t tile_bytes(const Product *p) { return p->k * LANE * p->bits / 8; }
+
+/* A few rows take less time than reading the weights, so these are read from the first to the last byte of the share, which
+ * goes faster than several tiles at once; sums of a tile go on in four, that none waits for the one before. Whole numbers are
+ * the same in any order. */
+INLINE const uint8_t *before_long(const uint8_t *w, const uint8_t *end, const uint8_t *then) {
+    return w + BEFORE < end ? w + BEFORE : then + (w + BEFORE - end);
+}
+
+INLINE void bytes_few(const Product *p, const int MR, const Rows *rows, float *out, int64_t stride, Best *best, int64_t from,
+                      int64_t to, const uint8_t *then) {
+    const int sums = MR > 4 ? 2 : 4;
+    int64_t k = p->k, groups = rows->k / GROUP;
+    const uint8_t *w = p->weight + from * tile_bytes(p), *end = p->weight + to * tile_bytes(p);
+    for (int64_t tile = from; tile < to; tile++) {
+        const uint8_t *next = before_long(w, end, then);
+        vi sum[FEW][4];
+        UNROLL for (int i = 0; i < MR; i++) {
+            sum[i][0] = all_words(-128 * rows->sums[i * (groups + 1) + groups]);
+            UNROLL for (int n = 1; n < sums; n++) sum[i][n] = all_words(0);
+        }
+        for (int64_t at = 0; at < k / 4; at += 4, w += 256, next += 256)
+            UNROLL for (int n = 0; n < 4; n++) {
+                vi word = held(load_words(w + n * 64));
+                fetch_far(next + n * 64);
+                UNROLL for (int i = 0; i < MR; i++) {
+                    int32_t four;
+                    memcpy(&four, rows->bytes + i * rows->k + (at + n) * 4, 4);
+                    sum[i][n % sums] = dot_bytes(sum[i][n % sums], word, all_words(four));
+                }
+            }
+        UNROLL for (int i = 0; i < MR; i++) {
+            vi whole = sum[i][0] + sum[i][1];
+            if (sums == 4) whole += sum[i][2] + sum[i][3];
+            keep(p, tile, i, from_words(whole) * all(rows->scale[i]) * load(p->scale + tile * LANE), out, stride, best);
+        }
+    }
+}
+
+INLINE void nibbles_few(const Product *p, const int MR, const Rows *rows, float *out, int64_t stride, Best *best,
+                        int64_t from, int64_t to, const uint8_t *then) {
+    int64_t groups = rows->k / GROUP;
+    const uint8_t *w = p->weight + from * tile_bytes(p), *end = p->weight + to * tile_bytes(p);
+    const uint16_t *scales = p->scales + from * groups * LANE;
+    for (int64_t tile = from; tile < to; tile++) {
+        const uint8_t *next = before_long(w, end, then);
+        vf whole[FEW];
+        UNROLL for (int i = 0; i < MR; i++) whole[i] = all(0);
+        for (int64_t g = 0; g < groups; g++, w += 512, next += 512, scales += LANE) {
+            vi sum[FEW][4];
+            UNROLL for (int i = 0; i < MR; i++) {
+                sum[i][0] = all_words(-8 * rows->sums[i * (groups + 1) + g]);
+                UNROLL for (int n = 1; n < 4; n++) sum[i][n] = all_words(0);
+            }
+            UNROLL for (int at = 0; at < 8; at++) {
+                vi word = load_words(w + at * 64), low = word & 0x0f0f0f0f, high = (vi)((vu)word >> 4) & 0x0f0f0f0f;
+                fetch_far(next + at * 64);
+                UNROLL for (int i = 0; i < MR; i++) {
+                    int32_t first, second;
+                    const int8_t *four = rows->bytes + i * rows->k + g * GROUP + at * 4;
+                    memcpy(&first, four, 4);
+                    memcpy(&second, four + 32, 4);
+                    sum[i][at % 2] = dot_bytes(sum[i][at % 2], low, all_words(first));
+                    sum[i][2 + at % 2] = dot_bytes(sum[i][2 + at % 2], high, all_words(second));
+                }
+            }
+            vf scale = from_halves(scales);
+            UNROLL for (int i = 0; i < MR; i++)
+                whole[i] += from_words(sum[i][0] + sum[i][1] + (sum[i][2] + sum[i][3])) * scale;
+        }
+        UNROLL for (int i = 0; i < MR; i++) keep(p, tile, i, whole[i] * all(rows->scale[i]), out, stride, best);
+    }
+}
+
+#define FEW_CASE(block, most, n) \
+    case n: if (n <= most) block(p, n <= most ? n : 1, rows, out, stride, best, from, to, then); break;
+#define FEW_ROWS(name, block, most)                                                                                   \
+    static void name(const Product *p, const Rows *rows, int64_t count, float *out, int64_t stride, Best *best,       \
+                     int64_t from, int64_t to, const uint8_t *then) {                                                 \
+        switch (count) {                                                                                              \
+        FEW_CASE(block, most, 1) FEW_CASE(block, most, 2) FEW_CASE(block, most, 3) FEW_CASE(block, most, 4)           \
+        FEW_CASE(block, most, 5) FEW_CASE(block, most, 6) FEW_CASE(block, most, 7) FEW_CASE(block, most, 8)           \
+        }                                                                                                             \
+    }
+
+FEW_ROWS(multiply_few_bytes, bytes_few, FEW)
+FEW_ROWS(multiply_few_nibbles, nibbles_few, FEW_NIBBLES)
 
 /* The share of one thread of `threads`; after it, it multiplies by `next`. */
 static void multiply(const Product *p, const Rows *rows, int64_t count, float *out, Best *best, int thread, int threads,
                      const Product *next) {
     int64_t tiles = p->n / LANE, from = tiles * thread / threads, to = tiles * (thread + 1) / threads;
     const uint8_t *then = next->weight + next->n / LANE * thread / threads * tile_bytes(next);
-    if (p->bits == 16) multiply_halves(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
+    if (p->bits == 8 && count <= FEW) multiply_few_bytes(p, rows, count, out, p->n, best, from, to, then);
+    else if (p->bits == 4 && count <= FEW_NIBBLES) multiply_few_nibbles(p, rows, count, out, p->n, best, from, to, then);
+    else if (p->bits == 16) multiply_halves(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
     else if (p->bits == 8) multiply_bytes(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
     else multiply_nibbles(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
 }

@@ -33,6 +33,33 @@ static void normalise(const Norm *norm, const float *x, float *y, int64_t width)
     }
 }
 
+/* The scale of a row in bytes: so that its largest number is 127; infinite or none where one of them is. */
+INLINE float scale_of(const float *y, int64_t width) {
+    /* Sizes as words: what is no number is above all others there. */
+    vi most = all_words(0);
+    for (int64_t i = 0; i < width; i += LANE) most = larger_words(most, (vi)size_of(load(y + i)));
+    int32_t bits = most_of_words(most);
+    float scale;
+    memcpy(&scale, &bits, 4);
+    scale /= 127.0f;
+    return scale < 1e-12f ? 1e-12f : scale;
+}
+
+/* A head of a query, key or value in bytes, with its scale and the sum of its bytes. Bytes have no number that is none; the
+ * scale makes what comes of them none. */
+INLINE float to_bytes(const float *y, int64_t width, int8_t *to, int32_t *sum) {
+    float scale = scale_of(y, width);
+    vf inverse = all(scale < INFINITY ? 1.0f / scale : 0.0f);
+    vi total = all_words(0);
+    for (int64_t i = 0; i < width; i += LANE) {
+        vi whole = scale < INFINITY ? round_words(load(y + i) * inverse) : all_words(0);
+        total += whole;
+        *(vb_any *)(to + i) = __builtin_convertvector(whole, vb);
+    }
+    *sum = total_of(total);
+    return scale;
+}
+
 /* One row for a product of `bits`: y has `width` values, and the rest of the row is zero. */
 static void prepare(const Rows *rows, int64_t bits, int64_t m, const float *y, int64_t width) {
     if (bits == 16) {
@@ -44,14 +71,7 @@ static void prepare(const Rows *rows, int64_t bits, int64_t m, const float *y, i
     int8_t *to = rows->bytes + m * rows->k;
     int64_t groups = rows->k / GROUP;
     int32_t *sums = rows->sums + m * (groups + 1), total = 0;
-    /* Sizes as words: what is no number is above all others there. */
-    vi most = all_words(0);
-    for (int64_t i = 0; i < width; i += LANE) most = larger_words(most, (vi)size_of(load(y + i)));
-    int32_t bits_of_most = most_of_words(most);
-    float scale;
-    memcpy(&scale, &bits_of_most, 4);
-    scale /= 127.0f;
-    if (scale < 1e-12f) scale = 1e-12f;
+    float scale = scale_of(y, width);
     rows->scale[m] = scale;
     if (!(scale < INFINITY)) {
         /* Bytes have no such number; the scale makes the row's results none. */

@@ -14,6 +14,7 @@ from luthier.engine import beams
 from luthier.engine.engine import Engine, numbers_of
 from luthier.engine.generate import choose_engine, generate
 from luthier.engine.native import prepare
+from luthier.engine.readers import kept_bytes, reader_for
 from luthier.engine.rollouts import roll_out
 from luthier.engine.sampling import Sampling
 from luthier.models.adapters import ADAPTERS
@@ -76,6 +77,24 @@ def test_bfloat16_is_taken_where_int8_changes_too_much(monkeypatch):
         lambda packed, own: native.Quality(1.0, 0.5, 0.01) if packed.form == "int8" else quality(packed, own),
     )  # fmt: skip
     assert made()[0].native.form == "bfloat16"
+
+
+@pytest.mark.parametrize("execution", ["auto", "int8"])
+def test_keys_and_values_are_measured_as_they_are_kept_and_in_bytes_only_within_the_limits(execution, monkeypatch):
+    quality, kept = native.measure, []
+
+    def measured(packed, own):
+        kept.append(packed.kept)
+        return quality(packed, own) if packed.kept == "bfloat16" else native.Quality(0.02, 0.0, 0.01)
+
+    model, said = made(execution=execution)
+    assert model.native.kept == "int8" and said["engine"][1].endswith("keys and values in int8")
+    assert reader_for(model, 2).kept == "int8" and kept_bytes(model) == model.native.kept_bytes < model.pages
+    monkeypatch.setattr(native, "measure", measured)
+    model, said = made(execution=execution)
+    assert (model.native.form, model.native.kept, kept) == ("int8", "bfloat16", ["int8", "bfloat16"])
+    assert said["engine"][1].endswith("keys and values in bfloat16")
+    assert reader_for(model, 2).kept == "bfloat16"
 
 
 def test_where_both_change_too_much_the_module_reads(monkeypatch):

@@ -56,10 +56,13 @@ def test_the_c_code_follows_the_plain_one_with_the_same_rounded_weights(family, 
     assert apart(native_logits(Packed(decoder, form), ids), plain_TV) < (0.02 if form == "bfloat16" else 0.05)
 
 
-@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("form", "kept"), [("bfloat16", "bfloat16"), ("int8", "bfloat16"), ("int8", "int8"), ("int4", "bfloat16")]
+)
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "mistral"])
-def test_a_token_is_the_same_bits_whatever_is_beside_it(family, form):
+def test_a_token_is_the_same_bits_whatever_is_beside_it(family, form, kept):
     packed = Packed(describe(decoder_model(family)), form)
+    packed.kept = kept
     texts = [some_ids(size, size) for size in (1, 5, 33, 64, 90, 2, 17, 40)]
     tables, taken = [], list(range(200))
     random.Random(3).shuffle(taken)
@@ -84,6 +87,18 @@ def test_a_token_is_the_same_bits_whatever_is_beside_it(family, form):
         for at, token in enumerate(text):
             found = alone.read([token], [table], [at], [1], [0])
         assert torch.equal(found[0], row)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
+def test_any_number_of_rows_gives_each_the_same_bits(form):
+    # As many rows at once as there are registers for, what is left of them, and few go different ways.
+    packed, ids = Packed(describe(decoder_model("qwen2")), form), some_ids(36)
+    alone = torch.cat([Cached(packed, 1).read([one], [[0]], [0], [1], [0]) for one in ids])
+    for count in range(1, 37):
+        places, cached = list(range(count)), Cached(packed, count)
+        step = ids[:count], [[at] for at in places], [0] * count, [1] * count, places
+        assert torch.equal(cached.read(*step), alone[:count])
+        assert cached.read(*step, likeliest=True).tolist() == alone[:count].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("form", ["bfloat16", "int8"])

@@ -39,15 +39,25 @@ def small_decoder(activation="silu", up_bias=None, qkv_bias=None, embedding_VE=N
     )  # fmt: skip
 
 
+# Of weights, and of keys and values.
+FORMS = [("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("int8", "int8"), ("int8", "bfloat16"), ("int4", "bfloat16")]
+
+
+def packed_in(form, kept, decoder):
+    packed = Packed(decoder, form)
+    packed.kept = kept
+    return packed
+
+
 def logits(packed, ids, table=(0, 1), cached=None):
     return (cached or Cached(packed, 2)).read(ids, [list(table)], [0], [len(ids)], list(range(len(ids))))
 
 
-@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
-def test_a_text_does_not_suffer_from_what_its_blocks_held_before(form):
+@pytest.mark.parametrize(("form", "kept"), FORMS)
+def test_a_text_does_not_suffer_from_what_its_blocks_held_before(form, kept):
     embedding_VE = torch.randn(TOKENS, WIDTH)
     embedding_VE[BROKEN] = torch.inf
-    packed = Packed(small_decoder(embedding_VE=embedding_VE), form)
+    packed = packed_in(form, kept, small_decoder(embedding_VE=embedding_VE))
     cached, ids = Cached(packed, 2), [one for one in IDS if one != BROKEN][:7]
     assert logits(packed, [BROKEN] * 64, cached=cached).isnan().all()
     found = logits(packed, ids, cached=cached)
@@ -62,10 +72,46 @@ def test_one_number_that_is_none_stays_visible(activation, form):
     assert logits(Packed(small_decoder(activation, up_bias=bias_N), form), IDS).isnan().all()
 
 
-def test_scores_that_are_no_numbers_stay_visible():
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
+def test_a_text_whose_largest_logit_is_no_number_has_no_likeliest_token_and_those_beside_it_have(form):
+    embedding_VE = torch.randn(TOKENS, WIDTH)
+    embedding_VE[BROKEN] = torch.nan
+    packed = Packed(small_decoder(embedding_VE=embedding_VE), form)
+    texts = [[5, 6], [5, BROKEN], [7, 8]]
+    found, alone = (
+        Cached(packed, 3).read([one for text in some for one in text], [[at] for at in range(len(some))], [0] * len(some),
+                               [2] * len(some), range(1, 2 * len(some), 2), likeliest=True).tolist()
+        for some in (texts, texts[::2])
+    )  # fmt: skip
+    assert found == [alone[0], -1, alone[1]] and min(alone) >= 0
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("at", [0, 17, TOKENS - 1])
+def test_one_logit_above_all_numbers_is_enough(at, bad):
+    bias_N = torch.zeros(TOKENS)
+    bias_N[at] = bad
+    packed = Packed(small_decoder(head=linear(TOKENS, WIDTH, 9, bias_N)), "bfloat16")
+    assert Cached(packed, 1).read([5, 6], [[0]], [0], [2], [0, 1], likeliest=True).tolist() == [-1, -1]
+    bias_N[at] = -torch.inf
+    packed = Packed(small_decoder(head=linear(TOKENS, WIDTH, 9, bias_N)), "bfloat16")
+    assert min(Cached(packed, 1).read([5, 6], [[0]], [0], [2], [0, 1], likeliest=True).tolist()) >= 0
+
+
+@pytest.mark.parametrize("kept", ["bfloat16", "int8"])
+def test_scores_that_are_no_numbers_stay_visible(kept):
     bias_N = torch.zeros(3 * WIDTH)
     bias_N[[WIDTH, WIDTH + 16]] = torch.inf
-    assert logits(Packed(small_decoder(qkv_bias=bias_N), "bfloat16"), IDS).isnan().all()
+    assert logits(packed_in("bfloat16", kept, small_decoder(qkv_bias=bias_N)), IDS).isnan().all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("at", [0, WIDTH, 2 * WIDTH], ids=["query", "key", "value"])
+@pytest.mark.parametrize("kept", ["bfloat16", "int8"])
+def test_a_query_key_or_value_that_is_no_number_stays_visible(kept, at, bad):
+    bias_N = torch.zeros(3 * WIDTH)
+    bias_N[at + 3] = bad
+    assert not logits(packed_in("bfloat16", kept, small_decoder(qkv_bias=bias_N)), IDS).isfinite().any()
 
 
 def test_weights_that_are_no_numbers_are_none_in_int4():

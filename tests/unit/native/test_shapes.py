@@ -109,9 +109,10 @@ def test_any_shape_in_any_pieces_is_what_plain_torch_says(seed, own_threads):
     decoder = drawn_decoder(draw, GROUPS[seed % len(GROUPS)], SIZES[(seed // 2) % len(SIZES)])
     form, texts = FORMS[seed % 3], drawn_texts(draw, decoder)
     packed = Packed(decoder, form)
+    packed.kept = ("bfloat16", "int8")[seed // 3 % 2]
     right = read_in_pieces(draw, packed, texts, 1)
     for text, found in zip(texts, right):
-        plain = read_plainly(decoder, torch.tensor(text), form, "int8" if form == "int4" else None)
+        plain = read_plainly(decoder, torch.tensor(text), form, "int8" if form == "int4" else None, packed.kept)
         assert apart(found, plain) < (0.03 if form == "bfloat16" else 0.08)
     for threads in (1, 2, 3):
         for one, other in zip(read_in_pieces(draw, packed, texts, threads), right):
@@ -132,6 +133,6 @@ def test_a_long_text_is_what_plain_torch_says(form, own_threads):
     for start in range(0, len(text), 512):
         ids = text[start : start + 512]
         found.append(cached.read(ids, [table], [start], [len(ids)], list(range(len(ids)))))
-    assert apart(torch.cat(found), read_plainly(decoder, torch.tensor(text), form)) < (
+    assert apart(torch.cat(found), read_plainly(decoder, torch.tensor(text), form, kept=packed.kept)) < (
         0.03 if form == "bfloat16" else 0.08
     )

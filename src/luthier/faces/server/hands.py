@@ -20,6 +20,7 @@ from luthier.engine.generate import choose_engine, uses_engine
 from luthier.engine.logs import BEFORE, added
 from luthier.engine.native import let_go
 from luthier.engine.pooler import Embedding, Pooler
+from luthier.engine.readers import kept_bytes
 from luthier.engine.sampling import Execution, Sampling
 from luthier.engine.streaming import Answer
 from luthier.faces.server.readings import classify, embed, relate
@@ -90,7 +91,7 @@ class Hands:
             "context": model.spec.max_length,
             "streams": order.streams,
             "kept_tokens": room if writes else 0,
-            "kept_bytes": int(model.pages or 0) * room if writes else 0,
+            "kept_bytes": kept_bytes(model) * room if writes else 0,
             "weight_bytes": sum(one.nbytes for one in model.network.parameters())
             + (model.native.nbytes if model.native is not None else 0),
             "engine": events.choices.get("engine", ""),
