@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from luthier.core.errors import ConfigError
+from luthier.engine.likeliest import most_likely, not_numbers
 from luthier.engine.logs import likelihoods
 from luthier.engine.request import Request
 from luthier.engine.structure import restrict
@@ -22,8 +23,14 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int | Excepti
     nothing but its logits, its text and its draw.
 
     First what is said of single tokens (`settled`), then the likeliest, or the temperature, the share that is drawn from
-    (`shares_of`), and the draw. Each text keeps how likely its token was, where that is asked for.
+    (`shares_of`), and the draw. Each text keeps how likely its token was, where that is asked for. A text whose scores are not
+    numbers gets an error.
     """
+    found: dict[int, int | Exception] = {}
+    for at, one in enumerate(requests):
+        # What a structure leaves may hide what is wrong with the row.
+        if one.matcher is not None and not logits_RV[at].amax().isfinite():
+            found[at] = not_numbers()
     # What a structure leaves is made of all rows at once, and in place.
     raw = {
         at: logits_RV[at].clone()
@@ -32,7 +39,9 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int | Excepti
     }
     restrict(logits_RV, requests)
     plain = [at for at, one in enumerate(requests) if takes_likeliest(one)]
-    found: dict[int, int | Exception] = dict(zip(plain, logits_RV[plain].argmax(-1).tolist())) if plain else {}
+    if plain:
+        tokens = most_likely(logits_RV[plain]).tolist()
+        found |= {at: token if token >= 0 else not_numbers() for at, token in zip(plain, tokens)}
     for at, one in enumerate(requests):
         if at not in found:
             try:
@@ -47,7 +56,9 @@ def _choose(scores_V: Tensor, raw_V: Tensor, request: Request) -> int:
         raise request.matcher.error
     scores_V = settled(scores_V, request)
     if request.sampling.temperature == 0:
-        token = int(scores_V[None].argmax(-1))
+        token = int(most_likely(scores_V[None]))
+        if token < 0:
+            raise not_numbers()
     else:
         token = _drawn(*shares_of(scores_V, request), request)
     if request.sampling.logprobs is not None:
@@ -175,6 +186,9 @@ def _typical(shares_K: Tensor, mass: float) -> Tensor:
 def _drawn(shares_K: Tensor, tokens_K: Tensor | None, request: Request) -> int:
     """The token on which the draw falls."""
     sums_K = shares_K.cumsum(-1)
+    # Nothing but numbers has a sum between.
+    if not 0 < float(sums_K[-1]) < torch.inf:
+        raise not_numbers()
     number = sums_K[-1:] * request.draw(len(request.written))
     # Strictly below the last sum, so that a token that cannot come is never chosen.
     at = int(torch.searchsorted(sums_K, torch.minimum(number, sums_K[-1:] * (1 - 1e-12)), right=True))

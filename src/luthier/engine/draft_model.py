@@ -62,7 +62,7 @@ class DraftModel:
             following = self._next(going, guesses)
             going = {}
             for request, token in following.items():
-                if token >= self._vocabulary:
+                if not 0 <= token < self._vocabulary:
                     continue
                 guesses[request].append(token)
                 if len(guesses[request]) < left[request] and self._hold(self._texts[request], 1):

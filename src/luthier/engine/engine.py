@@ -23,6 +23,7 @@ from luthier.engine.choose import choose, takes_likeliest
 from luthier.engine.crossed import never_of, opening_of
 from luthier.engine.draft_model import DraftModel
 from luthier.engine.drafts import Guesser
+from luthier.engine.likeliest import not_numbers
 from luthier.engine.logs import prompt_logs, tops
 from luthier.engine.pieces import stops_here
 from luthier.engine.pooler import Embedding, Pooler, Reading
@@ -330,6 +331,8 @@ class Engine:
     def _write(self, request: Request, token: int | Exception) -> None:
         if isinstance(token, Exception):
             raise token
+        if token < 0:
+            raise not_numbers()
         if not request.written:
             request.first_at = time.monotonic()
         request.written.append(token)
