@@ -33,6 +33,7 @@ from luthier.engine.sampling import Sampling
 from luthier.engine.scoring import Asked, Score, Scorer
 from luthier.engine.structure import masks_made, matcher_for
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
+from luthier.engine.tide import Tide
 from luthier.models.adapters.additions import Additions
 from luthier.models.memory import out_of_memory, return_freed_memory
 from luthier.models.pages import BLOCK
@@ -64,6 +65,7 @@ class Engine:
         blocks = -(-room // BLOCK)
         self._reader, self.blocks = reader_for(model, blocks), Blocks(blocks)
         self.schedule, self._guessed = schedule_for(self._reader, self.blocks, streams, tokens), guessed
+        self.tide = Tide(tokens)
         self._apart = model.spec.kind == "encoder-decoder"
         self._scorer = None if self._apart else Scorer(model)
         self._pooler: Pooler | None = None
@@ -225,11 +227,14 @@ class Engine:
     def _read(self, planned: list[tuple[Request, int]]) -> tuple[torch.Tensor, dict[Request, int]]:
         """Read a step: the logits (or the likeliest tokens) of the texts that are read to their end, and the first row of each.
 
-        Where memory runs out, the first half of it is read, and from then on no more than that at once.
+        Where memory runs out, the first half of it is read, and from then on no more than that at once, until memory was enough
+        for long (`tide.Tide`).
         """
         size = sum(count for _, count in planned)
         try:
-            return self._put_through(planned)
+            found = self._put_through(planned)
+            self._rise()
+            return found
         except Exception as err:
             traceback.clear_frames(err.__traceback__)
             error, again = err, out_of_memory(err) and size > 1
@@ -237,7 +242,8 @@ class Engine:
         if again:
             return_freed_memory(self.model.device)
             planned = _first_whole(planned, size // 2) if self._apart else _halved(planned, size // 2)
-            self.schedule.tokens = size // 2
+            self.tide.fall(size // 2)
+            self.schedule.tokens = self.tide.tokens
             warnings.warn(
                 f"memory ran out, so {size // 2} tokens go through the model at once from now on; the result is the same",
                 stacklevel=3,
@@ -249,6 +255,17 @@ class Engine:
         for request, _ in planned:
             self._fail(request, error)
         return torch.empty(0), {}
+
+    def _rise(self) -> None:
+        """After many steps for which memory was enough, let more go through the model at once, up to what was asked for."""
+        calm = self.tide.hold()
+        if calm:
+            self.schedule.tokens = self.tide.tokens
+            warnings.warn(
+                f"memory was enough for {calm} steps, so {self.tide.tokens} tokens go through the model at once again; the "
+                "result is the same",
+                stacklevel=4,
+            )
 
     def _put_through(self, planned: Sequence[tuple[Request, int]]) -> tuple[torch.Tensor, dict[Request, int]]:
         """Put a step through the model. Where no setting changes what is likeliest and that is asked for, the likeliest tokens

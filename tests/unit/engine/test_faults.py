@@ -182,6 +182,30 @@ def test_where_memory_runs_out_half_is_read_at_once_and_all_is_written(error, ca
     goes_on(engine, model)
 
 
+def test_after_many_steps_more_is_read_at_once_again(monkeypatch):
+    monkeypatch.setattr("luthier.engine.tide.CALM", 4)
+    model = endless("qwen3")
+    right = alone(model, [DRAWN] * 5)
+    engine = Engine(model, 4096, tokens=64, guessed=0)
+    requests = added(engine, [DRAWN] * 5)
+    reader = failing(engine, MemoryError("none"), 0)
+    with pytest.warns(UserWarning) as said:
+        drained(engine)
+    told = [str(one.message) for one in said]
+    assert ["32 tokens go through" in told[0], told[1]] == [
+        True, "memory was enough for 4 steps, so 64 tokens go through the model at once again; the result is the same",
+    ]  # fmt: skip
+    assert len(told) == 2 and (engine.tide.fallen, engine.tide.risen) == (1, 1) and engine.schedule.tokens == 64
+    assert [one.written for one in requests] == [one[0] for one in right] and max(reader.sizes[1:5]) <= 32
+    # What ran out again waits twice as long.
+    reader.calls, reader.sizes = {0}, []
+    again = added(engine, [DRAWN] * 5)
+    with pytest.warns(UserWarning) as said:
+        drained(engine)
+    assert "memory was enough for 8 steps" in str(said[1].message)
+    assert [one.written for one in again] == [one[0] for one in right]
+
+
 def test_guesses_are_dropped_from_the_half_that_is_read():
     model = endless()
     right = alone(model, [GREEDY] * 5)
