@@ -310,7 +310,18 @@ class Engine:
                     if not request.drafts:
                         without[request] = left
         if self._draft is not None:
-            self._draft.guess(without, self.schedule.running)
+            try:
+                self._draft.guess(without, self.schedule.running)
+            except Exception as err:
+                # Whatever it is, texts need no guesses.
+                traceback.clear_frames(err.__traceback__)
+                self._draft = None
+                for request in without:
+                    request.drafts = []
+                warnings.warn(
+                    f"the draft model failed and guesses nothing from here on; what is written is the same ({_said(err)})",
+                    stacklevel=3,
+                )
 
     def _commit(self, found: torch.Tensor, first: dict[Request, int]) -> list[Request]:
         """Give each text its next token, and those after it as long as they were guessed; end those that are complete.
@@ -374,6 +385,12 @@ class Engine:
         request.error, request.finish = error, "error"
         self.schedule.finish(request)
         self._failed.append(request)
+
+
+def _said(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _halved(planned: Sequence[tuple[Request, int]], size: int) -> list[tuple[Request, int]]:

@@ -21,7 +21,7 @@ from luthier.models.adapters.freeze import find_layers
 from luthier.models.decoder import describe
 from luthier.models.facts import base_fingerprint
 from luthier.models.mapped import letting_go
-from luthier.models.memory import out_of_memory, return_freed_memory
+from luthier.models.memory import out_of_memory, return_freed_memory, shown
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
 from luthier.models.quantised.network import quantised_layers
@@ -180,6 +180,17 @@ def packed_bytes(model: LoadedModel, tokens: int) -> int:
     tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
     # The table of embeddings is read where it is, the head is packed.
     return 2 * (inside if tied else inside - network.get_input_embeddings().weight.numel())
+
+
+def tell_packed(model: LoadedModel, tokens: int, events: Events) -> None:
+    """Say where so many tokens are written from packed weights beside the model's own."""
+    taken = packed_bytes(model, tokens)
+    if taken:
+        held = next((layer.form for _, layer in quantised_layers(model.network)), None)
+        why = f"answers are written from a copy of the weights, of {shown(taken)}"
+        if held is not None:
+            why = f"answers are written from a copy of the weights, made from the base in {held}, of {shown(taken)}"
+        events.choose("writing", "packed in bfloat16", why)
 
 
 def _gains(model: LoadedModel, tokens: int) -> bool:

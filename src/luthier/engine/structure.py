@@ -84,6 +84,10 @@ class Matcher:
         self.error: Exception | None = None
         """Why they could not be made."""
 
+    def copy(self) -> Matcher:
+        """One at the same place, to go on from there apart from this one."""
+        return Matcher(self._state.deep_copy(), self._stop_ids, 32 * len(self.mask))
+
     def fill(self) -> None:
         """Make the bits. Raises ModelError where the structure is too much for the machinery."""
         self._state.unsafe_compute_mask_ptr(*self._place)

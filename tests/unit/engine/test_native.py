@@ -249,9 +249,16 @@ def test_packing_a_quantised_base_takes_what_packing_a_whole_one_takes(monkeypat
     monkeypatch.setattr(native, "WORTH", 1)
     model = decoder_model("llama")
     cast_weights(model, "bfloat16")
-    whole = native.packed_bytes(model, 10)
+    whole, events = native.packed_bytes(model, 10), Events()
+    native.tell_packed(model, 10, events)
+    assert "a copy of the weights, of" in events.choices["writing"]
     quantise(model.network, "int8", Events())
     assert native.packed_bytes(model, 10) == whole > 0
+    native.tell_packed(model, 10, events)
+    assert "a copy of the weights, made from the base in int8, of" in events.choices["writing"]
+    monkeypatch.setattr(native, "WORTH", 11)
+    native.tell_packed(model, 10, none := Events())
+    assert not none.choices
 
 
 def in_bf16(tmp_path):
