@@ -12,7 +12,7 @@ from luthier.core.errors import ConfigError
 from luthier.engine.likeliest import most_likely, not_numbers
 from luthier.engine.logs import likelihoods
 from luthier.engine.request import Request
-from luthier.engine.structure import restrict
+from luthier.engine.structure import nothing_left, restrict
 
 # Likeliest tokens that are looked at first for what holds a share of the probability.
 FEW = 256
@@ -58,12 +58,17 @@ def _choose(scores_V: Tensor, raw_V: Tensor, request: Request) -> int:
     if request.sampling.temperature == 0:
         token = int(most_likely(scores_V[None]))
         if token < 0:
-            raise not_numbers()
+            raise _nothing(request)
     else:
         token = _drawn(*shares_of(scores_V, request), request)
     if request.sampling.logprobs is not None:
         request.logs.append(likelihoods(raw_V, _processed(scores_V, request), token, request.sampling.logprobs))
     return token
+
+
+def _nothing(request: Request) -> Exception:
+    """Why no token has a score: those of a text with a structure were numbers before that was applied."""
+    return not_numbers() if request.matcher is None else nothing_left()
 
 
 def takes_likeliest(request: Request) -> bool:
@@ -188,7 +193,7 @@ def _drawn(shares_K: Tensor, tokens_K: Tensor | None, request: Request) -> int:
     sums_K = shares_K.cumsum(-1)
     # Nothing but numbers has a sum between.
     if not 0 < float(sums_K[-1]) < torch.inf:
-        raise not_numbers()
+        raise _nothing(request)
     number = sums_K[-1:] * request.draw(len(request.written))
     # Strictly below the last sum, so that a token that cannot come is never chosen.
     at = int(torch.searchsorted(sums_K, torch.minimum(number, sums_K[-1:] * (1 - 1e-12)), right=True))
