@@ -76,9 +76,13 @@ def largest_held_out(work: Work, tokens: int) -> Sequence[Encoded]:
 
 def largest_writing(work: Work) -> int:
     """Bytes that the most answers written at once take, between steps or in a validation: of keys and values, and of packed
-    weights."""
+    weights; of an encoder-decoder of weights that are laid out once more."""
     from luthier.engine.native import packed_bytes
+    from luthier.engine.readers import writes_side_by_side
+    from luthier.models.prepared import copied
 
+    if work.objective.draws and work.model.spec.task == "seq2seq" and writes_side_by_side(work.model):
+        return copied(work.model)
     tokens, written = answers_of(work)
     return tokens * int(work.model.pages or 0) + packed_bytes(work.model, written)
 
