@@ -5,9 +5,11 @@
 A model of the 135M shape with random weights is tuned (in full, 150 steps of 16) on the shipped text messages, to answer each
 with a short verdict that quotes the message; then it answers messages of the held-out fifth one at a time, greedily and drawn,
 with guesses and without, read by the native decoder in int8 and int4 and by its own module. With --quick the shipped `mini`.
+The same messages are answered without the rows, guessing from the text alone and beside it by a smaller model: of the 15M
+shape, tuned as the other was. With --quick that is `mini` as it ships.
 In turn, medians of the repeats, tokens a second of the answers, prompts included in the time. The answers are compared token
 by token. Writes benchmarks/results/guessing.json; the last line printed is the same object, in which `ours` is with guesses,
-`peer` without.
+`peer` without, `text` with those from the text alone, `draft` with those and the smaller model's.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import tempfile
 import time
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from shapes import make_model
 
@@ -30,6 +33,7 @@ from luthier.core.events import Events
 from luthier.core.types import Message
 from luthier.engine.drafts import remember
 from luthier.engine.engine import Engine, numbers_of
+from luthier.engine.generate import take_draft
 from luthier.engine.native import prepare
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
@@ -72,17 +76,20 @@ def tune(model: str, folder: Path, steps: int) -> tuple[str, list[str]]:
 
 
 def write(
-    model: LoadedModel, prompts: list[list[int]], guessed: int, temperature: float
-) -> tuple[float, list[list[int]]]:
-    """Tokens a second, and the answers."""
+    model: LoadedModel, prompts: list[list[int]], guessed: int, temperature: float, learned: Any, draft: Any
+) -> tuple[float, list[list[int]], float]:
+    """Tokens a second, the answers, and the share of what was guessed that was right."""
+    model.learned, model.draft = learned, draft
     sampling = Sampling(max_tokens=60, temperature=temperature)
     engine, written = Engine(model, 4096, guessed=guessed), []
+    drafted = accepted = 0
     started = time.perf_counter()
     for at, prompt in enumerate(prompts):
         request = engine.add(prompt, sampling, draw=numbers_of(1, at))
         engine.run()
         written.append(request.written)
-    return sum(map(len, written)) / (time.perf_counter() - started), written
+        drafted, accepted = drafted + request.drafted, accepted + request.accepted
+    return sum(map(len, written)) / (time.perf_counter() - started), written, accepted / max(1, drafted)
 
 
 def main() -> None:
@@ -96,28 +103,40 @@ def main() -> None:
         build.mkdir(parents=True, exist_ok=True)
         source = "mini" if quick else str(make_model("135m", build))
         run, texts = tune(source, Path(folder), 60 if quick else 150)
+        small = "mini" if quick else f"run:{tune(str(make_model('15m', build)), Path(folder), 150)[0]}"
         ways = {}
         for name in ("int8", "int4", "model"):
             model = load_model(f"run:{run}")
             prepare(model, name, Events())
             remember(model)
-            ways[name] = model
+            take_draft(model, small, "auto", Events())
+            ways[name] = model, model.learned, model.draft
     prompts = [model.renderer.prompt([Message("user", text)]) for text in texts[: 20 if quick else 60]]
     found: dict[str, dict[str, list[float]]] = {}
+    right: dict[str, float] = {}
     for at in range(repeats + 1):
-        for name, model in ways.items():
+        for name, (model, learned, draft) in ways.items():
             for temperature in (0.0, 0.7):
                 key = f"{name}, {'greedy' if temperature == 0 else 'drawn at 0.7'}"
-                with_it, ours = write(model, prompts, 32, temperature)
-                without, plain = write(model, prompts, 0, temperature)
-                if ours != plain:
+                sides = {
+                    "ours": (32, learned, None),
+                    "peer": (0, None, None),
+                    "text": (32, None, None),
+                    "draft": (32, None, draft),
+                }
+                made = {
+                    side: write(model, prompts, many, temperature, *from_) for side, (many, *from_) in sides.items()
+                }
+                if any(one[1] != made["peer"][1] for one in made.values()):
                     raise SystemExit(f"{key}: guesses changed an answer")
+                right[key] = round(made["draft"][2], 3)
                 if at:
-                    for side, rate in (("ours", with_it), ("peer", without)):
+                    for side, (rate, _, _) in made.items():
                         found.setdefault(key, {}).setdefault(side, []).append(rate)
-                print(key, round(with_it), round(without), file=sys.stderr, flush=True)
+                print(key, {side: round(one[0]) for side, one in made.items()}, file=sys.stderr, flush=True)
     medians = {
-        side: {key: round(statistics.median(one[side]), 1) for key, one in found.items()} for side in ("ours", "peer")
+        side: {key: round(statistics.median(one[side]), 1) for key, one in found.items()}
+        for side in ("ours", "peer", "text", "draft")
     }
     result = {
         "benchmark": "guessing",
@@ -127,6 +146,8 @@ def main() -> None:
         "same_answers": True,
         **medians,
         "ratio": {key: round(medians["ours"][key] / medians["peer"][key], 2) for key in found},
+        "draft_ratio": {key: round(medians["draft"][key] / medians["text"][key], 2) for key in found},
+        "draft_right": right,
     }
     if not quick:
         path = HERE / "results" / "guessing.json"

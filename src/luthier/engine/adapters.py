@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+import weakref
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -17,7 +19,7 @@ from luthier.models.adapters.additions import Additions, Line, read_additions
 from luthier.models.decoder import lows_of
 from luthier.models.rules import Unlike
 from luthier.models.spec import LoadedModel
-from luthier.native.decoder import Cached
+from luthier.native.decoder import Cached, Packed
 
 # The adapter that a model which is tuned has beside its packed base (`engine.native.natively`).
 OWN = "own"
@@ -41,13 +43,18 @@ class Loaded:
 
 
 class Adapters:
-    """What lies beside the base of one engine."""
+    """What lies beside the base of one engine; packed weights, which several engines may read, keep nothing of one that is
+    gone."""
 
     def __init__(self, model: LoadedModel, reader: Reader):
         self._model, self._reader = model, reader
         self._named: dict[str, Loaded] = {}
         self._leaving: list[Loaded] = []
         self._serials = count()
+        self._slots: set[int] = set()
+        if isinstance(reader, Cached):
+            _take_out_left(reader.packed)
+            weakref.finalize(self, _leave, weakref.ref(reader.packed), self._slots).atexit = False
         if model.native is not None and model.spec.adapter is not None and model.native.adapters:
             self._named[OWN] = Loaded(OWN, model.spec.source, (), 0, (), 0, next(self._serials))
 
@@ -62,6 +69,8 @@ class Adapters:
             raise ConfigError("an adapter needs a name of one character at least")
         if name in self._named:
             raise ConfigError(f"an adapter called {name!r} is there already; unload it first, or choose another name")
+        if isinstance(self._reader, Cached):
+            _take_out_left(self._reader.packed)
         read = source if isinstance(source, Additions) else read_additions(self._model, source)
         try:
             # A reader takes what adds to the products it makes, or to the layers it calls.
@@ -75,6 +84,7 @@ class Adapters:
             raise ModelError(
                 f"{read.source}: this adapter cannot be added beside packed weights: it {why}; set execution: model"
             ) from None
+        self._slots.add(slot)
         made = Loaded(name, read.source, read.report, read.parameters, read.notes, slot, next(self._serials))
         self._named[name] = made
         for note in read.notes:
@@ -105,4 +115,28 @@ class Adapters:
         for one in gone:
             self._leaving.remove(one)
             self._reader.drop_adapter(one.slot)
+            self._slots.discard(one.slot)
         return gone
+
+
+# Of engines that went away in the middle of a step: numbers that the next one takes out.
+_LEFT: weakref.WeakKeyDictionary[Packed, deque[int]] = weakref.WeakKeyDictionary()
+
+
+def _leave(held: weakref.ref[Packed], slots: set[int]) -> None:
+    """Take these out, after the engine that put them in. The collector may call this anywhere, even where this very thread holds
+    the lock."""
+    packed = held()
+    if packed is None:
+        return
+    if slots and packed.lock.locked():
+        _LEFT.setdefault(packed, deque()).extend(slots)
+        return
+    for slot in slots:
+        packed.drop_adapter(slot)
+
+
+def _take_out_left(packed: Packed) -> None:
+    left = _LEFT.get(packed, deque())
+    while left:
+        packed.drop_adapter(left.popleft())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from luthier.engine.blocks import Blocks
 from luthier.engine.choose import settled
+from luthier.engine.likeliest import not_numbers
 from luthier.engine.pieces import stops_here
 from luthier.engine.reader import Reader
 from luthier.engine.readers import reader_for
@@ -31,7 +32,8 @@ def search(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """The likeliest answer to each prompt that beams find, with its end token: that of transformers' `num_beams`, whose
-    score is the mean log-probability of its tokens. So many searches `at_once`. Raises DataError for a prompt without room."""
+    score is the mean log-probability of its tokens. So many searches `at_once`. Raises DataError for a prompt without room, and
+    ModelError for logits that are not numbers."""
     check_terms(model, sampling)
     searches = [_Search(model, prompt, sampling) for prompt in prompts]
     most = sorted((one.blocks for one in searches), reverse=True)[:at_once]
@@ -81,6 +83,9 @@ class _Search:
         # So many that as many as there are beams go on, whichever end.
         most = max(2, 1 + len(self.texts[0].ends)) * self.beams
         values, places = sums_N.topk(min(most, len(sums_N)))
+        # What is no number is found largest.
+        if values[0].isnan():
+            raise not_numbers()
         going: list[tuple[float, int, int]] = []
         length = len(self.texts[0].written) + 1
         for rank, (score, place) in enumerate(zip(values.tolist(), places.tolist())):

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from luthier.core.errors import ConfigError
+from luthier.engine.likeliest import most_likely, not_numbers
 from luthier.engine.logs import likelihoods
+from luthier.engine.order import order
 from luthier.engine.request import Request
-from luthier.engine.structure import restrict
+from luthier.engine.structure import nothing_left, restrict
 
 # Likeliest tokens that are looked at first for what holds a share of the probability.
 FEW = 256
@@ -22,8 +24,14 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int | Excepti
     nothing but its logits, its text and its draw.
 
     First what is said of single tokens (`settled`), then the likeliest, or the temperature, the share that is drawn from
-    (`shares_of`), and the draw. Each text keeps how likely its token was, where that is asked for.
+    (`shares_of`), and the draw. Each text keeps how likely its token was, where that is asked for. A text whose scores are not
+    numbers gets an error.
     """
+    found: dict[int, int | Exception] = {}
+    for at, one in enumerate(requests):
+        # What a structure leaves may hide what is wrong with the row.
+        if one.matcher is not None and not logits_RV[at].amax().isfinite():
+            found[at] = not_numbers()
     # What a structure leaves is made of all rows at once, and in place.
     raw = {
         at: logits_RV[at].clone()
@@ -32,7 +40,9 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int | Excepti
     }
     restrict(logits_RV, requests)
     plain = [at for at, one in enumerate(requests) if takes_likeliest(one)]
-    found: dict[int, int | Exception] = dict(zip(plain, logits_RV[plain].argmax(-1).tolist())) if plain else {}
+    if plain:
+        tokens = most_likely(logits_RV[plain]).tolist()
+        found |= {at: token if token >= 0 else not_numbers() for at, token in zip(plain, tokens)}
     for at, one in enumerate(requests):
         if at not in found:
             try:
@@ -47,12 +57,19 @@ def _choose(scores_V: Tensor, raw_V: Tensor, request: Request) -> int:
         raise request.matcher.error
     scores_V = settled(scores_V, request)
     if request.sampling.temperature == 0:
-        token = int(scores_V[None].argmax(-1))
+        token = int(most_likely(scores_V[None]))
+        if token < 0:
+            raise _nothing(request)
     else:
         token = _drawn(*shares_of(scores_V, request), request)
     if request.sampling.logprobs is not None:
         request.logs.append(likelihoods(raw_V, _processed(scores_V, request), token, request.sampling.logprobs))
     return token
+
+
+def _nothing(request: Request) -> Exception:
+    """Why no token has a score: those of a text with a structure were numbers before that was applied."""
+    return not_numbers() if request.matcher is None else nothing_left()
 
 
 def takes_likeliest(request: Request) -> bool:
@@ -122,11 +139,14 @@ def shares_of(scores_V: Tensor, request: Request) -> tuple[Tensor, Tensor | None
 
 def _first_shares(values_V: Tensor, mass: float) -> tuple[Tensor, Tensor]:
     """The shares of the likeliest tokens, in falling order, and the tokens: so many that they hold `mass`, or all. Few do,
-    as a rule, and sorting a vocabulary takes longer than everything else."""
+    as a rule, and to find those is sooner done than to sort a vocabulary."""
     wide_V = values_V.double()
     whole = wide_V.logsumexp(-1)
     for count in (FEW, 32 * FEW, len(values_V)):
-        tokens_K = values_V.topk(min(count, len(values_V))).indices
+        if count < len(values_V):
+            tokens_K = values_V.topk(count).indices
+        else:
+            tokens_K = order(-values_V)
         shares_K = (wide_V[tokens_K] - whole).exp()
         if shares_K.sum() >= mass:
             break
@@ -167,14 +187,17 @@ def _typical(shares_K: Tensor, mass: float) -> Tensor:
     shares_K = shares_K / shares_K.sum()
     logs_K = shares_K.log()
     apart_K = (logs_K - (shares_K * logs_K).nansum()).abs()
-    sorted_K, order_K = apart_K.sort(stable=True)
+    order_K = order(apart_K)
     last = int((shares_K[order_K].cumsum(-1) < mass).sum())
-    return torch.where(apart_K <= sorted_K[min(last, len(sorted_K) - 1)], shares_K, 0.0)
+    return torch.where(apart_K <= apart_K[order_K[min(last, len(order_K) - 1)]], shares_K, 0.0)
 
 
 def _drawn(shares_K: Tensor, tokens_K: Tensor | None, request: Request) -> int:
     """The token on which the draw falls."""
     sums_K = shares_K.cumsum(-1)
+    # Nothing but numbers has a sum between.
+    if not 0 < float(sums_K[-1]) < torch.inf:
+        raise _nothing(request)
     number = sums_K[-1:] * request.draw(len(request.written))
     # Strictly below the last sum, so that a token that cannot come is never chosen.
     at = int(torch.searchsorted(sums_K, torch.minimum(number, sums_K[-1:] * (1 - 1e-12)), right=True))

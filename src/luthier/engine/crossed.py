@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.engine.likeliest import most_likely
 from luthier.models.prepared import Prepared
 from luthier.models.slots import Slots, begin, go_on, way_of, writes_by_slots
 from luthier.models.spec import LoadedModel
@@ -42,7 +43,8 @@ class Crossed:
         adapters: Sequence[int] = (),
     ) -> Tensor:
         """Of each text, end to end in `ids`: its source where none of it was read before, else one token of its answer. The
-        logits after the last of each [R, V] in fp32, or with `likeliest` the likeliest token after it [R]."""
+        logits after the last of each [R, V] in fp32, or with `likeliest` the likeliest token after it [R], -1 where its
+        logit is no number."""
         if not lengths:
             return torch.empty(0)
         model, module = self.model, self.model.module
@@ -71,7 +73,7 @@ class Crossed:
             if chosen != list(range(len(states_RE))):
                 states_RE = states_RE[chosen]
             logits_RV = self._weights.logits(states_RE)
-            return logits_RV.argmax(-1) if likeliest else logits_RV
+            return most_likely(logits_RV) if likeliest else logits_RV
         finally:
             if training:
                 module.train()

@@ -15,8 +15,10 @@ from luthier.core.errors import ConfigError
 from luthier.engine.blocks import Blocks
 from luthier.engine.choose import choose, takes_likeliest
 from luthier.engine.drafts import Pace
+from luthier.engine.likeliest import not_numbers
 from luthier.engine.readers import reader_for
 from luthier.engine.request import Request
+from luthier.engine.structure import Matcher, masks_made
 from luthier.models.pages import BLOCK, writes_by_pages
 from luthier.models.spec import LoadedModel
 
@@ -58,13 +60,18 @@ class DraftModel:
         }
         going = self._catch_up(left)
         guesses: dict[Request, list[int]] = {request: [] for request in going}
+        places = {request: request.matcher.copy() for request in going if request.matcher is not None}
         while going:
-            following = self._next(going, guesses)
+            following = self._next(going, guesses, places)
             going = {}
             for request, token in following.items():
+                if token < 0:
+                    raise not_numbers()
                 if token >= self._vocabulary:
                     continue
                 guesses[request].append(token)
+                if token in request.ends or (request in places and places[request].take(token)):
+                    continue
                 if len(guesses[request]) < left[request] and self._hold(self._texts[request], 1):
                     going[request] = [token]
         for request, found in guesses.items():
@@ -104,18 +111,24 @@ class DraftModel:
             self._read(behind, likeliest=True)
         return going
 
-    def _next(self, new: Mapping[Request, list[int]], guesses: Mapping[Request, list[int]]) -> dict[Request, int]:
-        """What the draft model would write after these tokens."""
-        # Structures are the larger model's matter, and how likely a token is nobody asks here.
+    def _next(
+        self,
+        new: Mapping[Request, list[int]],
+        guesses: Mapping[Request, list[int]],
+        places: Mapping[Request, Matcher],
+    ) -> dict[Request, int]:
+        """What the draft model would write after these tokens, within the structure of each text."""
+        # How likely a token is nobody asks here.
         texts = [
             replace(
-                one, written=[*one.written, *guesses[one]], matcher=None, logs=[], drafts=[],
+                one, written=[*one.written, *guesses[one]], matcher=places.get(one), logs=[], drafts=[],
                 sampling=one.sampling.model_copy(update={"logprobs": None}),
             )
             for one in new
         ]  # fmt: skip
         likeliest = all(takes_likeliest(one) for one in texts)
-        found = self._read(new, likeliest)
+        with masks_made(texts):
+            found = self._read(new, likeliest)
         tokens = found.tolist() if likeliest else choose(found, texts)
         return {request: token for request, token in zip(new, tokens) if isinstance(token, int)}
 

@@ -23,6 +23,7 @@ from luthier.engine.choose import choose, takes_likeliest
 from luthier.engine.crossed import never_of, opening_of
 from luthier.engine.draft_model import DraftModel
 from luthier.engine.drafts import Guesser
+from luthier.engine.likeliest import not_numbers
 from luthier.engine.logs import prompt_logs, tops
 from luthier.engine.pieces import stops_here
 from luthier.engine.pooler import Embedding, Pooler, Reading
@@ -32,6 +33,7 @@ from luthier.engine.sampling import Sampling
 from luthier.engine.scoring import Asked, Score, Scorer
 from luthier.engine.structure import masks_made, matcher_for
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
+from luthier.engine.tide import Tide
 from luthier.models.adapters.additions import Additions
 from luthier.models.memory import out_of_memory, return_freed_memory
 from luthier.models.pages import BLOCK
@@ -63,6 +65,7 @@ class Engine:
         blocks = -(-room // BLOCK)
         self._reader, self.blocks = reader_for(model, blocks), Blocks(blocks)
         self.schedule, self._guessed = schedule_for(self._reader, self.blocks, streams, tokens), guessed
+        self.tide = Tide(tokens)
         self._apart = model.spec.kind == "encoder-decoder"
         self._scorer = None if self._apart else Scorer(model)
         self._pooler: Pooler | None = None
@@ -224,11 +227,14 @@ class Engine:
     def _read(self, planned: list[tuple[Request, int]]) -> tuple[torch.Tensor, dict[Request, int]]:
         """Read a step: the logits (or the likeliest tokens) of the texts that are read to their end, and the first row of each.
 
-        Where memory runs out, the first half of it is read, and from then on no more than that at once.
+        Where memory runs out, the first half of it is read, and from then on no more than that at once, until memory was enough
+        for long (`tide.Tide`).
         """
         size = sum(count for _, count in planned)
         try:
-            return self._put_through(planned)
+            found = self._put_through(planned)
+            self._rise()
+            return found
         except Exception as err:
             traceback.clear_frames(err.__traceback__)
             error, again = err, out_of_memory(err) and size > 1
@@ -236,7 +242,8 @@ class Engine:
         if again:
             return_freed_memory(self.model.device)
             planned = _first_whole(planned, size // 2) if self._apart else _halved(planned, size // 2)
-            self.schedule.tokens = size // 2
+            self.tide.fall(size // 2)
+            self.schedule.tokens = self.tide.tokens
             warnings.warn(
                 f"memory ran out, so {size // 2} tokens go through the model at once from now on; the result is the same",
                 stacklevel=3,
@@ -248,6 +255,17 @@ class Engine:
         for request, _ in planned:
             self._fail(request, error)
         return torch.empty(0), {}
+
+    def _rise(self) -> None:
+        """After many steps for which memory was enough, let more go through the model at once, up to what was asked for."""
+        calm = self.tide.hold()
+        if calm:
+            self.schedule.tokens = self.tide.tokens
+            warnings.warn(
+                f"memory was enough for {calm} steps, so {self.tide.tokens} tokens go through the model at once again; the "
+                "result is the same",
+                stacklevel=4,
+            )
 
     def _put_through(self, planned: Sequence[tuple[Request, int]]) -> tuple[torch.Tensor, dict[Request, int]]:
         """Put a step through the model. Where no setting changes what is likeliest and that is asked for, the likeliest tokens
@@ -292,7 +310,18 @@ class Engine:
                     if not request.drafts:
                         without[request] = left
         if self._draft is not None:
-            self._draft.guess(without, self.schedule.running)
+            try:
+                self._draft.guess(without, self.schedule.running)
+            except Exception as err:
+                # Whatever it is, texts need no guesses.
+                traceback.clear_frames(err.__traceback__)
+                self._draft = None
+                for request in without:
+                    request.drafts = []
+                warnings.warn(
+                    f"the draft model failed and guesses nothing from here on; what is written is the same ({_said(err)})",
+                    stacklevel=3,
+                )
 
     def _commit(self, found: torch.Tensor, first: dict[Request, int]) -> list[Request]:
         """Give each text its next token, and those after it as long as they were guessed; end those that are complete.
@@ -330,6 +359,8 @@ class Engine:
     def _write(self, request: Request, token: int | Exception) -> None:
         if isinstance(token, Exception):
             raise token
+        if token < 0:
+            raise not_numbers()
         if not request.written:
             request.first_at = time.monotonic()
         request.written.append(token)
@@ -354,6 +385,12 @@ class Engine:
         request.error, request.finish = error, "error"
         self.schedule.finish(request)
         self._failed.append(request)
+
+
+def _said(error: Exception) -> str:
+    """An error in one line."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _halved(planned: Sequence[tuple[Request, int]], size: int) -> list[tuple[Request, int]]:

@@ -26,8 +26,10 @@ from luthier.engine.readers import writes_side_by_side
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
+from luthier.models.memory import shown
 from luthier.models.pages import BLOCK
 from luthier.models.precision import cast_weights
+from luthier.models.prepared import copied
 from luthier.models.spec import LoadedModel
 
 
@@ -164,7 +166,10 @@ def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
         if model.native is not None:  # said when it was chosen
             return
         if model.spec.kind == "encoder-decoder":
-            events.choose("engine", "rows", "texts come and go; each has its source beside it")
+            why, size = "texts come and go; each has its source beside it", copied(model)
+            if size:
+                why = f"texts come and go; each has its source beside it; a copy of the weights takes {shown(size)}"
+            events.choose("engine", "rows", why)
             return
         alone = "texts come and go; each is written as if it were alone"
         events.choose(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -12,6 +13,7 @@ from luthier.core.errors import ConfigError, ModelError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.batches import Batch
+from luthier.engine.likeliest import not_numbers
 from luthier.engine.passes import run_rows
 from luthier.models.cross_entropy import token_nll
 from luthier.models.output import decoder_states, head_of
@@ -31,7 +33,8 @@ def score(
 ) -> list[tuple[float, float]]:
     """(sum of weight x -log p in nats, sum of weights) of each row, in order; fp32, whatever the batch.
 
-    Decoder-only models and encoder-decoders; `tokens` go through the model at once. Raises ModelError for others.
+    Decoder-only models and encoder-decoders; `tokens` go through the model at once. Raises ModelError for others, and for
+    logits that are not numbers.
     """
     if model.spec.task not in ("causal", "seq2seq"):
         raise ModelError(
@@ -43,6 +46,8 @@ def score(
         nll_N, weights_N, sizes = scored
         for at, nll_T, weights_T in zip(part, nll_N.cpu().split(sizes), weights_N.double().cpu().split(sizes)):
             found[at] = (float((nll_T.double() * weights_T).sum()), float(weights_T.sum()))
+            if math.isnan(found[at][0]):
+                raise not_numbers()
 
     run_rows(model, rows, score_batch, keep, tokens=tokens, on_progress=on_progress, events=events)
     return found

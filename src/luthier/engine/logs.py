@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from luthier.core.types import TokenLog
+from luthier.engine.likeliest import not_numbers
 from luthier.engine.request import Likelihoods, Request
 from luthier.models.spec import LoadedModel
 
@@ -23,9 +24,11 @@ def likelihoods(raw_V: Tensor, processed_V: Tensor, token: int, count: int) -> L
 
 
 def prompt_logs(logits_RV: Tensor, following: Sequence[int]) -> list[float]:
-    """The log-probability of the token that followed each row."""
-    tokens_R1 = torch.tensor(following, device=logits_RV.device)[:, None]
-    return (logits_RV.gather(1, tokens_R1)[:, 0] - logits_RV.logsumexp(-1)).tolist()
+    """The log-probability of the token that followed each row. Raises ModelError for rows that are not numbers."""
+    tokens_R1, whole_R = torch.tensor(following, device=logits_RV.device)[:, None], logits_RV.logsumexp(-1)
+    if not whole_R.isfinite().all():
+        raise not_numbers()
+    return (logits_RV.gather(1, tokens_R1)[:, 0] - whole_R).tolist()
 
 
 def tops(logits_RV: Tensor, count: int) -> list[list[tuple[int, float]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from luthier.models.adapters.freeze import find_layers
 from luthier.models.decoder import describe
 from luthier.models.facts import base_fingerprint
 from luthier.models.mapped import letting_go
+from luthier.models.memory import out_of_memory, return_freed_memory, shown
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
 from luthier.models.quantised.network import quantised_layers
@@ -35,6 +37,7 @@ SMALL = 1_000_000
 WORTH = 1024
 # What a form may change on assets/calibration.txt: nats of KL divergence a token on average, and a share of perplexity.
 MOST_KL, MOST_PERPLEXITY = 0.01, 0.01
+SHORT = "memory ran out while the weights were packed, so the module itself reads, slower"
 # What bf16 and int8 change of the logits at most, relative to their size; a model that computes anything else is far beyond.
 MOST_APART = 0.1
 
@@ -73,7 +76,8 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
 
     auto: int8 if the model is not small and stays what it is within the limits above, else bf16 if that does, else as it is. A
     form that is asked for is taken, and what it changes is said. Beside int8, keys and values are int8 too within the same
-    limits, else bf16. Raises ConfigError for one that this model or machine cannot take.
+    limits, else bf16. Where memory runs out, auto leaves the model as it is, and warns. Raises ConfigError for a form that this
+    model or machine cannot take.
     """
     if execution == "model" or model.native is not None:
         return
@@ -86,13 +90,28 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
     try:
         decoder = _describe(model)
         own = _own(model)
-        chosen = _choose(model, decoder, own, execution)
+        chosen: tuple[Packed, Quality] | None = _choose(model, decoder, own, execution)
     except Unlike as why:
         if execution != "auto":
             raise ConfigError(
                 f"execution: {execution} needs the native decoder, and {why}; set execution: auto"
             ) from None
         events.choose("native", "no", f"{why}; the module itself reads")
+        return
+    except (MemoryError, RuntimeError) as err:
+        if not out_of_memory(err):
+            raise
+        chosen = None
+    if chosen is None:
+        # Out here nothing holds what was packed by then.
+        return_freed_memory(model.device)
+        if execution != "auto":
+            raise ConfigError(
+                f"execution: {execution}: memory ran out while the weights were packed; set execution: model, or choose a "
+                "smaller model or a machine with more memory"
+            )
+        events.choose("native", "no", "memory ran out while the weights were packed; the module itself reads")
+        events.warn(SHORT, 1)
         return
     packed, quality = chosen
     model.native = packed
@@ -139,6 +158,11 @@ def natively(model: LoadedModel, tokens: int) -> Iterator[None]:
             model.packable = measure(packed, _own(model)).apart <= MOST_APART
     except Unlike:
         model.packable = False
+    except (MemoryError, RuntimeError) as err:
+        if not out_of_memory(err):
+            raise
+        model.packable = False
+        warnings.warn(SHORT, stacklevel=4)
     if model.packable:
         model.native = packed
     try:
@@ -163,6 +187,17 @@ def packed_bytes(model: LoadedModel, tokens: int) -> int:
     tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
     # The table of embeddings is read where it is, the head is packed.
     return 2 * (inside if tied else inside - network.get_input_embeddings().weight.numel())
+
+
+def tell_packed(model: LoadedModel, tokens: int, events: Events) -> None:
+    """Say where so many tokens are written from packed weights beside the model's own."""
+    taken = packed_bytes(model, tokens)
+    if taken:
+        held = next((layer.form for _, layer in quantised_layers(model.network)), None)
+        why = f"answers are written from a copy of the weights, of {shown(taken)}"
+        if held is not None:
+            why = f"answers are written from a copy of the weights, made from the base in {held}, of {shown(taken)}"
+        events.choose("writing", "packed in bfloat16", why)
 
 
 def _gains(model: LoadedModel, tokens: int) -> bool:

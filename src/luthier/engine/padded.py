@@ -12,6 +12,7 @@ import torch
 
 from luthier.core.errors import ConfigError
 from luthier.engine.crossed import opening_of
+from luthier.engine.likeliest import not_numbers
 from luthier.engine.sampling import Sampling
 from luthier.engine.structure import Restrict
 from luthier.engine.terms import at_least, banned_of, check_terms, ends_of
@@ -30,7 +31,7 @@ def write(
     """New ids of each row, from the model's own `generate`; after a row's stop token anything may follow.
 
     `processor` makes the scores [S, V] of the next token anew, given the ids [S, T] so far. Raises ConfigError for what
-    transformers' loop does not give.
+    transformers' loop does not give, and ModelError for logits that are not numbers.
     """
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -130,10 +131,18 @@ def _stops(model: LoadedModel, sampling: Sampling, start: int) -> list[Callable[
 def _processors(
     model: LoadedModel, sampling: Sampling, start: int
 ) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-    """What transformers lacks: answers of a structure, and penalties of presence and frequency."""
+    """What transformers lacks: scores that are no numbers are refused, then answers of a structure, and penalties of presence
+    and frequency."""
     if sampling.structure is None:
-        return _penalties(sampling, start)
-    return [Restrict(model, sampling.structure, start), *_penalties(sampling, start)]
+        return [_check_numbers, *_penalties(sampling, start)]
+    return [_check_numbers, Restrict(model, sampling.structure, start), *_penalties(sampling, start)]
+
+
+def _check_numbers(ids_ST: torch.Tensor, scores_SV: torch.Tensor) -> torch.Tensor:
+    """Raises ModelError for scores that are not numbers."""
+    if not (scores_SV.amax(-1) < torch.inf).all():
+        raise not_numbers()
+    return scores_SV
 
 
 def _penalties(sampling: Sampling, start: int) -> list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from luthier.core.errors import ModelError
+from luthier.engine.likeliest import most_likely
 from luthier.models.adapters.additions import Addition
 from luthier.models.adapters.rows import Pair, adding, pairs_of
 from luthier.models.pages import FEWEST, Pages, Store, next_logits, read_pages
@@ -40,7 +41,8 @@ class Paged:
     ) -> Tensor:
         """Read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks of its table,
         with the adapter of that number for each text, or without one (-1).
-        The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R]."""
+        The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R], -1 where its
+        logit is no number."""
         short = max(0, self._fewest - len(ids))
         if short:
             ids, lengths = [*ids, *[0] * short], [*lengths, short]
@@ -57,7 +59,7 @@ class Paged:
             # Like a step, the head is given no fewer rows than round like many.
             filled = [*rows, *[rows[0]] * (self._fewest - len(rows))]
             logits_RV = next_logits(self.model, states_NE[filled])[: len(rows)]
-            return logits_RV.argmax(-1) if likeliest else logits_RV
+            return most_likely(logits_RV) if likeliest else logits_RV
         finally:
             module.train(training)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -14,6 +15,7 @@ from luthier.core.types import Encoded
 from luthier.data.batches import fill_batches
 from luthier.engine.adapters import NONE
 from luthier.engine.lanes import Lanes
+from luthier.engine.likeliest import not_numbers
 from luthier.engine.likelihood import score
 from luthier.engine.native import own_adapter
 from luthier.engine.passes import TOKENS, each_part
@@ -71,7 +73,8 @@ class Scorer:
         """The score of each continuation of each prompt, in order; `tokens` go through the model at once.
 
         Equal, but for rounding, to reading each prompt with each continuation by itself, which is done for families that
-        cannot read a prompt once. Raises DataError for an empty prompt or continuation, or what exceeds the context.
+        cannot read a prompt once. Raises DataError for an empty prompt or continuation, or what exceeds the context, and
+        ModelError for logits that are not numbers.
         """
         for prompt, continuations in asked:
             self._check(prompt, continuations)
@@ -106,6 +109,10 @@ class Scorer:
             nonlocal done
             for at, logs in zip(part, read([planted[at] for at in part])):
                 found[at] = [Score(sum(logs[step] for step in path), len(path)) for path in planted[at].paths]
+                if any(math.isnan(one.log_prob) for one in found[at]):
+                    # Nothing that was read beside it is kept.
+                    self._trunk, self._lanes = Trunk(), None
+                    raise not_numbers()
             done += len(part)
             if on_progress is not None:
                 on_progress(done, len(asked))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from luthier.core.config import Config
 from luthier.core.errors import ConfigError, MissingExtra, ModelError
+from luthier.engine.digits import Digits, Vocabulary
 from luthier.engine.schemas import blame, prepare, read_schema
 from luthier.models.spec import LoadedModel
 from luthier.native.masks import Mask, mask_rows_
@@ -42,7 +43,8 @@ class Structure(Config):
     """
 
     json_schema: dict[str, Any] | bool | Path | None = None
-    """A JSON schema, or the path of a file that holds one. The properties come in its order."""
+    """A JSON schema, or the path of a file that holds one. The properties come in its order. A number has at most about 34
+    digits in a row, unless its schema leaves nothing else: more tell nothing apart, and a model may never end them."""
     regex: str | None = None
     """A regular expression for the whole answer, in the syntax of Rust's regex crate, without look-around."""
     choices: tuple[str, ...] | None = None
@@ -73,8 +75,10 @@ class Structure(Config):
 class Matcher:
     """Where one answer is in its structure."""
 
-    def __init__(self, state: Any, stop_ids: Sequence[int], width: int, ahead: bool = False):
-        self._state, self._stop_ids, self._ahead = state, stop_ids, ahead
+    def __init__(
+        self, state: Any, stop_ids: Sequence[int], width: int, ahead: bool = False, digits: Digits | None = None
+    ):
+        self._state, self._stop_ids, self._ahead, self._digits = state, stop_ids, ahead, digits
         self.mask: Mask = (ctypes.c_int32 * -(-width // 32))()
         self._place = ctypes.addressof(self.mask), ctypes.sizeof(self.mask)
         self.bits = np.frombuffer(self.mask, dtype=np.int32)
@@ -84,6 +88,11 @@ class Matcher:
         self.error: Exception | None = None
         """Why they could not be made."""
 
+    def copy(self) -> Matcher:
+        """One at the same place, to go on from there apart from this one."""
+        digits = None if self._digits is None else self._digits.copy()
+        return Matcher(self._state.deep_copy(), self._stop_ids, 32 * len(self.mask), digits=digits)
+
     def fill(self) -> None:
         """Make the bits. Raises ModelError where the structure is too much for the machinery."""
         self._state.unsafe_compute_mask_ptr(*self._place)
@@ -91,6 +100,8 @@ class Matcher:
             raise ModelError(
                 f"structure: the next token cannot be found ({_first(self._state.get_error())}); simplify it"
             )
+        if self._digits is not None:
+            self._digits.restrict(self.bits)
 
     def try_fill(self) -> None:
         """Make the bits, and keep what goes wrong."""
@@ -105,9 +116,9 @@ class Matcher:
         while what they are made of is at hand."""
         self.ready = False
         if not self._state.consume_token(token):
-            raise ConfigError(
-                "structure: no token is left that both it and the other sampling settings allow; leave one of them out"
-            )
+            raise nothing_left()
+        if self._digits is not None:
+            self._digits.take(token)
         stopped = bool(self._state.is_stopped())
         if self._ahead and not stopped:
             self.try_fill()
@@ -116,11 +127,13 @@ class Matcher:
 
 def matcher_for(model: LoadedModel, structure: Structure) -> Matcher:
     """One that has seen nothing yet. Raises ConfigError, MissingExtra, and ModelError for a tokenizer that it cannot read."""
-    tokens, states = _compiled(model)
+    vocabulary, states = _compiled(model)
     # Where the model's own threads take every core, one more for masks would only stand in their way.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ahead = model.device.type == "cpu" and torch.get_num_threads() >= cores
-    return Matcher(states(source_of(structure)).deep_copy(), model.spec.stop_ids, tokens.vocab_size, ahead)
+    digits = None if structure.json_schema is None else Digits(vocabulary)
+    state, width = states(source_of(structure)).deep_copy(), vocabulary.tokens.vocab_size
+    return Matcher(state, model.spec.stop_ids, width, ahead, digits)
 
 
 @contextmanager
@@ -141,6 +154,13 @@ def masks_made(requests: Iterable[Request]) -> Iterator[None]:
 def _fill(matchers: Sequence[Matcher]) -> None:
     for one in matchers:
         one.try_fill()
+
+
+def nothing_left() -> ConfigError:
+    """What ends a text of which nothing more can be written."""
+    return ConfigError(
+        "structure: no token is left that both it and the other sampling settings allow; leave one of them out"
+    )
 
 
 def restrict(logits_RV: Tensor, requests: Sequence[Request]) -> None:
@@ -213,10 +233,12 @@ def _mistake(source: str) -> str:
     return _first(said[0]) if said else ""
 
 
-_TOKENIZERS: WeakKeyDictionary[Any, dict[tuple[int, ...], tuple[Any, Callable[[str], Any]]]] = WeakKeyDictionary()
+_TOKENIZERS: WeakKeyDictionary[Any, dict[tuple[int, ...], tuple[Vocabulary, Callable[[str], Any]]]] = (
+    WeakKeyDictionary()
+)
 
 
-def _compiled(model: LoadedModel) -> tuple[Any, Callable[[str], Any]]:
+def _compiled(model: LoadedModel) -> tuple[Vocabulary, Callable[[str], Any]]:
     """The tokenizer as llguidance holds it, and what compiles for it; both are kept as long as the tokenizer is."""
     kept = _TOKENIZERS.setdefault(model.tokenizer, {})
     stops = tuple(model.spec.stop_ids)
@@ -230,7 +252,7 @@ def _compiled(model: LoadedModel) -> tuple[Any, Callable[[str], Any]]:
             raise ModelError(
                 f"{model.spec.source}: its tokenizer cannot be followed ({_first(str(err))}); leave structure out"
             ) from None
-        kept[stops] = tokens, lru_cache(KEPT)(lambda source: _state(tokens, source))
+        kept[stops] = Vocabulary(tokens), lru_cache(KEPT)(lambda source: _state(tokens, source))
     return kept[stops]
 
 

@@ -7,6 +7,7 @@ but for rounding. The layout is a second copy of the weight, which lives as long
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.models.memory import free_memory
+from luthier.models.memory import free_memory, shown
 from luthier.models.output import Head, head_of
 from luthier.models.spec import LoadedModel
 
@@ -27,12 +28,18 @@ Product = Callable[[Tensor], Tensor]
 
 class Prepared:
     """The linear layers of a model and its head, over copies of their weights: of those that are plain, on a CPU that oneDNN
-    knows, while there is memory. All else is left as it is. Weights that are changed, or put elsewhere, are laid out again."""
+    knows, while there is memory; where it is short, that is warned of. All else is left as it is. Weights that are changed, or put elsewhere, are laid out again."""
 
     def __init__(self, model: LoadedModel):
         self._model, self._made = model, dict[Any, tuple[tuple[int, ...], Product]]()
-        plain = [one for one in model.network.modules() if type(one) is nn.Linear and "forward" not in vars(one)]
-        # An output layer is called by whoever makes logits, over the rows that are asked for.
+        plain = _plain(model)
+        if _can(model, plain) and not _fits(model, plain):
+            warnings.warn(
+                f"{model.spec.source}: memory is short of a copy of the weights as the processor multiplies them "
+                f"({shown(_size(model, plain))}), so it writes slower; the result is the same",
+                stacklevel=2,
+            )
+            plain = []
         self._layers = plain if _can(model, plain) else []
 
     @contextmanager
@@ -67,8 +74,29 @@ def _lay_out(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda x: multiply(x, laid, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
+def copied(model: LoadedModel) -> int:
+    """Bytes that the copies take, the head's too: 0 where they are of no use, or find no room."""
+    plain = _plain(model)
+    return _size(model, plain) if _can(model, plain) and _fits(model, plain) else 0
+
+
+def _size(model: LoadedModel, layers: list[nn.Linear]) -> int:
+    head = head_of(model)
+    return sum(one.weight.nbytes for one in layers) + (head.weight_VE.nbytes if isinstance(head, Head) else 0)
+
+
+def _plain(model: LoadedModel) -> list[nn.Linear]:
+    # An output layer is called by whoever makes logits, over the rows that are asked for.
+    out = model.network.get_output_embeddings()
+    return [
+        one
+        for one in model.network.modules()
+        if type(one) is nn.Linear and one is not out and "forward" not in vars(one)
+    ]
+
+
 def _can(model: LoadedModel, layers: list[nn.Linear]) -> bool:
-    """Whether it is of use here: tried on a small layer; and whether the copies find room."""
+    """Whether it is of use here: tried on a small layer."""
     if model.device.type != "cpu" or not layers or model.network.dtype not in (torch.float32, torch.bfloat16):
         return False
     if any(one.weight.dtype != model.network.dtype for one in layers):
@@ -79,6 +107,9 @@ def _can(model: LoadedModel, layers: list[nn.Linear]) -> bool:
     except (AttributeError, RuntimeError):
         # This torch has no oneDNN, or calls it in another way.
         return False
+    return float(apart) <= 0.1
+
+
+def _fits(model: LoadedModel, layers: list[nn.Linear]) -> bool:
     free = free_memory(model.device)
-    size = sum(one.weight.nbytes for one in layers)
-    return float(apart) <= 0.1 and (free is None or size <= SHARE * free)
+    return free is None or _size(model, layers) <= SHARE * free

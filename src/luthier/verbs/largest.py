@@ -76,14 +76,25 @@ def largest_held_out(work: Work, tokens: int) -> Sequence[Encoded]:
 
 def largest_writing(work: Work) -> int:
     """Bytes that the most answers written at once take, between steps or in a validation: of keys and values, and of packed
-    weights."""
-    from luthier.engine.generate import room_for
+    weights; of an encoder-decoder of weights that are laid out once more."""
     from luthier.engine.native import packed_bytes
+    from luthier.engine.readers import writes_side_by_side
+    from luthier.models.prepared import copied
+
+    if work.objective.draws and work.model.spec.task == "seq2seq" and writes_side_by_side(work.model):
+        return copied(work.model)
+    tokens, written = answers_of(work)
+    return tokens * int(work.model.pages or 0) + packed_bytes(work.model, written)
+
+
+def answers_of(work: Work) -> tuple[int, int]:
+    """Of the answers that are written at once, at most: tokens that are kept, prompts included, and tokens that are written."""
+    from luthier.engine.generate import room_for
     from luthier.engine.rollouts import AT_ONCE
     from luthier.models.pages import writes_by_pages
 
     if not work.objective.draws or not writes_by_pages(work.model):
-        return 0
+        return 0, 0
     tokens, written = 0, 0
     share = -(-work.settings.batch_size // work.world.size)
     for rows, most in ((work.rows, share), (work.validation, AT_ONCE)):
@@ -96,4 +107,4 @@ def largest_writing(work: Work) -> int:
             written,
             more * len(before) * (len(rows) if rows is work.validation else len(longest)) // max(1, len(longest)),
         )
-    return tokens * int(work.model.pages or 0) + packed_bytes(work.model, written)
+    return tokens, written

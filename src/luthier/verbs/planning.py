@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from luthier.core.errors import ConfigError
 from luthier.core.types import Encoded
 from luthier.data.cache import lengths_of
-from luthier.verbs.largest import large_steps, largest_held_out, largest_part, largest_writing, seen_of
+from luthier.verbs.largest import answers_of, large_steps, largest_held_out, largest_part, largest_writing, seen_of
 
 if TYPE_CHECKING:
     from luthier.models.checkpointing import Checkpointing
@@ -154,6 +154,7 @@ def _lay_out(
 
 
 def _say(work: Work, plan: Plan) -> Plan:
+    from luthier.engine.native import tell_packed
     from luthier.models.memory import shown
 
     config, forecast = work.config, plan.forecast
@@ -176,6 +177,7 @@ def _say(work: Work, plan: Plan) -> Plan:
             f"{part['gradients']}, activations {part['activations']}, or validation {part['validation']}, or answers "
             f"{part['writing']}{beside}",
         )
+        tell_packed(work.model, answers_of(work)[1], work.events)
     if plan.seconds is not None:
         work.events.choose("time", spoken(plan.seconds), "predicted for all steps, without validation")
     return plan

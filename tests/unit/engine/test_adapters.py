@@ -1,6 +1,7 @@
 """Adapters beside one base: each text is written as if its adapter were merged and alone, whoever comes and goes beside it."""
 
 import asyncio
+import gc
 import json
 
 import pytest
@@ -472,3 +473,23 @@ def test_a_layer_that_not_all_tokens_go_through_is_refused():
     layer.forward = lambda x: own(x) if x is None else x
     with pytest.raises(ModelError, match="is asked 0 times for a text"):
         engine.load_adapter("one", tuned(1))
+
+
+@needs_decoder
+def test_an_engine_that_is_dropped_leaves_nothing_in_the_packed_weights():
+    model = decoder_model("llama")
+    choose_engine(model, Sampling(), "bfloat16", Events())
+    engine, other = Engine(model, 256), Engine(model, 256)
+    engine.load_adapter("one", tuned(1, model=decoder_model("llama")))
+    other.load_adapter("two", tuned(2, model=decoder_model("llama")))
+    assert [one is None for one in model.native.adapters] == [False, False]
+    del engine
+    gc.collect()
+    assert [one is None for one in model.native.adapters] == [True, False]
+    # In the middle of a step of another, which holds the lock.
+    with model.native.lock:
+        del other
+        gc.collect()
+    assert len(model.native.adapters) == 2
+    Engine(model, 256)
+    assert model.native.adapters == []

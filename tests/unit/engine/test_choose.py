@@ -193,7 +193,7 @@ def test_what_touches_the_scores_is_known(settings):
 def test_the_first_shares_are_those_of_the_sorted_vocabulary(spread, mass):
     scores_V = torch.randn(20000, generator=torch.Generator().manual_seed(0)) * spread
     shares_K, tokens_K = shares_of(scores_V, request(temperature=1.0, top_p=mass))
-    sorted_V, order_V = scores_V.double().softmax(-1).sort(descending=True)
+    sorted_V, order_V = scores_V.double().softmax(-1).sort(descending=True, stable=True)
     before_V = sorted_V.cumsum(-1) - sorted_V
     kept = int((before_V < mass - 1e-9).sum()), int((before_V < mass + 1e-9).sum())
     assert kept[0] <= int((shares_K > 0).sum()) <= kept[1]

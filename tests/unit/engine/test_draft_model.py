@@ -183,3 +183,40 @@ def test_the_verbs_take_a_draft(tmp_path):
     asked = {"model": "mini", "data": str(rows), "sampling": {"max_tokens": 8}}
     record = luthier.evaluate(**asked, draft="mini")
     assert record.metrics == luthier.evaluate(**asked).metrics
+
+
+@pytest.mark.parametrize("call", [0, 2])
+@pytest.mark.parametrize("error", [RuntimeError("broken"), MemoryError()], ids=repr)
+def test_a_draft_that_fails_is_turned_off_and_said_once(call, error, monkeypatch):
+    plain, _ = written(SAMPLINGS["drawn"], guessed=0)
+    read, calls = DraftModel._read, []
+
+    def broken(*given, **more):
+        calls.append(1)
+        if len(calls) > call:
+            raise error
+        return read(*given, **more)
+
+    monkeypatch.setattr(DraftModel, "_read", broken)
+    with pytest.warns(UserWarning, match="the draft model failed and guesses nothing from here on") as said:
+        found, _ = written(SAMPLINGS["drawn"], blurred())
+    assert [one.written for one in found] == [one.written for one in plain]
+    assert len(said) == 1 and len(calls) == call + 1
+
+
+def test_a_draft_whose_logits_are_no_numbers_is_turned_off():
+    draft = endless()
+    with torch.no_grad():
+        draft.network.get_output_embeddings().weight.fill_(torch.nan)
+    with pytest.warns(UserWarning, match="guesses nothing from here on"):
+        found, _ = written(SAMPLINGS["greedy"], draft)
+    assert [one.written for one in found] == [one.written for one in written(SAMPLINGS["greedy"], guessed=0)[0]]
+
+
+@pytest.mark.parametrize("name", ["structure", "drawn structure"])
+def test_a_draft_keeps_to_the_structure(name):
+    plain, steps = written(SAMPLINGS[name], guessed=0)
+    found, fewer = written(SAMPLINGS[name], endless(), guessed=64)
+    assert [one.written for one in found] == [one.written for one in plain]
+    # The model itself, within the structure, is always right; only what the text itself guesses may be wrong.
+    assert sum(one.accepted for one in found) > 0.8 * sum(one.drafted for one in found) and fewer < steps / 2

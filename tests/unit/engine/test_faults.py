@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.core.errors import ConfigError
+from luthier.core.errors import ConfigError, ModelError
+from luthier.core.types import Encoded
 from luthier.engine.drafts import Guesser
 from luthier.engine.engine import Engine, numbers_of
 from luthier.engine.generate import generate, stream
+from luthier.engine.likeliest import most_likely
+from luthier.engine.likelihood import score
+from luthier.engine.padded import write
 from luthier.engine.rollouts import roll_out
 from luthier.engine.sampling import Sampling
 from writing import endless, prompts
@@ -178,6 +182,30 @@ def test_where_memory_runs_out_half_is_read_at_once_and_all_is_written(error, ca
     goes_on(engine, model)
 
 
+def test_after_many_steps_more_is_read_at_once_again(monkeypatch):
+    monkeypatch.setattr("luthier.engine.tide.CALM", 4)
+    model = endless("qwen3")
+    right = alone(model, [DRAWN] * 5)
+    engine = Engine(model, 4096, tokens=64, guessed=0)
+    requests = added(engine, [DRAWN] * 5)
+    reader = failing(engine, MemoryError("none"), 0)
+    with pytest.warns(UserWarning) as said:
+        drained(engine)
+    told = [str(one.message) for one in said]
+    assert ["32 tokens go through" in told[0], told[1]] == [
+        True, "memory was enough for 4 steps, so 64 tokens go through the model at once again; the result is the same",
+    ]  # fmt: skip
+    assert len(told) == 2 and (engine.tide.fallen, engine.tide.risen) == (1, 1) and engine.schedule.tokens == 64
+    assert [one.written for one in requests] == [one[0] for one in right] and max(reader.sizes[1:5]) <= 32
+    # What ran out again waits twice as long.
+    reader.calls, reader.sizes = {0}, []
+    again = added(engine, [DRAWN] * 5)
+    with pytest.warns(UserWarning) as said:
+        drained(engine)
+    assert "memory was enough for 8 steps" in str(said[1].message)
+    assert [one.written for one in again] == [one[0] for one in right]
+
+
 def test_guesses_are_dropped_from_the_half_that_is_read():
     model = endless()
     right = alone(model, [GREEDY] * 5)
@@ -261,3 +289,74 @@ def test_a_fault_that_is_nobodys_ends_all(monkeypatch):
         drained(engine)
     assert all(isinstance(one.error, Fault) for one in requests)
     goes_on(engine, model)
+
+
+NO_NUMBERS = {
+    "greedy": GREEDY,
+    "drawn": DRAWN,
+    "top_p": DRAWN.model_copy(update={"top_p": 0.9}),
+    "top_k": DRAWN.model_copy(update={"top_k": 9, "min_p": 0.1}),
+    "min_p": DRAWN.model_copy(update={"min_p": 0.1}),
+    "typical": DRAWN.model_copy(update={"typical_p": 0.5}),
+    "penalised": GREEDY.model_copy(update={"presence_penalty": 1.0}),
+    "logs": GREEDY.model_copy(update={"logprobs": 2}),
+    "prompt": GREEDY.model_copy(update={"prompt_logprobs": True}),
+    "structure": Sampling(max_tokens=20, structure={"regex": "[a-z0-9 ]{200,}"}),
+    "drawn structure": Sampling(max_tokens=20, temperature=1.1, structure={"regex": "[a-z0-9 ]{200,}"}),
+}
+# A token whose embedding is no number, so that nothing after it is.
+BAD = 391
+
+
+def damaged(value, family="llama"):
+    model = endless(family)
+    with torch.no_grad():
+        model.network.get_input_embeddings().weight[BAD, 3] = value
+    return model
+
+
+@pytest.mark.parametrize("sampling", NO_NUMBERS.values(), ids=NO_NUMBERS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_a_text_whose_logits_are_no_numbers_ends_alone(sampling, value):
+    model = damaged(value)
+    right = alone(endless(), [sampling] * 4, SIZES[:4])
+    engine = Engine(model, 4096)
+    bad = engine.add([7, BAD, 9], sampling, draw=numbers_of(3, 9) if sampling.temperature else None)
+    others = added(engine, [sampling] * 4, SIZES[:4])
+    drained(engine)
+    assert bad.finish == "error" and bad.written == [] and isinstance(bad.error, ModelError)
+    assert "the model's logits are not numbers" in str(bad.error)
+    assert [(one.written, one.logs, one.prompt_logs) for one in others] == right
+    # What it had read lies in blocks that others take over, or begin with.
+    (whole,) = prompts(SIZES[:1])
+    late = engine.add([*whole, BAD], sampling, draw=numbers_of(3, 9) if sampling.temperature else None)
+    drained(engine)
+    assert late.finish == "error"
+    again = added(engine, [sampling] * 4, SIZES[:4])
+    drained(engine)
+    assert [one.written for one in again] == [one[0] for one in right]
+
+
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_logits_that_are_no_numbers_are_told_wherever_they_are_used(family):
+    model = damaged(torch.nan, family)
+    said = {"match": "the model's logits are not numbers"}
+    for beams in (1, 2):
+        with pytest.raises(ModelError, **said):
+            roll_out(model, [[7, 9], [7, BAD, 9]], 5, beams=beams)
+        with pytest.raises(ModelError, **said):
+            write(model, [[7, BAD, 9]], Sampling(max_tokens=5, beams=beams))
+    if family == "llama":
+        engine = Engine(model, 512)
+        with pytest.raises(ModelError, **said):
+            engine.score([7, BAD, 9], [[5], [6]])
+        assert engine.score([7, 9], [[5], [6]])
+        row = Encoded("a", (7, BAD, 9, 11), (0.0, 1.0, 1.0, 1.0))
+        with pytest.raises(ModelError, **said):
+            score(model, [row])
+
+
+def test_an_impossible_token_alone_is_no_fault():
+    # Padded vocabularies of some models have logits of minus infinity.
+    logits_RV = torch.tensor([[0.0, -torch.inf, 2.0], [torch.nan, 1.0, 0.0], [0.0, torch.inf, 1.0], [-torch.inf] * 3])
+    assert most_likely(logits_RV).tolist() == [2, -1, -1, -1]

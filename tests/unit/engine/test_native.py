@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import luthier
 import luthier.engine.native as native
@@ -267,9 +268,16 @@ def test_packing_a_quantised_base_takes_what_packing_a_whole_one_takes(monkeypat
     monkeypatch.setattr(native, "WORTH", 1)
     model = decoder_model("llama")
     cast_weights(model, "bfloat16")
-    whole = native.packed_bytes(model, 10)
+    whole, events = native.packed_bytes(model, 10), Events()
+    native.tell_packed(model, 10, events)
+    assert "a copy of the weights, of" in events.choices["writing"]
     quantise(model.network, "int8", Events())
     assert native.packed_bytes(model, 10) == whole > 0
+    native.tell_packed(model, 10, events)
+    assert "a copy of the weights, made from the base in int8, of" in events.choices["writing"]
+    monkeypatch.setattr(native, "WORTH", 11)
+    native.tell_packed(model, 10, none := Events())
+    assert not none.choices
 
 
 def in_bf16(tmp_path):
@@ -290,6 +298,21 @@ def test_a_model_is_packed_from_its_files_precision_and_its_own_layers_let_go(tm
     assert written(model, Sampling(max_tokens=6)) == before
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_numbers_that_bf16_would_round_are_read_as_they_are(exact, tmp_path):
+    source = in_bf16(tmp_path)
+    path = f"{source}/model.safetensors"
+    tensors = load_file(path)
+    name = "model.norm.weight"
+    tensors[name] = torch.full_like(tensors[name], 1.5 if exact else 1.0009765625, dtype=torch.float32)
+    save_file(tensors, path, {"format": "pt"})
+    said = []
+    model = load_model(source, as_stored=True, events=Events(sinks=[said.append]))
+    assert torch.equal(model.network.state_dict()[name].float(), tensors[name])
+    assert model.as_stored is exact and model.network.dtype == (torch.bfloat16 if exact else torch.float32)
+    assert [one["value"] for one in said if one.get("name") == "weights"] == ([] if exact else ["float32"])
+
+
 def test_a_model_that_is_not_packed_computes_in_fp32_as_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "MOST_KL", 0.0)
     source = in_bf16(tmp_path)
@@ -305,3 +328,24 @@ def test_a_model_that_is_not_packed_computes_in_fp32_as_ever(tmp_path, monkeypat
 def test_a_form_that_nothing_is_written_with_is_refused(family):
     with pytest.raises(ConfigError, match="execution: int8 is for language models that the engine here writes with"):
         luthier.generate(model=str(tiny_model(family)), prompt="one [MASK]", execution="int8")
+
+
+@pytest.mark.parametrize("error", [MemoryError("none"), RuntimeError("can't allocate memory: x")], ids=repr)
+def test_where_memory_runs_out_in_packing_the_module_reads(error, monkeypatch):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(native, "Packed", full)
+    model, events = decoder_model("llama"), Events()
+    choose_engine(model, Sampling(), "auto", events)
+    assert model.native is None and events.choices["native"].startswith("no: memory ran out")
+    assert list(events.warnings) == ["memory ran out while the weights were packed, so the module itself reads, slower"]
+    assert written(model, Sampling(max_tokens=4)) == written(decoder_model("llama"), Sampling(max_tokens=4))
+    with pytest.raises(ConfigError, match="execution: int8: memory ran out while the weights were packed"):
+        prepare(decoder_model("llama"), "int8", Events())
+    monkeypatch.setattr(native, "WORTH", 1)
+    tuned = learning(1e-2)
+    with pytest.warns(UserWarning, match="memory ran out while the weights were packed"):
+        first = roll_out(tuned, prompts()[:2], 4)
+    # Said once: it is not tried again.
+    assert roll_out(tuned, prompts()[:2], 4) == first and tuned.packable is False

@@ -383,3 +383,39 @@ def test_a_structure_that_cannot_be_followed_ends_its_own_text(monkeypatch):
     assert found[0].finish == "error" and str(found[0].error) == "too much" and engine.blocks.used == 0
     assert found[0].written == right[0].written[:3]
     assert [one.written for one in found[1:]] == [one.written for one in right[1:]]
+
+
+@pytest.mark.parametrize(
+    "schema, digits",
+    [
+        ({"type": "integer"}, 34),
+        ({"type": "number"}, 68),
+        ({"type": "array", "items": {"type": "integer", "minimum": 5}, "minItems": 2, "maxItems": 2}, 68),
+        # All that can follow is a digit until the number is one of these.
+        ({"type": "integer", "multipleOf": 7}, 34),
+        # Of a text they may be as many as it likes.
+        ({"type": "string", "pattern": "^\"?[0-9]{60}$"}, 60),
+        ({"type": "object", "properties": {"a\\1": {"type": "number"}}, "required": ["a\\1"], "additionalProperties": False}, 69),
+        ({}, 68),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_model_that_only_writes_digits_comes_to_an_end(schema, digits):
+    model = load_model(str(tiny_model("llama")))
+    ones = [token for token in range(200) if model.renderer.decode([token]) in ("1", "11", "111")]
+    sampling = Sampling(max_tokens=200, structure={"json_schema": schema}, logit_bias=dict.fromkeys(ones, 100.0))
+    engine = Engine(model, 512)
+    request = engine.add([5, 9], sampling)
+    engine.run()
+    text = text_of(model, request)
+    assert request.finish == "stop", text
+    json.loads(text)
+    assert digits <= sum(one in "0123456789" for one in text) <= digits + 4, text
+    # A place that is copied is the same place.
+    one = matcher_for(model, Structure(json_schema=schema))
+    for token in request.written[:40]:
+        if token not in model.spec.stop_ids:
+            one.take(token)
+    other = one.copy()
+    one.fill(), other.fill()
+    assert (one.bits == other.bits).all()

@@ -1,13 +1,20 @@
 """Products over weights that are laid out once, beside torch's own."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from crossed import crossed
+from luthier.core.events import Events
+from luthier.engine.engine import Engine
+from luthier.engine.generate import tell_engine
+from luthier.engine.sampling import Sampling
 from luthier.models import prepared
 from luthier.models.output import head_of
 from luthier.models.precision import cast_weights
-from luthier.models.prepared import Prepared
+from luthier.models.prepared import Prepared, copied
+from luthier.verbs.largest import largest_writing
 
 
 def read(model):
@@ -53,7 +60,28 @@ def test_weights_that_change_are_laid_out_again():
 def test_without_memory_for_the_copies_the_model_multiplies_itself(monkeypatch):
     monkeypatch.setattr(prepared, "free_memory", lambda device: 1000)
     model = crossed("bart")
-    weights = Prepared(model)
+    with pytest.warns(UserWarning, match=r"memory is short of a copy of the weights .* so it writes slower"):
+        weights = Prepared(model)
+    assert copied(model) == 0
     right = read(model)
     with weights.used():
         assert not weights._layers and torch.equal(read(model), right)
+
+
+def test_what_the_copies_take_is_known_before_and_said():
+    model, events = crossed("bart"), Events()
+    engine = Engine(model, 256)
+    engine.add([5, 9, 2], Sampling(max_tokens=3))
+    engine.run()
+    made = engine._reader._weights._made
+    laid = [head_of(model).weight_VE if key == "head" else key.weight for key in made]
+    assert "head" in made and copied(model) == sum(one.nbytes for one in laid) > 0
+    assert len({one.data_ptr() for one in laid}) == len(laid), "nothing is laid out twice"
+    tell_engine(model, Sampling(), events)
+    assert "a copy of the weights takes" in events.choices["engine"]
+
+
+def test_the_copies_are_in_the_forecast_of_what_is_written_while_tuning():
+    model = crossed("t5")
+    work = SimpleNamespace(objective=SimpleNamespace(draws=True), model=model)
+    assert largest_writing(work) == copied(model) > 0

@@ -1,0 +1,66 @@
+"""Numbers of a JSON text that come to an end: a grammar lets a model write digits for ever, and a greedy one may."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+# Digits one after the other, beyond which no more may come where something else may: twice what a float64 tells apart.
+MOST = 34
+ZERO, NINE, QUOTE, BACKSLASH = b'09"\\'
+
+
+class Vocabulary:
+    """The bytes of a tokenizer's tokens, as llguidance holds it."""
+
+    def __init__(self, tokens: Any):
+        self.tokens = tokens
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to a text."""
+        return bytes(self.tokens.decode_bytes([token]))
+
+    @cached_property
+    def no_digit(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """A bit for each token, unset where it begins with a digit; in words, the lowest bit first."""
+        count = self.tokens.vocab_size
+        free = np.ones(-(-count // 32) * 32, dtype=np.uint8)
+        for token in range(count):
+            free[token] = not b"0" <= self.bytes_of(token)[:1] <= b"9"
+        return np.packbits(free, bitorder="little").view(np.int32)
+
+
+class Digits:
+    """How many digits stand at the end of a JSON text, outside of its strings."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self._vocabulary = vocabulary
+        self._inside = self._escaped = False
+        self._run = 0
+
+    def copy(self) -> Digits:
+        """One at the same place."""
+        made = Digits(self._vocabulary)
+        made._inside, made._escaped, made._run = self._inside, self._escaped, self._run
+        return made
+
+    def take(self, token: int) -> None:
+        """Go on by a token."""
+        for byte in self._vocabulary.bytes_of(token):
+            if self._inside:
+                if self._escaped or byte == BACKSLASH:
+                    self._escaped = not self._escaped
+                elif byte == QUOTE:
+                    self._inside = False
+                continue
+            self._inside = byte == QUOTE
+            self._run = self._run + 1 if ZERO <= byte <= NINE else 0
+
+    def restrict(self, bits: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        """Unset, in place, the bits of tokens that begin with one digit too many, where any others are left."""
+        if self._run >= MOST:
+            left = bits & self._vocabulary.no_digit
+            if left.any():
+                bits[:] = left
