@@ -1,4 +1,4 @@
-"""What a server keeps of files, jobs, batches and tuned models: one SQLite file in the runs directory."""
+"""What a server keeps of files, jobs, batches, tuned models and responses: one SQLite file in the runs directory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from luthier.faces.server.keys import Key
 from luthier.faces.server.refusals import Refusal
 from luthier.faces.server.server import Server
 
-Kind: TypeAlias = Literal["file", "job", "batch", "model"]
+Kind: TypeAlias = Literal["file", "job", "batch", "model", "response"]
 Level: TypeAlias = Literal["info", "warn", "error"]
 VERSION = 1
 SCHEMA = """
@@ -31,7 +31,13 @@ CREATE TABLE said (
 );
 CREATE INDEX said_of ON said (job);
 """
-NAMES: dict[Kind, str] = {"file": "file", "job": "fine-tuning job", "batch": "batch", "model": "tuned model"}
+NAMES: dict[Kind, str] = {
+    "file": "file",
+    "job": "fine-tuning job",
+    "batch": "batch",
+    "model": "tuned model",
+    "response": "response",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,8 @@ class Store:
             self._base = sqlite3.connect(folder / "server.sqlite3", isolation_level=None, timeout=10)
             self._base.execute("PRAGMA journal_mode = WAL")
             self._base.execute("PRAGMA synchronous = FULL")
+            # What is dropped is written over.
+            self._base.execute("PRAGMA secure_delete = ON")
             self._prepare()
         except (OSError, sqlite3.Error) as err:
             raise RunError(
@@ -81,6 +89,8 @@ class Store:
                 f"BEGIN IMMEDIATE; {SCHEMA.replace('CREATE TABLE', 'CREATE TABLE IF NOT EXISTS')}"
                 f"PRAGMA user_version = {VERSION}; COMMIT;".replace("CREATE INDEX", "CREATE INDEX IF NOT EXISTS")
             )
+
+        self._base.execute("CREATE INDEX IF NOT EXISTS things_of ON things (kind, owner, number)")
 
     def close(self) -> None:
         """Write all into one file."""
@@ -116,6 +126,20 @@ class Store:
         """Every one of a kind, oldest first."""
         rows = self._base.execute("SELECT id, owner, content FROM things WHERE kind = ? ORDER BY number", (kind,))
         return [Thing(id, owner, json.loads(content)) for id, owner, content in rows]
+
+    def count(self, kind: Kind, owner: str) -> int:
+        """How many of a kind somebody has."""
+        row = self._base.execute("SELECT COUNT(*) FROM things WHERE kind = ? AND owner = ?", (kind, owner)).fetchone()
+        return int(row[0])
+
+    def first(self, kind: Kind, owner: str | None = None) -> Thing | None:
+        """The oldest of a kind, of somebody or of all."""
+        whose, names = ("", (kind,)) if owner is None else (" AND owner = ?", (kind, owner))
+        row = self._base.execute(
+            "SELECT id, owner, content FROM things WHERE number = "
+            f"(SELECT MIN(number) FROM things WHERE kind = ?{whose})", names,
+        ).fetchone()  # fmt: skip
+        return None if row is None else Thing(row[0], row[1], json.loads(row[2]))
 
     def drop(self, kind: Kind, id: str) -> None:
         """Keep it no longer."""
