@@ -56,6 +56,8 @@ class Sampling(Config):
     """Tokens that end the answer beside the model's own, by their ids; they are not part of it."""
     ignore_stop: bool = False
     """Go on past the model's own end tokens."""
+    shown_ids: tuple[TokenId, ...] = ()
+    """Special tokens that stand in the text of the answer, by their ids; all others are left out of it."""
     logprobs: int | None = Field(None, ge=0)
     """Give the log-probability of each token, and of so many likeliest ones in its place."""
     prompt_logprobs: bool = False

@@ -43,6 +43,7 @@ CHANGED = {
     "seed": 3,
     "stop": (".",),
     "stop_ids": (9,),
+    "shown_ids": (9,),
     "ignore_stop": True,
     "logprobs": 2,
     "prompt_logprobs": True,

@@ -235,7 +235,8 @@ class Hands:
             raise ConfigError("response_format and tools do not go together; set tool_choice: none, or leave one out")
         parallel = message.get("parallel", True)
         structure = structure_of_calls(self.form, message["tools"], message.get("choice", "auto"), parallel=parallel)
-        return Sampling.make({**sampling.model_dump(exclude_unset=True), "structure": structure}, where="sampling")
+        held = {"structure": structure, "shown_ids": tuple(id for _, id in self.form.marks)}
+        return Sampling.make({**sampling.model_dump(exclude_unset=True), **held}, where="sampling")
 
     def _turns(self, message: dict[str, Any]) -> Sequence[Message]:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,7 +12,7 @@ from fastapi.responses import Response
 
 from luthier.core.errors import LuthierError
 from luthier.faces.server.answering import event, new_id, stream_events, while_here
-from luthier.faces.server.chat import form_of
+from luthier.faces.server.chat import call_id, form_of
 from luthier.faces.server.citing import (
     Citing,
     Ground,
@@ -71,7 +72,7 @@ async def respond(body: ResponsesRequest, request: Request, server: TheServer, k
         said.annotations, said.removed_citations = [one.annotation() for one in cited], citing.removed
     if text or not calls:
         output.append(OutputMessage(id=new_id("msg"), status=status, content=[said]))
-    output += [OutputCall(id=new_id("fc"), call_id=new_id("call"), status=status, **call) for call in calls]
+    output += [OutputCall(id=new_id("fc"), call_id=call_id(form), status=status, **call) for call in calls]
     whole = _whole(empty, output, answer["finish"], found["usage"])
     if kept:
         keep(server, key, body, whole)
@@ -154,7 +155,7 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     reader = CallReader(form) if form is not None else None
     citing = Citing(request, served, ground) if ground is not None else None
-    items, number = Items(), 0
+    items, number = Items(partial(call_id, form)), 0
 
     def tell(content: dict[str, Any]) -> bytes:
         nonlocal number
