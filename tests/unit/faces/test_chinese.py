@@ -88,6 +88,7 @@ EXEMPT = {
     "model name": "a key of /proc/cpuinfo",
     "Bearer {}": "a header of HTTP",
     "HTTP {}": "a name and a number",
+    "no tokenizer - can't validate <[": "what llguidance says, which is not shown",
     "HTTP {}, {}": "the same, and what a server says",
     "{} at {}": "a server, in the record",
     "{} is no kind of row": "for those who write a Part",

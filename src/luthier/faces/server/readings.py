@@ -81,11 +81,6 @@ async def _predict(
 async def _vectors(
     hands: Hands, rows: Sequence[Sequence[int]], message: dict[str, Any], dimensions: int | None = None
 ) -> list[Tensor]:
-    if hands.model.native is not None:
-        raise ConfigError(
-            f"model: the weights of {hands.model.spec.source} are packed for writing, so it gives no vectors; serve an encoder "
-            "beside it, or start the server with --execution model"
-        )
     embedding = Embedding(normalise=message.get("normalise", True), dimensions=dimensions)
     settings = {name: message[name] for name in ("priority", "tenant") if name in message}
     return await _each(rows, lambda ids: hands.door.pool(ids, embedding, **settings))
