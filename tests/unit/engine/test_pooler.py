@@ -171,7 +171,6 @@ def test_what_cannot_be_followed_is_refused_by_name():
             engine.pool(ids, Embedding())
 
 
-
 def test_a_pair_is_read_as_two_texts():
     model = classifier()
     (one,) = predict(model, [("one two", "three")])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from luthier.core.errors import RunError
+from luthier.core.errors import LuthierError, RunError
 from luthier.core.run import runs_root
 from luthier.faces.server.keys import Key
 from luthier.faces.server.refusals import Refusal
@@ -57,6 +57,14 @@ class Said:
     time: float
     level: Level
     message: str
+
+
+class Turned(LuthierError):
+    """The status of something is another one by now: that of `thing`."""
+
+    def __init__(self, thing: Thing):
+        super().__init__(f"{thing.id} is {thing.content['status']} by now")
+        self.thing = thing
 
 
 class Store:
@@ -112,15 +120,29 @@ class Store:
         ).fetchone()
         return None if row is None else Thing(row[0], row[1], json.loads(row[2]))
 
-    def change(self, kind: Kind, id: str, **content: Any) -> Thing:
-        """Replace some of the content."""
-        found = self.get(kind, id)
-        if found is None:
-            raise _absent(kind, id)
-        new = {**found.content, **content}
-        with _writing():
+    def change(self, kind: Kind, id: str, *, was: Collection[str] | None = None, **content: Any) -> Thing:
+        """Replace some of the content. Raises Refusal where it is not there, and Turned where its status is none of `was`:
+        another server may change it too, so it is looked at and written at once."""
+        with _writing(), self._alone():
+            found = self.get(kind, id)
+            if found is None:
+                raise _absent(kind, id)
+            if was is not None and found.content["status"] not in was:
+                raise Turned(found)
+            new = {**found.content, **content}
             self._base.execute("UPDATE things SET content = ? WHERE kind = ? AND id = ?", (json.dumps(new), kind, id))
         return Thing(id, found.owner, new)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """What is read and written inside is read and written before or after all that others do."""
+        self._base.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._base.execute("ROLLBACK")
+            raise
+        self._base.execute("COMMIT")
 
     def all(self, kind: Kind) -> list[Thing]:
         """Every one of a kind, oldest first."""
@@ -180,6 +202,15 @@ def store_of(server: Server) -> Store:
             raise Refusal(503, str(err)) from None
     found: Store = server.parts["store"]
     return found
+
+
+def refuse_elsewhere(server: Server) -> None:
+    """Raises Refusal where another server holds the queue: it would carry out what is asked for here with its own models."""
+    if "elsewhere" in server.parts:
+        raise Refusal(
+            503, "another server works in the same runs directory and holds the queue of jobs and batches; ask that one",
+            code="queue_elsewhere",
+        )  # fmt: skip
 
 
 def owns(key: Key, thing: Thing) -> bool:
