@@ -49,13 +49,13 @@ def ended(client, id):
 
 def test_one_holds_the_queue_and_the_other_takes_over(tmp_path):
     first = Running("mini", runs=tmp_path)
-    second = None
+    second, clients = None, []
     try:
         second = Running("mini", runs=tmp_path)
         assert any(
             "holds the queue: no fine-tuning jobs and batches are taken here" in line for line in second.process.stderr
         )
-        one, other = client_of(first), client_of(second)
+        one, other = clients = [client_of(first), client_of(second)]
         file = upload(other, 30)
         for ask in (
             lambda: make(other, file),
@@ -81,6 +81,8 @@ def test_one_holds_the_queue_and_the_other_takes_over(tmp_path):
         again = until(lambda: made_at(other, file))
         assert until(lambda: ended(other, again)).request_counts.completed == 30
     finally:
+        for client in clients:
+            client.close()
         for running in (first, second):
             if running is not None and running.process.poll() is None:
                 assert running.stop() == 0
