@@ -31,26 +31,68 @@ def search(
     at_once: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """The likeliest answer to each prompt that beams find, with its end token: that of transformers' `num_beams`, whose
-    score is the mean log-probability of its tokens. So many searches `at_once`. Raises DataError for a prompt without room, and
-    ModelError for logits that are not numbers."""
-    check_terms(model, sampling)
-    searches = [_Search(model, prompt, sampling) for prompt in prompts]
-    most = sorted((one.blocks for one in searches), reverse=True)[:at_once]
-    reader, blocks = reader_for(model, sum(most)), Blocks(sum(most))
-    waiting, running, done = searches[::-1], list[_Search](), 0
-    with torch.inference_mode():
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                running.append(waiting.pop())
-            _step(reader, blocks, running)
-            left = [one for one in running if one.texts]
-            if len(left) < len(running):
-                done += len(running) - len(left)
-                if on_progress is not None:
-                    on_progress(done, len(searches))
-            running = left
-    return [one.best for one in searches]
+    """The likeliest answer to each prompt that beams find, with its end token: that of transformers' `num_beams`, whose score is
+    the log-probability of its tokens, divided by their number to the power of `length_penalty`. So many searches `at_once`.
+    Raises DataError for a prompt without room, and ModelError for logits that are not numbers."""
+    return [found[0] for found in search_each(model, prompts, sampling, at_once, on_progress)]
+
+
+def search_each(
+    model: LoadedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    at_once: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[list[list[int]]]:
+    """The same, with all answers to each prompt that the search ends with, the likeliest first."""
+    searches = Searches(model, prompts, sampling, at_once)
+    done = 0
+    while searches.busy:
+        searches.step()
+        if on_progress is not None and searches.done > done:
+            on_progress(searches.done, len(prompts))
+        done = searches.done
+    return searches.found
+
+
+class Searches:
+    """Searches for answers to several prompts, so many `at_once`, which go on step by step. Raises as `search` does."""
+
+    def __init__(self, model: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, at_once: int):
+        check_terms(model, sampling)
+        self._all = [_Search(model, prompt, sampling) for prompt in prompts]
+        most = sorted((one.blocks for one in self._all), reverse=True)[:at_once]
+        self._reader, self._blocks, self._at_once = reader_for(model, sum(most)), Blocks(sum(most)), at_once
+        self._waiting, self._running = self._all[::-1], list[_Search]()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any goes on."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def done(self) -> int:
+        """How many ended."""
+        return len(self._all) - len(self._waiting) - len(self._running)
+
+    @property
+    def found(self) -> list[list[list[int]]]:
+        """The answers to each prompt, the likeliest first."""
+        return [[tokens for _, tokens in one.ended] for one in self._all]
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One token more of every text that is searched for."""
+        while self._waiting and len(self._running) < self._at_once:
+            self._running.append(self._waiting.pop())
+        _step(self._reader, self._blocks, self._running)
+        self._running = [one for one in self._running if one.texts]
+
+
+def kept_tokens(prompt: int, room: int, beams: int) -> int:
+    """Tokens whose keys and values a search holds at most, of a prompt of so many tokens and as many to write as there is room
+    for."""
+    return beams * -(-(prompt + room) // BLOCK) * BLOCK
 
 
 class _Search:
@@ -59,18 +101,14 @@ class _Search:
     def __init__(self, model: LoadedModel, prompt: Sequence[int], sampling: Sampling):
         room = room_of(model, prompt, sampling)
         ends, banned = ends_of(model, sampling), banned_of(model, sampling)
-        self.model, self.beams = model, sampling.beams
+        self.model, self.beams, self.penalty = model, sampling.beams, sampling.length_penalty
         # Nothing is drawn.
         self.texts = [Request(tuple(prompt), sampling, room, 0, float, ends=ends, banned=banned)]
         self.scores = [0.0]
         self.ended: list[tuple[float, list[int]]] = []
-        self.blocks = sampling.beams * -(-(len(prompt) + room) // BLOCK)
+        """Score and tokens of each, the likeliest first."""
+        self.blocks = kept_tokens(len(prompt), room, sampling.beams) // BLOCK
         """That it holds at most."""
-
-    @property
-    def best(self) -> list[int]:
-        """The tokens of the likeliest answer."""
-        return max(self.ended, key=lambda one: one[0])[1]
 
     def advance(self, logits_BV: Tensor) -> list[tuple[int, int]]:
         """Take the likeliest next tokens of all texts together: those that end an answer are set aside, of the others as
@@ -87,7 +125,7 @@ class _Search:
         if values[0].isnan():
             raise not_numbers()
         going: list[tuple[float, int, int]] = []
-        length = len(self.texts[0].written) + 1
+        divisor = (len(self.texts[0].written) + 1) ** self.penalty
         for rank, (score, place) in enumerate(zip(values.tolist(), places.tolist())):
             if score == -torch.inf:
                 break
@@ -96,11 +134,11 @@ class _Search:
             if not self._ends(self.texts[which], written):
                 going.append((score, which, token))
             elif rank < self.beams:
-                self.ended.append((score / length, written))
+                self.ended.append((score / divisor, written))
         self.ended = sorted(self.ended, key=lambda one: -one[0])[: self.beams]
         going = going[: self.beams]
-        # A mean may rise yet, but transformers' search ends here too (its `early_stopping` False).
-        if not going or (len(self.ended) == self.beams and going[0][0] / length <= self.ended[-1][0]):
+        # A score may rise yet, but transformers' search ends here too (its `early_stopping` False).
+        if not going or (len(self.ended) == self.beams and going[0][0] / divisor <= self.ended[-1][0]):
             return []
         self.scores = [score for score, _, _ in going]
         return [(which, token) for _, which, token in going]

@@ -38,10 +38,19 @@ def structure_of_calls(
     rules = [f"call_{at}: %json {json.dumps(_schema(form, one))}" for at, one in enumerate(functions)]
     rules.append(f"call: {calls}")
     many = parallel and bool(form.between)
-    rules.append(f"calls: call{f' ({json.dumps(form.between)} call)*' if many else ''} {_literal(form.after)}")
+    rules.append(f"calls: call{f' ({_said(form, form.between)} call)*' if many else ''} {_said(form, form.after)}")
     bare = form.before.lstrip("\n")
+    head, mark, _ = _cut(form, form.before)
     if choice != "auto":
-        rules.append(f"start: {_literal(form.opening)} calls")
+        rules.append(f"start: {_said(form, form.opening)} calls")
+    elif mark is not None:
+        # A special token ends the text, which does not spell it either.
+        marked, spelled = form.before[len(head) :], f"~/(.|\\n)*{_regex(mark[0])}(.|\\n)*/"
+        rules += [
+            f"start: TEXT | {_said(form, bare)} calls | SAID {_said(form, marked)} calls",
+            f"TEXT: /(.|\\n)*/ & {spelled}",
+            f"SAID: /(.|\\n)+{_regex(head)}/ & {spelled}",
+        ]
     elif not form.before:
         rules += ["start: TEXT | calls", r"TEXT: /([^{ \n\t](.|\n)*)?/"]
     else:
@@ -73,17 +82,30 @@ def _schema(form: CallForm, function: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"tools: the parameters of {function['name']!r} are no object; wrap them in one")
     where = f"#/properties/{form.arguments}"
     moved = json.loads(json.dumps({"type": "object", **parameters}).replace('"$ref": "#', f'"$ref": "{where}'))
+    numbered = {"id": {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}} if form.numbered else {}
     return {
         "type": "object",
-        "properties": {"name": {"const": function["name"]}, form.arguments: moved},
-        "required": ["name", form.arguments],
+        "properties": {"name": {"const": function["name"]}, form.arguments: moved, **numbered},
+        "required": ["name", form.arguments, *numbered],
         "additionalProperties": False,
         "x-guidance": WAYS,
     }
 
 
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if text else ""
+def _said(form: CallForm, text: str) -> str:
+    """`text` itself: its letters, and its special tokens by their ids."""
+    head, mark, rest = _cut(form, text)
+    said = json.dumps(head, ensure_ascii=False) if head else ""
+    return said if mark is None else f"{said} <[{mark[1]}]> {_said(form, rest)}"
+
+
+def _cut(form: CallForm, text: str) -> tuple[str, tuple[str, int] | None, str]:
+    """What stands before the first special token in a text, the token, and what follows it."""
+    found = [(text.index(spelled), -len(spelled), spelled, id) for spelled, id in form.marks if spelled in text]
+    if not found:
+        return text, None, ""
+    at, _, spelled, id = min(found)
+    return text[:at], (spelled, id), text[at + len(spelled) :]
 
 
 def _regex(text: str) -> str:

@@ -12,7 +12,7 @@ from luthier.core.errors import ConfigError, ModelError
 from luthier.core.events import Events
 from luthier.core.types import Completion, Message
 from luthier.engine import remote
-from luthier.engine.beams import search
+from luthier.engine.beams import search_each
 from luthier.engine.crossed import why_padded
 from luthier.engine.draft_model import check_draft
 from luthier.engine.drafts import remember
@@ -62,8 +62,8 @@ def generate(
     if not uses_engine(model, sampling):
         return _generate_padded(model, encoded, sampling, batch_size, on_progress)
     if sampling.beams > 1:
-        found = search(model, encoded, sampling, max(1, batch_size // sampling.beams), on_progress)
-        return [complete(model, ids, sampling, len(prompt)) for ids, prompt in zip(found, encoded)]
+        searched = search_each(model, encoded, sampling, max(1, batch_size // sampling.beams), on_progress)
+        return [searched_for(model, found, sampling, len(prompt)) for found, prompt in zip(searched, encoded)]
     lengths = [len(ids) for ids in encoded for _ in range(sampling.n)]
     engine = engine_for(model, lengths, sampling.max_tokens, batch_size)
     requests = [
@@ -237,6 +237,12 @@ def completed(model: LoadedModel, request: Request, sampling: Sampling) -> Compl
     return found
 
 
+def searched_for(model: LoadedModel, found: Sequence[Sequence[int]], sampling: Sampling, prompt: int) -> Completion:
+    """The likeliest of the answers that a search ended with, which holds the `n` likeliest that there are."""
+    made = [complete(model, ids, sampling, prompt) for ids in found[: sampling.n]]
+    return replace(made[0], others=tuple(made[1:]))
+
+
 def by_prompt(found: Sequence[Completion], n: int) -> list[Completion]:
     """The first answer to each prompt, which holds the others."""
     return [
@@ -267,18 +273,23 @@ def _generate_padded(
 ) -> list[Completion]:
     """Prompts of like length share a batch, padded on the left with the mask set."""
     refuse_logprobs(model, sampling)
-    encoded = [ids for ids in encoded for _ in range(sampling.n)]
+    # A search gives several answers to a prompt, all others one each.
+    several = sampling.n if sampling.beams > 1 else 1
+    encoded = [ids for ids in encoded for _ in range(sampling.n // several)]
     order = sorted(range(len(encoded)), key=lambda at: len(encoded[at]))
     found: dict[int, Completion] = {}
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        for at, ids in zip(part, write(model, [encoded[at] for at in part], sampling)):
-            found[at] = complete(model, ids, sampling, len(encoded[at]))
+        written = write(model, [encoded[at] for at in part], sampling)
+        for place, at in enumerate(part):
+            own = written[place * several : (place + 1) * several]
+            made = [complete(model, ids, sampling, len(encoded[at])) for ids in own]
+            found[at] = replace(made[0], others=tuple(made[1:]))
         if on_progress is not None:
             on_progress(min(start + batch_size, len(order)), len(order))
-    return by_prompt([found[at] for at in range(len(encoded))], sampling.n)
+    return by_prompt([found[at] for at in range(len(encoded))], sampling.n // several)
 
 
 def _check(model: LoadedModel) -> None:

@@ -48,6 +48,8 @@ class Labeller:
         ask = Ask(self.labels, ask_for(self.labels) if instruction is None else instruction, shots, raw)
         self._renderer = LabelRenderer(model.renderer, ask)
         self._prior_C: NDArray[np.float64] | None = None
+        self.read = 0
+        """Tokens of the texts, with what stands before them; those of labels aside."""
 
     def predict(
         self,
@@ -81,6 +83,7 @@ class Labeller:
     ) -> NDArray[np.float64]:
         """[N, C]: the log-probability of each label, or its mean over the label's tokens."""
         asked = [self._renderer.render(item, id) for id, item in items]
+        self.read += sum(len(prompt) for prompt, _ in asked)
         scored = self._scorer.score(asked, on_progress=on_progress, events=self.events)
         return np.array([[self._value(one) for one in scores] for scores in scored])
 

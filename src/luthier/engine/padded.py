@@ -94,6 +94,8 @@ def _settings(model: LoadedModel, sampling: Sampling, room: int, begun: int, pad
         "min_new_tokens": sampling.min_tokens + begun if sampling.min_tokens else None,
         "do_sample": sampling.temperature > 0,
         "num_beams": sampling.beams,
+        "num_return_sequences": sampling.n if sampling.beams > 1 else 1,
+        "length_penalty": sampling.length_penalty,
         "repetition_penalty": sampling.repetition_penalty,
         "sequence_bias": [[[token], float(added)] for token, added in sampling.logit_bias.items()] or None,
         "bad_words_ids": banned or None,

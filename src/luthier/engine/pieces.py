@@ -35,7 +35,8 @@ class Growing:
         self.ended = False
         """Whether a stop token or a stop text came."""
         self._model, self._sampling, self._ends = model, sampling, ends_of(model, sampling)
-        self._text = GrowingText(model.tokenizer, model.renderer.decode)
+        shown = sampling.shown_ids
+        self._text = GrowingText(model.tokenizer, lambda ids: model.renderer.decode(ids, shown), shown)
         self._held, self._cut = "", False
         self._shown = self._early = 0
 
@@ -50,7 +51,7 @@ class Growing:
             # Any stop text in it comes too early.
             self._early = self._shown + len(self._held)
         elif len(self.ids) == self._sampling.min_tokens - 1:
-            self._early = _early(self._model, self.ids, self._sampling.min_tokens)
+            self._early = _early(self._model, self.ids, self._sampling)
         return self._show(len(self._held) - _beginning(self._held, self._sampling.stop))
 
     def rest(self) -> str:
@@ -78,8 +79,8 @@ def complete(
     ends = ends_of(model, sampling)
     end = next((at for at, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[:end]
-    text = model.renderer.decode(kept)
-    cut = find_stop(text, sampling.stop, _early(model, kept, sampling.min_tokens))
+    text = model.renderer.decode(kept, sampling.shown_ids)
+    cut = find_stop(text, sampling.stop, _early(model, kept, sampling))
     if cut is not None:
         text = text[:cut]
     finish = "stop" if ended or end is not None or cut is not None else "length"
@@ -98,13 +99,15 @@ def stops_here(model: LoadedModel, written: Sequence[int], sampling: Sampling) -
         return False
     # A token is a byte at least, a character four at most: so many last ones hold any stop text.
     start = max(0, len(written) - max(len(stop.encode()) for stop in sampling.stop) - 4)
-    early = _early(model, written[start:], sampling.min_tokens - start)
-    return find_stop(model.renderer.decode(written[start:]), sampling.stop, early) is not None
+    early = _early(model, written[start:], sampling, start)
+    return find_stop(model.renderer.decode(written[start:], sampling.shown_ids), sampling.stop, early) is not None
 
 
-def _early(model: LoadedModel, ids: Sequence[int], least: int) -> int:
-    """Characters of the tokens after which nothing may end the answer: all but the last of the first `least`."""
-    return len(model.renderer.decode(ids[: least - 1]).rstrip("\ufffd")) if least > 1 else 0
+def _early(model: LoadedModel, ids: Sequence[int], sampling: Sampling, start: int = 0) -> int:
+    """Characters of the tokens after which nothing may end the answer: all but the last of the first `min_tokens` of it; `ids`
+    are those from `start` on."""
+    least = sampling.min_tokens - start
+    return len(model.renderer.decode(ids[: least - 1], sampling.shown_ids).rstrip("\ufffd")) if least > 1 else 0
 
 
 def _beginning(text: str, stops: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -16,13 +17,17 @@ from luthier.core.errors import ConfigError, DataError, ModelError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.batches import Batch, collate
+from luthier.engine.adapters import NONE
 from luthier.engine.line import Line
+from luthier.engine.native import own_adapter
 from luthier.engine.passes import TOKENS, each_part
 from luthier.engine.tenants import Tenants
 from luthier.models.embedding import manner_of
 from luthier.models.heads import pool_flat, width_of
 from luthier.models.packed import hidden_states
+from luthier.models.pages import BLOCK
 from luthier.models.spec import LoadedModel, Pooling
+from luthier.native.decoder import Cached
 
 
 class Embedding(Config):
@@ -73,6 +78,8 @@ class Pooler:
         self.model, self.tokens, self._events = model, tokens, events
         self._line: Line[Reading] = Line(tenants)
         self._arrived = 0
+        # Keys and values of a step, of a packed model: nothing of a text is kept after it.
+        self._cached: Cached | None = None
 
     def pool(
         self, ids: Sequence[int], embedding: Embedding | None = None, *, priority: int = 0, tenant: str = ""
@@ -183,8 +190,26 @@ class Pooler:
                 one.found, one.finish = found_C.float().cpu(), "stop"
                 self._line.finish(one)
 
+    def _hidden_states(self, batch: Batch) -> Tensor:
+        """[N, E] in fp32: by the native decoder where only its weights are there."""
+        if not is_packed(self.model):
+            return hidden_states(self.model, batch.ids_N, batch.lengths).float()
+        packed = self.model.native
+        assert packed is not None
+        widths = [-(-length // BLOCK) for length in batch.lengths]
+        starts = [0, *accumulate(widths)]
+        if self._cached is None or self._cached.blocks < starts[-1]:
+            self._cached = None
+            self._cached = Cached(packed, starts[-1])
+        tables = [list(range(start, start + width)) for start, width in zip(starts, widths)]
+        adapters = [0 if own_adapter(self.model) else NONE] * len(widths)
+        ids = batch.ids_N.tolist()
+        return self._cached.read(
+            ids, tables, [0] * len(widths), batch.lengths, range(len(ids)), adapters=adapters, states=True
+        )
+
     def _vectors(self, readings: Sequence[Reading], batch: Batch) -> list[Tensor]:
-        hidden_NE = hidden_states(self.model, batch.ids_N, batch.lengths).float()
+        hidden_NE = self._hidden_states(batch)
         asked = [one.embedding or Embedding() for one in readings]
         ways: list[Pooling] = [manner_of(self.model).pooling if one.pooling == "auto" else one.pooling for one in asked]
         pooled = {way: pool_flat(hidden_NE, batch.lengths, way) for way in dict.fromkeys(ways)}
@@ -194,6 +219,11 @@ class Pooler:
             normalise = manner_of(self.model).normalised if one.normalise is None else one.normalise
             found.append(torch.nn.functional.normalize(vector_E, dim=0) if normalise else vector_E)
         return found
+
+
+def is_packed(model: LoadedModel) -> bool:
+    """Whether the packed weights are all that is left of a model, their own form being let go."""
+    return model.native is not None and any(not one.numel() for one in model.network.parameters())
 
 
 def score_batch(model: LoadedModel, batch: Batch) -> Tensor:
@@ -208,10 +238,5 @@ def check_embedding(model: LoadedModel, embedding: Embedding) -> None:
     width = width_of(model.network.config)
     if embedding.dimensions is not None and embedding.dimensions > width:
         raise ConfigError(f"dimensions: {embedding.dimensions} are asked for, and this model's vectors have {width}")
-    if model.native is not None and any(not one.numel() for one in model.network.parameters()):
-        raise ConfigError(
-            "execution: the weights are packed to write with, and their own form was let go; set execution: model to have "
-            "vectors too"
-        )
     if embedding.pooling == "auto" or embedding.normalise is None:
         manner_of(model)

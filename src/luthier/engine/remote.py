@@ -34,7 +34,9 @@ NEVER = -9999.0
 UNKNOWN = {
     "typical_p": "leave it out, or leave `backend` out",
     "banned": "give the tokens -100 in logit_bias, or leave `backend` out",
+    "length_penalty": "leave it out, or leave `backend` out",
     "beams": "leave it out, or leave `backend` out",
+    "shown_ids": "leave it out, or leave `backend` out",
     "structure": "leave it out, or leave `backend` out",
 }
 

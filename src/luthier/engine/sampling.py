@@ -43,8 +43,11 @@ class Sampling(Config):
     """Texts that are not written, as the tokens in which the tokenizer writes them, with and without a space in front."""
     beams: int = Field(1, gt=0)
     """Beam search with so many beams."""
+    length_penalty: float = Field(1.0, ge=-10, le=10)
+    """How the answers of a beam search are compared: by the log-probability of their tokens, divided by their number to this
+    power. 1: the mean; above, long answers are favoured, below, short ones."""
     n: int = Field(1, gt=0)
-    """Answers to a prompt, each drawn for itself."""
+    """Answers to a prompt, each drawn for itself; or the likeliest that beams find."""
     seed: int | None = None
     """Seed of the draw."""
     stop: tuple[str, ...] = ()
@@ -53,6 +56,8 @@ class Sampling(Config):
     """Tokens that end the answer beside the model's own, by their ids; they are not part of it."""
     ignore_stop: bool = False
     """Go on past the model's own end tokens."""
+    shown_ids: tuple[TokenId, ...] = ()
+    """Special tokens that stand in the text of the answer, by their ids; all others are left out of it."""
     logprobs: int | None = Field(None, ge=0)
     """Give the log-probability of each token, and of so many likeliest ones in its place."""
     prompt_logprobs: bool = False
@@ -75,17 +80,22 @@ class Sampling(Config):
                 raise ValueError(
                     f"{idle[0]} has no effect at temperature 0, where nothing is drawn; set temperature above 0"
                 )
-            if self.n > 1:
+            if self.n > 1 and self.beams == 1:
                 raise ValueError(
                     f"{self.n} answers would all be the same at temperature 0, where nothing is drawn; set temperature above 0"
                 )
         if self.beams > 1:
             if self.temperature > 0:
                 raise ValueError("beams search for the likeliest text, temperature draws one; choose one of the two")
-            if self.beyond_text is not None:
-                raise ValueError(f"{self.beyond_text} are not given for a beam search; set beams: 1")
+            if self.n > self.beams:
+                raise ValueError(f"{self.beams} beams end with so many answers, and n is {self.n}; set beams higher")
+            for name, asked in (("logprobs", self.logprobs is not None), ("prompt_logprobs", self.prompt_logprobs)):
+                if asked:
+                    raise ValueError(f"{name} are not given for a beam search; set beams: 1")
             if self.structure is not None:
                 raise ValueError("structure and beams do not go together; leave one of the two out")
+        elif self.length_penalty != 1:
+            raise ValueError("length_penalty has no effect without a beam search; set beams above 1, or leave it out")
         if self.structure is not None and (self.ignore_stop or self.min_tokens):
             raise ValueError("a structure says itself when an answer may end; leave ignore_stop and min_tokens out")
         if any(not text for text in self.stop):

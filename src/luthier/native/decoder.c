@@ -39,13 +39,15 @@ typedef struct {
 
 /* A step: `count` tokens, each with its place in its text and where the table of its text begins; `wanted` of them are to
  * predict the next: their logits, as wide as the head's n, or the likeliest token alone, -1 where its logit is not finite.
- * `adapters`: of each token, or -1; what they add is `low` wide before B at most. */
+ * `adapters`: of each token, or -1; what they add is `low` wide before B at most. `states`: in place of what is predicted, what
+ * it would be predicted from. */
 typedef struct {
     int64_t count, wanted, threads, low;
     const int32_t *ids, *places, *first, *tables, *rows;
     float *logits;
     int32_t *best;
     const int32_t *adapters;
+    float *states;
 } Step;
 
 /* Where threads wait for one another: awake, for a part takes microseconds. */
@@ -360,11 +362,12 @@ int decoder_step(const Decoder *d, const Step *step) {
         Rows ends = ROWS(d->head);
         for (int64_t r = thread; r < wanted; r += all_threads) {
             normalise(&d->last, x + step->rows[r] * width, row, width);
+            if (step->states) memcpy(step->states + r * width, row, (size_t)width * 4);
             prepare(&ends, d->head.bits, r, row, width);
         }
         meet(&gate, all_threads);
         Best own = {best.value + thread * wanted * LANE, best.at + thread * wanted * LANE};
-        if (wanted) multiply(&d->head, &ends, wanted, step->logits, step->best ? &own : 0, thread, all_threads, &d->layer->qkv);
+        if (wanted && !step->states) multiply(&d->head, &ends, wanted, step->logits, step->best ? &own : 0, thread, all_threads, &d->layer->qkv);
         if (step->logits) {
             int64_t tiles = d->head.n / LANE, low = tiles * thread / all_threads * LANE, high = tiles * (thread + 1) / all_threads * LANE;
             for (int64_t r = 0; r < wanted; r++) finish_logits(d, step->logits + r * d->head.n, low, high);

@@ -68,7 +68,10 @@ class CDecoder(ctypes.Structure):
 class CStep(ctypes.Structure):
     _fields_ = (
         *((name, LONG) for name in ("count", "wanted", "threads", "low")),
-        *((name, POINTER) for name in ("ids", "places", "first", "tables", "rows", "logits", "best", "adapters")),
+        *(
+            (name, POINTER)
+            for name in ("ids", "places", "first", "tables", "rows", "logits", "best", "adapters", "states")
+        ),
     )
 
 
@@ -328,11 +331,12 @@ class Cached:
         *,
         likeliest: bool = False,
         adapters: Sequence[int] | None = None,
+        states: bool = False,
     ) -> Tensor:
         """Read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks of its table, with
         the adapter of that number for each text, or without one (-1).
         The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R], -1
-        where the largest logit is not finite.
+        where the largest logit is not finite, or with `states` the last hidden states there [R, E].
 
         Raises IndexError for what is not there: tokens, places or blocks."""
         packed, count = self.packed, len(ids)
@@ -347,7 +351,8 @@ class Cached:
             for one in (ids, places_N, first_N, [block for table in tables for block in table], rows, adapter_N)
         ]
         self._check(numbers[0], numbers[3], np.asarray(before) + sizes, widths)
-        logits_RV = None if likeliest else torch.empty(len(rows), packed.c.head.n)
+        logits_RV = None if likeliest or states else torch.empty(len(rows), packed.c.head.n)
+        states_RE = torch.empty(len(rows), packed.decoder.width) if states else None
         best_R = torch.zeros(len(rows), dtype=torch.int32) if likeliest else None
         # An adapter more in the middle would make the room for what they give too small.
         with packed.lock:
@@ -358,6 +363,7 @@ class Cached:
                 max((one.width for one in packed.adapters if one is not None), default=0),
                 *(one.ctypes.data for one in numbers[:-1]), None if logits_RV is None else logits_RV.data_ptr(),
                 None if best_R is None else best_R.data_ptr(), numbers[-1].ctypes.data if packed.adapters else None,
+                None if states_RE is None else states_RE.data_ptr(),
             )  # fmt: skip
             packed.reach(int(places_N.max()) + 1)
             told = self._pages.at, self.blocks, self.kept
@@ -368,6 +374,8 @@ class Cached:
                     layer.values = layer.keys + self.blocks * self._keys
             if _library().decoder_step(ctypes.byref(packed.c), ctypes.byref(step)):
                 raise MemoryError(f"no memory for a step of {count} tokens")
+        if states_RE is not None:
+            return states_RE
         if best_R is not None:
             return best_R
         assert logits_RV is not None

@@ -12,26 +12,31 @@ from luthier.core.types import Message
 from luthier.text.render import Renderer
 
 # What no template writes by itself.
-TEXT, NAME, KEY, VALUE = "luthier-text", "luthier-name", "luthier-key", "luthier-value"
+TEXT, NAME, KEY, VALUE, NUMBER = "luthier-text", "luthier-name", "luthier-key", "luthier-value", "luthier09"
 
 
 @dataclass(frozen=True, slots=True)
 class CallForm:
     """How calls stand in an answer: `before`, then for each call a JSON object of its name and its arguments (under the key
-    `arguments`), `between` two of them, and `after` the last. An answer without a text begins with `opening`."""
+    `arguments`), `between` two of them, and `after` the last. An answer without a text begins with `opening`.
+
+    `marks` are the special tokens in these, each with its id; `numbered`, the object holds an `id` of nine letters and digits
+    behind the arguments, as Mistral's do."""
 
     before: str
     between: str
     after: str
     arguments: str
     opening: str
+    marks: tuple[tuple[str, int], ...] = ()
+    numbered: bool = False
 
 
 def find_form(renderer: Renderer) -> CallForm | None:
     """The form in which a template writes calls; None where it writes none, or not as JSON objects with the name first."""
     if renderer.template is None or renderer.template.name == "raw" or not renderer.turn_end:
         return None
-    call = {"type": "function", "function": {"name": NAME, "arguments": {KEY: VALUE}}}
+    call = {"id": NUMBER, "type": "function", "function": {"name": NAME, "arguments": {KEY: VALUE}}}
     answers = [Message("assistant", text, (call,) * count) for text, count in ((TEXT, 1), (TEXT, 2), ("", 1))]
     asked = Message("user", "u")
     try:
@@ -43,19 +48,28 @@ def find_form(renderer: Renderer) -> CallForm | None:
     if len(found) != 1 or len(first) != 2 or len(alone) != 1 or TEXT not in one:
         return None
     opening = bare[len(prompt) : alone[0][0]] if bare.startswith(prompt) else None
-    start, end, key = found[0]
+    start, end, key, numbered = found[0]
     before = one[one.index(TEXT) + len(TEXT) : start]
     after, ended, _ = one[end:].partition(renderer.turn_end)
-    tokens = renderer.tokenizer.all_special_tokens
-    if not ended or key is None or any(token in before + after for token in tokens):
+    if not ended or key is None:
         return None
     if opening is None or opening.lstrip("\n") != before.lstrip("\n"):
         opening = before.lstrip("\n")
-    return CallForm(before, two[first[0][1] : first[1][0]], after, key, opening)
+    between = two[first[0][1] : first[1][0]]
+    marks = _marks(renderer, before + between + after + opening)
+    return CallForm(before, between, after, key, opening, marks, numbered)
 
 
-def _objects(text: str) -> list[tuple[int, int, str | None]]:
-    """(start, end, key of the arguments) of the JSON objects that are calls of the probe."""
+def _marks(renderer: Renderer, text: str) -> tuple[tuple[str, int], ...]:
+    """The special tokens that a text spells: those that are left out of answers unless they are asked for."""
+    tokenizer = renderer.tokenizer
+    special = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+    return tuple((spelled, id) for id, spelled in sorted(special.items()) if spelled in text)
+
+
+def _objects(text: str) -> list[tuple[int, int, str | None, bool]]:
+    """(start, end, key of the arguments, whether an id follows) of the JSON objects that are calls of the probe."""
     found, at = [], 0
     while (at := text.find("{", at)) >= 0:
         try:
@@ -63,9 +77,10 @@ def _objects(text: str) -> list[tuple[int, int, str | None]]:
         except json.JSONDecodeError:
             at += 1
             continue
-        if list(value)[:1] == ["name"] and value["name"] == NAME and len(value) == 2:
+        numbered = list(value)[2:] == ["id"] and value["id"] == NUMBER
+        if list(value)[:1] == ["name"] and value["name"] == NAME and (len(value) == 2 or numbered):
             key = list(value)[1]
-            found.append((at, at + length, key if value[key] == {KEY: VALUE} else None))
+            found.append((at, at + length, key if value[key] == {KEY: VALUE} else None, numbered))
             at += length
         else:
             at += 1
@@ -202,6 +217,11 @@ class CallReader:
     def _tail(self, last: bool) -> Iterator[Part]:
         """The end of an object, and whether another follows."""
         bare = self._held.lstrip()
+        if self._form.numbered and not bare.startswith("}"):
+            # What the id is nobody is told: there are new ones.
+            bare = bare[bare.find("}") :] if "}" in bare else ""
+            if not bare and not last:
+                return
         whole = "}" + self._form.between
         if bare.startswith(whole) and bare[len(whole) :].lstrip().startswith("{"):
             self._taken, self._held, self._state = "", bare[len(whole) :].lstrip(), "head"

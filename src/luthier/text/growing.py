@@ -17,9 +17,9 @@ LOST = "\ufffd"
 
 class GrowingText:
     """What tokens add to a text. All that `take` and `rest` gave, put together, is `decode` of all ids at once (special
-    tokens left out)."""
+    tokens left out, but for those that are `shown`)."""
 
-    def __init__(self, tokenizer: Any, decode: Callable[[Sequence[int]], str]):
+    def __init__(self, tokenizer: Any, decode: Callable[[Sequence[int]], str], shown: Sequence[int] = ()):
         self._tokenizer, self._decode = tokenizer, decode
         kinds, self._falls_back = _decoders_of(tokenizer)
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if kinds == ["ByteLevel"] else None
@@ -27,6 +27,7 @@ class GrowingText:
         self._special = {token for token, one in added.items() if one.special}
         if not tokenizer.is_fast:
             self._special |= set(tokenizer.all_special_ids)
+        self._special -= set(shown)
         self._before: list[int] = []
         """Tokens before those whose text is not told yet: some decoders look at them."""
         self._ids: list[int] = []

@@ -197,8 +197,13 @@ class Renderer:
             raise DataError("the prompt is empty, and this model has no token to start from; give some text")
         return tuple(ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Ids back to text, special tokens left out."""
+    def decode(self, ids: Sequence[int], shown: Sequence[int] = ()) -> str:
+        """Ids back to text, special tokens left out but for those that are to be `shown`."""
+        if shown:
+            special = set(self.tokenizer.all_special_ids)
+            special |= {id for id, one in self.tokenizer.added_tokens_decoder.items() if one.special}
+            kept = [one for one in ids if one in shown or one not in special]
+            return str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def describe(self, row: Encoded) -> list[tuple[str, float]]:

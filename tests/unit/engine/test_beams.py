@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from luthier.engine import beams
-from luthier.engine.beams import search
+from luthier.engine.beams import search, search_each
 from luthier.engine.blocks import Blocks
-from luthier.engine.generate import generate
+from luthier.engine.generate import _generate_padded, generate
 from luthier.engine.padded import write
 from luthier.engine.paged import Paged
 from luthier.engine.pieces import complete
@@ -49,6 +49,47 @@ def test_answers_are_those_of_transformers(family, width):
     if family == "llama" and width < 5:
         found = by_blocks(often_ending(family), prompts(SIZES), Sampling(max_tokens=24, beams=width))
         assert len({len(one.ids) for one in found}) > 2, "answers of many lengths are compared"
+
+
+@pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.6, 2.0])
+def test_all_answers_and_their_order_are_those_of_transformers(penalty):
+    model, sampling = often_ending(), Sampling(max_tokens=24, beams=4, n=4, length_penalty=penalty)
+    found = search_each(model, prompts(SIZES), sampling, 3)
+    for prompt, own in zip(prompts(SIZES), found, strict=True):
+        theirs = write(model, [prompt], sampling)
+        assert [complete(model, one, sampling, len(prompt)) for one in own] == [
+            complete(model, one, sampling, len(prompt)) for one in theirs
+        ]
+    lengths = {power: _mean_length(model, power) for power in (0.0, 2.0)}
+    assert lengths[0.0] < lengths[2.0]
+
+
+def _mean_length(model, penalty):
+    found = search(model, prompts(SIZES), Sampling(max_tokens=24, beams=4, length_penalty=penalty), 3)
+    return sum(map(len, found)) / len(found)
+
+
+def test_several_answers_by_either_loop_are_the_same():
+    model, sampling = often_ending(), Sampling(max_tokens=12, beams=3, n=2)
+    texts = ["The quick brown", "one two three"]
+    own = generate(model, texts, sampling, raw=True)
+    encoded = [model.renderer.prompt(one, raw=True) for one in texts]
+    padded = _generate_padded(model, encoded, sampling, 4, None)
+    assert [len(one.others) for one in own] == [1, 1]
+    assert own == padded
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"beams": 2, "n": 3}, "n is 3"),
+        ({"beams": 2, "logprobs": 1}, "logprobs are not given"),
+        ({"length_penalty": 2.0}, "without a beam search"),
+    ],
+)
+def test_what_goes_with_no_search_is_said(settings, why):
+    with pytest.raises(ValueError, match=why):
+        Sampling(**settings)
 
 
 @pytest.mark.parametrize(

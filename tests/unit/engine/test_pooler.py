@@ -169,11 +169,6 @@ def test_what_cannot_be_followed_is_refused_by_name():
     for ids, said in (([], "one token"), ([5] * 129, "context is 128"), ([5, 4000], "no token 4000")):
         with pytest.raises(DataError, match=said):
             engine.pool(ids, Embedding())
-    packed = endless()
-    packed.native = object()
-    next(packed.network.parameters()).data = torch.empty(0)
-    with pytest.raises(ConfigError, match="execution"):
-        pooler.check_embedding(packed, Embedding())
 
 
 def test_a_pair_is_read_as_two_texts():

@@ -37,11 +37,13 @@ CHANGED = {
     "logit_bias": {7: -3.0},
     "banned": ("a",),
     "beams": 2,
+    "length_penalty": 2.0,
     "structure": {"choices": ["a"]},
     "n": 2,
     "seed": 3,
     "stop": (".",),
     "stop_ids": (9,),
+    "shown_ids": (9,),
     "ignore_stop": True,
     "logprobs": 2,
     "prompt_logprobs": True,
@@ -72,6 +74,7 @@ def test_every_setting_is_said_or_refused(name):
     with serving(fixed({})[0]) as url:
         model, _ = served(url)
     basis = {"temperature": 1.0} if name in ("top_k", "top_p", "min_p", "typical_p", "n", "seed") else {}
+    basis |= {"beams": 2} if name == "length_penalty" else {}
     changed = Sampling(**basis, **{name: CHANGED[name]})
     if name in UNKNOWN:
         with pytest.raises(ConfigError, match=f"^{name}: the completions of vLLM know no such setting"):

@@ -48,6 +48,16 @@ def test_what_is_read_off_a_family_is_what_it_computes(family):
     assert apart(native_logits(Packed(decoder, "bfloat16"), ids), own_TV) < 0.02
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_those_that_the_module_gives(family):
+    model, ids = decoder_model(family), some_ids(100)
+    with torch.inference_mode():
+        own_NE = hidden_states(model, torch.tensor(ids), (60, 40)).float()
+    cached, blocks = Cached(Packed(describe(model), "bfloat16"), 4), [[2, 0], [3, 1]]
+    found_NE = cached.read(ids, blocks, [0, 0], [60, 40], range(100), states=True)
+    assert float((found_NE - own_NE).norm() / own_NE.norm()) < 0.02
+
+
 @pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "gemma2"])
 def test_the_c_code_follows_the_plain_one_with_the_same_rounded_weights(family, form):

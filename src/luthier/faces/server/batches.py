@@ -14,7 +14,7 @@ from luthier.faces.server.orders import Metadata
 from luthier.faces.server.pages import page_of
 from luthier.faces.server.refusals import RESPONSES, Refusal
 from luthier.faces.server.server import Server, TheKey, TheServer
-from luthier.faces.server.store import Thing, mine, owns, store_of
+from luthier.faces.server.store import Thing, Turned, mine, owns, refuse_elsewhere, store_of
 
 routes = APIRouter(prefix="/v1/batches", tags=["batches"], responses=RESPONSES)
 WINDOW = 24 * 3600
@@ -85,6 +85,7 @@ class BatchList(BaseModel):
 @routes.post("", response_model=BatchInfo)
 async def create_batch(body: BatchRequest, server: TheServer, key: TheKey) -> BatchInfo:
     """Answer the requests of an uploaded file, when nobody waits for other answers."""
+    refuse_elsewhere(server)
     store = store_of(server)
     file = mine(store, key, "file", body.input_file_id, "input_file_id")
     if file.content["purpose"] != "batch":
@@ -135,10 +136,16 @@ async def read_batch(id: str, server: TheServer, key: TheKey) -> BatchInfo:
 async def cancel_batch(id: str, server: TheServer, key: TheKey) -> BatchInfo:
     """End a batch. What is answered by then is in its file."""
     store = store_of(server)
-    now = mine(store, key, "batch", id).content["status"]
-    if now not in ("validating", "in_progress"):
-        raise Refusal(400, f"{id}: the batch is {now}, and one that is validating or in_progress can be cancelled")
-    changed = store.change("batch", id, status="cancelling", cancelling_at=int(time.time()))
+    mine(store, key, "batch", id)
+    try:
+        changed = store.change(
+            "batch", id, was=("validating", "in_progress"), status="cancelling", cancelling_at=int(time.time())
+        )
+    except Turned as err:
+        now = err.thing.content["status"]
+        raise Refusal(
+            400, f"{id}: the batch is {now}, and one that is validating or in_progress can be cancelled"
+        ) from None
     _poke(server)
     return _info(server, changed)
 

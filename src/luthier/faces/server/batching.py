@@ -18,7 +18,7 @@ from luthier.faces.server.files import keep_file
 from luthier.faces.server.keys import Key
 from luthier.faces.server.rows import read_lines
 from luthier.faces.server.server import Server
-from luthier.faces.server.store import Thing, store_of
+from luthier.faces.server.store import Thing, Turned, store_of
 from luthier.faces.server.within import Within
 
 # Requests of a batch that are asked at once.
@@ -86,7 +86,11 @@ class Batching:
     async def _carry(self, batch: Thing) -> None:
         id = batch.id
         if batch.content["status"] == "validating":
-            self._store.change("batch", id, status="in_progress", in_progress_at=int(time.time()))
+            # Unless another server was told to cancel it just now.
+            with suppress(Turned):
+                self._store.change(
+                    "batch", id, was=("validating",), status="in_progress", in_progress_at=int(time.time())
+                )
         answers = Answers(self._store.folder / "batches", id)
         try:
             counts = self.counts[id] = Counts(batch.content["total"], *answers.counts)
@@ -97,7 +101,8 @@ class Batching:
                     if left <= 0:
                         break
                     poked = asyncio.create_task(self._poked.wait())
-                    await asyncio.wait({working, poked}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                    # Another server may be told to cancel it.
+                    await asyncio.wait({working, poked}, timeout=min(left, LOOK), return_when=asyncio.FIRST_COMPLETED)
                     poked.cancel()
                     self._poked.clear()
             finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
@@ -257,9 +258,14 @@ def form_of(process: EngineProcess, callable: bool) -> CallForm | None:
     return None if calls is None else CallForm(**calls)
 
 
+def call_id(form: CallForm | None) -> str:
+    """A name for a call; where the template writes them, one that it takes."""
+    return secrets.token_hex(5)[:9] if form is not None and form.numbered else new_id("call")
+
+
 def _choice(at: int, one: dict[str, Any], form: CallForm | None) -> Choice:
     text, calls = read_calls(form, one["text"])
-    made = [AnsweredCall(id=new_id("call"), function=CalledFunction(**call)) for call in calls]
+    made = [AnsweredCall(id=call_id(form), function=CalledFunction(**call)) for call in calls]
     return Choice(
         index=at,
         message=Answer(content=text if text or not made else None, tool_calls=made or None),
@@ -316,7 +322,7 @@ async def _chunks(
             deltas = [{"content": part["text"]}] if part["text"] else []
         else:
             parts = reader.feed(part["text"]) + (reader.end() if finish is not None else [])
-            deltas = [_delta(one) for one in parts]
+            deltas = [_delta(one, form) for one in parts]
             finish = "tool_calls" if finish == "stop" and reader.calls else finish
         logs = part.get("logs")
         for delta in deltas:
@@ -337,10 +343,10 @@ def _cited_deltas(citing: Citing, part: dict[str, Any], ground: Ground | None) -
     return deltas
 
 
-def _delta(part: Part) -> dict[str, Any]:
+def _delta(part: Part, form: CallForm | None) -> dict[str, Any]:
     if part.kind == "text":
         return {"content": part.text}
     if part.kind == "name":
-        call = {"id": new_id("call"), "type": "function", "function": {"name": part.text, "arguments": ""}}
+        call = {"id": call_id(form), "type": "function", "function": {"name": part.text, "arguments": ""}}
         return {"tool_calls": [{"index": part.index, **call}]}
     return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}

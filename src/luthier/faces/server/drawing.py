@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -44,12 +44,29 @@ class Drawing(Body):
     """Of texts that wait, those of a higher one come first."""
     structure: dict[str, JsonValue] | None = None
     """The form of the answer, as for `generate`: one of json_schema, regex, choices and grammar."""
+    use_beam_search: bool = False
+    """Search for the `n` likeliest answers with as many beams, instead of drawing any."""
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    """Of a beam search: above 1 favours long answers, below it short ones."""
+
+    @model_validator(mode="after")
+    def _check_search(self) -> Self:
+        if self.use_beam_search and getattr(self, "stream", False):
+            raise ValueError(
+                "a beam search knows its answers only at the end, so they cannot be streamed; ask without stream"
+            )
+        if self.length_penalty is not None and not self.use_beam_search:
+            raise ValueError("length_penalty needs use_beam_search: true")
+        return self
 
     def sampling(self, max_tokens: int | None) -> dict[str, Any]:
         """The engine's settings. At temperature 0 nothing is drawn, so that what says how to draw has no meaning and is left
         out."""
+        temperature = self.temperature
+        if self.use_beam_search and "temperature" not in self.model_fields_set:
+            temperature = 0.0
         found: dict[str, Any] = {
-            "temperature": self.temperature,
+            "temperature": temperature,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "repetition_penalty": self.repetition_penalty,
@@ -59,7 +76,12 @@ class Drawing(Body):
         }
         if max_tokens is not None:
             found["max_tokens"] = max_tokens
-        if self.temperature > 0:
+        if self.use_beam_search:
+            # One beam goes where the likeliest token leads, as all writing at temperature 0 does.
+            found["beams"] = self.n
+        if self.length_penalty is not None and self.n > 1:
+            found["length_penalty"] = self.length_penalty
+        if temperature > 0:
             drawn = {"top_k": self.top_k, "min_p": self.min_p, "typical_p": self.typical_p, "seed": self.seed}
             drawn["top_p"] = None if self.top_p == 1 else self.top_p
             found |= {name: value for name, value in drawn.items() if value is not None}

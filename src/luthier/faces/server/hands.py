@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -23,7 +24,9 @@ from luthier.engine.pooler import Embedding, Pooler
 from luthier.engine.readers import kept_bytes
 from luthier.engine.sampling import Execution, Sampling
 from luthier.engine.streaming import Answer
+from luthier.faces.server.labelled import label
 from luthier.faces.server.readings import classify, embed, relate
+from luthier.faces.server.searching import search
 from luthier.models.load import load_model
 from luthier.models.spec import LoadedModel
 from luthier.text.calls import find_form
@@ -83,6 +86,8 @@ class Hands:
         else:
             engine = Pooler(model, events=events)
             events.choose("engine", "pooled", "each text is read once, beside others")
+        # Keys and values of a search are beside those of all others.
+        self.searching = asyncio.Semaphore(1)
         self.door = Door(engine, waiting=order.waiting, waiting_tokens=room)
         writes = isinstance(engine, Engine)
         self.facts: dict[str, Any] = {
@@ -128,7 +133,7 @@ class Hands:
 
     async def write(self, message: dict[str, Any]) -> Parts:
         """Answers to a prompt: `messages` (with `tools`, `choice` and `parallel`), `text` or `ids`; in pieces where `stream`."""
-        ids, sampling = self._prompt(message), Sampling.make(message["sampling"], where="sampling")
+        ids, sampling = self.prompt(message), Sampling.make(message["sampling"], where="sampling")
         if message.get("tools") and message.get("choice") != "none":
             sampling = self._with_calls(message, sampling)
         settings = {name: message[name] for name in ("priority", "tenant", "salt", "adapter") if name in message}
@@ -231,7 +236,8 @@ class Hands:
             raise ConfigError("response_format and tools do not go together; set tool_choice: none, or leave one out")
         parallel = message.get("parallel", True)
         structure = structure_of_calls(self.form, message["tools"], message.get("choice", "auto"), parallel=parallel)
-        return Sampling.make({**sampling.model_dump(exclude_unset=True), "structure": structure}, where="sampling")
+        held = {"structure": structure, "shown_ids": tuple(id for _, id in self.form.marks)}
+        return Sampling.make({**sampling.model_dump(exclude_unset=True), **held}, where="sampling")
 
     def _turns(self, message: dict[str, Any]) -> Sequence[Message]:
         try:
@@ -265,7 +271,8 @@ class Hands:
             raise ConfigError(f"prompt: there is no token {strange[0]}; the vocabulary has {count}, from 0 on")
         return message["ids"]
 
-    def _prompt(self, message: dict[str, Any]) -> Sequence[int]:
+    def prompt(self, message: dict[str, Any]) -> Sequence[int]:
+        """The ids of a prompt as `write` takes it; `max_tokens` of its sampling is set where nobody says. Raises TooLong."""
         ids, context = self._ids(message), self.model.spec.max_length
         asked = message["sampling"].get("max_tokens")
         if self.model.renderer.kind == "encoder-decoder":
@@ -305,6 +312,8 @@ DOINGS: dict[str, Callable[[Hands, dict[str, Any]], Parts]] = {
     "render": Hands.render,
     "embed": embed,
     "classify": classify,
+    "label": label,
+    "search": search,
     "relate": relate,
     "load_adapter": Hands.load_adapter,
     "unload_adapter": Hands.unload_adapter,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -65,6 +65,9 @@ class InputSearch(Body):
     read: int | None = None
 
 
+InputItem: TypeAlias = InputMessage | InputCall | InputCallOutput | InputSearch
+
+
 class FunctionTool(Body):
     """A function that may be called."""
 
@@ -107,10 +110,11 @@ class TextSettings(Body):
 
 
 class ResponsesRequest(Body):
-    """What /v1/responses takes. Nothing is kept here: send the whole conversation each time."""
+    """What /v1/responses takes. Nothing of it is kept unless `store` is true: send the whole conversation, or go on from a
+    response that was kept."""
 
     model: str
-    input: str | Annotated[list[InputMessage | InputCall | InputCallOutput | InputSearch], Field(min_length=1)]
+    input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
@@ -124,8 +128,11 @@ class ResponsesRequest(Body):
     user: str | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     include: list[Literal["file_search_call.results"]] | None = None
+    store: bool | None = None
+    """Whether the response is kept with what it answers; by default as the server was told, else not."""
+    previous_response_id: str | None = None
+    """A kept response of this key, whose conversation goes on; its instructions are not taken along."""
     # What other servers may do more: taken where it asks for nothing.
-    store: Literal[False] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=0)] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None

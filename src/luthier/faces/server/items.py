@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, JsonValue
@@ -78,7 +78,8 @@ def status_of(finish: str) -> Literal["completed", "incomplete"]:
 class Items:
     """The items of an answer as they come, and the events that tell of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, call_id: Callable[[], str] = lambda: new_id("call")) -> None:
+        self._call_id = call_id
         self.output: list[Output] = []
 
     @property
@@ -126,7 +127,7 @@ class Items:
         if part.kind == "name":
             found = self.close("completed")
             made = OutputCall(
-                id=new_id("fc"), call_id=new_id("call"), name=part.text, arguments="", status="in_progress"
+                id=new_id("fc"), call_id=self._call_id(), name=part.text, arguments="", status="in_progress"
             )
             self.output.append(made)
             return [*found, self._item("response.output_item.added")]

@@ -17,7 +17,7 @@ from luthier.faces.server.orders import JobRequest, settings_of, source_of
 from luthier.faces.server.pages import page_of
 from luthier.faces.server.refusals import RESPONSES, Refusal
 from luthier.faces.server.server import Server, TheKey, TheServer
-from luthier.faces.server.store import Thing, mine, owns, store_of
+from luthier.faces.server.store import Thing, Turned, mine, owns, refuse_elsewhere, store_of
 
 routes = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"], responses=RESPONSES)
 Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled", "paused"]
@@ -109,6 +109,7 @@ class CheckpointList(BaseModel):
 @routes.post("", response_model=JobInfo)
 async def create_job(body: JobRequest, server: TheServer, key: TheKey) -> JobInfo:
     """Tune a model on an uploaded file. One job runs at a time, in order."""
+    refuse_elsewhere(server)
     if body.integrations:
         kind = body.integrations[0].get("type", "?")
         raise Refusal(
@@ -205,12 +206,15 @@ async def list_checkpoints(
 
 
 def _turn(server: Server, job: Thing, possible: tuple[str, ...], status: Status) -> JobInfo:
-    now = job.content["status"]
-    if now not in possible:
-        raise Refusal(400, f"{job.id}: the job is {now}, and one that is {' or '.join(possible)} can be {status}")
     over = {"finished_at": int(time.time())} if status in OVER else {}
     store = store_of(server)
-    changed = store.change("job", job.id, status=status, **over)
+    try:
+        changed = store.change("job", job.id, was=possible, status=status, **over)
+    except Turned as err:
+        now = err.thing.content["status"]
+        raise Refusal(
+            400, f"{job.id}: the job is {now}, and one that is {' or '.join(possible)} can be {status}"
+        ) from None
     store.say(job.id, f"The job is {status}")
     _poke(server)
     return _info(changed)

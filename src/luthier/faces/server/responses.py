@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, JsonValue
 
 from luthier.core.errors import LuthierError
 from luthier.faces.server.answering import event, new_id, stream_events, while_here
-from luthier.faces.server.chat import form_of
+from luthier.faces.server.chat import call_id, form_of
 from luthier.faces.server.citing import (
     Citing,
     Ground,
@@ -33,73 +33,24 @@ from luthier.faces.server.items import (
     SearchHit,
     status_of,
 )  # fmt: skip
+from luthier.faces.server.kept import continued, keep, keeps
 from luthier.faces.server.refusals import RESPONSES, STREAMED, Refusal, body_of, refusal_of
-from luthier.faces.server.server import TheKey, TheServer
+from luthier.faces.server.response import Incomplete, InputDetails, ResponseBody, ResponseError, ResponseUsage
+from luthier.faces.server.server import TheKey, TheServer, key_of, server_of
 from luthier.faces.server.shelf import Served
 from luthier.text.calls import CallForm, CallReader, Part, read_calls
 
 routes = APIRouter(tags=["responses"], responses=RESPONSES)
 
 
-class InputDetails(BaseModel):
-    cached_tokens: int
-    cache_write_tokens: int = 0
-
-
-class OutputDetails(BaseModel):
-    reasoning_tokens: int = 0
-
-
-class ResponseUsage(BaseModel):
-    input_tokens: int
-    input_tokens_details: InputDetails
-    output_tokens: int
-    output_tokens_details: OutputDetails = OutputDetails()
-    total_tokens: int
-
-
-class Incomplete(BaseModel):
-    reason: Literal["max_output_tokens"] = "max_output_tokens"
-
-
-class ResponseError(BaseModel):
-    code: str
-    message: str
-
-
-class ResponseBody(BaseModel):
-    """What /v1/responses answers."""
-
-    id: str
-    object: Literal["response"] = "response"
-    created_at: float
-    status: Literal["in_progress", "completed", "incomplete", "failed"]
-    error: ResponseError | None = None
-    incomplete_details: Incomplete | None = None
-    instructions: str | None = None
-    max_output_tokens: int | None = None
-    model: str
-    output: list[Output]
-    parallel_tool_calls: bool
-    previous_response_id: None = None
-    store: Literal[False] = False
-    temperature: float
-    top_p: float
-    text: dict[str, JsonValue] = {}
-    tool_choice: JsonValue = "auto"
-    tools: list[JsonValue] = []
-    truncation: Literal["disabled"] = "disabled"
-    usage: ResponseUsage | None = None
-    metadata: dict[str, str] = {}
-
-
 @routes.post("/v1/responses", response_model=ResponseBody, responses=STREAMED)
 async def respond(body: ResponsesRequest, request: Request, server: TheServer, key: TheKey) -> Response | ResponseBody:
     """Answer a conversation of items; with `stream`, as server-sent events."""
     served = server.shelf.find(body.model)
+    kept, body = keeps(server, body), continued(server, key, body)
     asked = _question(body, key.name)
     form = form_of(served.process, bool(body.functions) and body.tool_choice != "none")
-    empty = _empty(body, served.name)
+    empty = _empty(body, served.name, kept)
     seconds, ground = server.settings.timeout, None
     if body.search is not None:
         server.indexes.check_names(body.search.vector_store_ids, "tools.vector_store_ids")
@@ -121,8 +72,11 @@ async def respond(body: ResponsesRequest, request: Request, server: TheServer, k
         said.annotations, said.removed_citations = [one.annotation() for one in cited], citing.removed
     if text or not calls:
         output.append(OutputMessage(id=new_id("msg"), status=status, content=[said]))
-    output += [OutputCall(id=new_id("fc"), call_id=new_id("call"), status=status, **call) for call in calls]
-    return _whole(empty, output, answer["finish"], found["usage"])
+    output += [OutputCall(id=new_id("fc"), call_id=call_id(form), status=status, **call) for call in calls]
+    whole = _whole(empty, output, answer["finish"], found["usage"])
+    if kept:
+        keep(server, key, body, whole)
+    return whole
 
 
 def _question(body: ResponsesRequest, tenant: str) -> dict[str, Any]:
@@ -152,7 +106,7 @@ def _question(body: ResponsesRequest, tenant: str) -> dict[str, Any]:
     return asked
 
 
-def _empty(body: ResponsesRequest, name: str) -> ResponseBody:
+def _empty(body: ResponsesRequest, name: str, kept: bool) -> ResponseBody:
     choice = body.tool_choice
     return ResponseBody(
         id=new_id("resp"), created_at=int(time.time()), status="in_progress", instructions=body.instructions,
@@ -160,7 +114,7 @@ def _empty(body: ResponsesRequest, name: str) -> ResponseBody:
         temperature=body.temperature, top_p=1.0 if body.top_p is None else body.top_p,
         text={"format": {"type": "text"}} if body.text is None else body.text.model_dump(exclude_none=True, by_alias=True),
         tool_choice=choice.model_dump() if isinstance(choice, Body) else choice or "auto",
-        tools=[tool.model_dump() for tool in body.tools or ()],
+        tools=[tool.model_dump() for tool in body.tools or ()], previous_response_id=body.previous_response_id, store=kept,
     )  # fmt: skip
 
 
@@ -201,7 +155,7 @@ async def _events(
 ) -> AsyncIterator[bytes]:
     reader = CallReader(form) if form is not None else None
     citing = Citing(request, served, ground) if ground is not None else None
-    items, number = Items(), 0
+    items, number = Items(partial(call_id, form)), 0
 
     def tell(content: dict[str, Any]) -> bytes:
         nonlocal number
@@ -223,6 +177,8 @@ async def _events(
                 for one in [*opened, *items.close(status_of(finish))]:
                     yield tell(one)
                 whole = _whole(empty, items.output, finish, part["usage"])
+                if empty.store:
+                    keep(server_of(request), key_of(request), body, whole)
                 yield tell({"type": f"response.{whole.status}", "response": whole.model_dump()})
                 return
             finish = part.get("finish") or finish

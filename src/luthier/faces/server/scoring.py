@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, model_validator
 
 from luthier.faces.server.answering import while_here
+from luthier.faces.server.chat import SENT_BACK, Turn
 from luthier.faces.server.drawing import Body
 from luthier.faces.server.embeddings import MOST, ReadUsage, read_usage
-from luthier.faces.server.refusals import RESPONSES
+from luthier.faces.server.refusals import RESPONSES, Refusal
 from luthier.faces.server.server import TheKey, TheServer
 from luthier.faces.server.writing import read
 
@@ -19,11 +20,67 @@ Two = Annotated[list[str], Field(min_length=2, max_length=2)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=MOST)]
 
 
+class Shot(Body):
+    """A worked example: a text, and its label."""
+
+    text: str
+    label: str
+
+
 class ClassifyRequest(Body):
-    """Texts to classify, or to give a number: one, or many; each alone, or with a second one."""
+    """Texts to classify, or to give a number: one, or many; each alone, or with a second one; or a conversation.
+
+    A classifier has labels of its own; a language model chooses among those that are given here, and writes nothing.
+    """
 
     model: str
-    input: str | Texts | Annotated[list[Two], Field(min_length=1, max_length=MOST)]
+    input: str | Texts | Annotated[list[Two], Field(min_length=1, max_length=MOST)] | None = None
+    messages: Annotated[list[Turn], Field(min_length=1)] | None = None
+    """A conversation instead of texts, for a language model."""
+    labels: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=512)] | None = None
+    """What a language model chooses among."""
+    instruction: str | None = None
+    """What stands before the text; by default a question that names the labels."""
+    shots: Annotated[tuple[Shot, ...], Field(max_length=256)] = ()
+    """Worked examples, which stand before the text."""
+    raw: bool = False
+    """Without the chat template: the label follows the text."""
+    per_token: bool = False
+    """Compare labels by the mean instead of the sum over their tokens."""
+    calibrate: bool = False
+    """Divide a label's probability by the one that it has where there is no text."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ClassifyRequest:
+        if (self.input is None) == (self.messages is None):
+            raise ValueError("give input, a text or many, or else messages, a conversation")
+        if self.labels is None:
+            for name in ("messages", "instruction", "shots", "raw", "per_token", "calibrate"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} goes with labels, among which a language model chooses")
+            return self
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("a label stands there twice; take one out")
+        if not all(one.strip() for one in self.labels):
+            raise ValueError("a label is empty; give it a name")
+        if self.raw and self.messages is not None:
+            raise ValueError("labels after plain text (raw) go with a text, not with messages")
+        return self
+
+    def asked(self, tenant: str) -> tuple[str, dict[str, Any]]:
+        """What is to be done, and all that it takes."""
+        if self.labels is None:
+            return "classify", {"inputs": [self.input] if isinstance(self.input, str) else self.input, "tenant": tenant}
+        turns = [one.model_dump(exclude_none=True, exclude=SENT_BACK) for one in self.messages or ()]
+        inputs = [self.input] if isinstance(self.input, str) else self.input or [turns]
+        if any(isinstance(one, list) for one in self.input or () if not isinstance(self.input, str)):
+            raise Refusal(400, "input: a language model labels one text at a time; put the two into one", param="input")
+        return "label", {
+            "inputs": inputs, "labels": self.labels, "shots": [(one.text, one.label) for one in self.shots], "raw": self.raw,
+            "labelling": {
+                "instruction": self.instruction, "per_token": self.per_token, "calibrate": self.calibrate,
+            },
+        }  # fmt: skip
 
 
 class Class(BaseModel):
@@ -110,10 +167,10 @@ class Ranking(BaseModel):
 
 @routes.post("/v1/classify", response_model=Classes)
 async def classify(body: ClassifyRequest, request: Request, server: TheServer, key: TheKey) -> Classes:
-    """What a classifier, regressor or reward model says of texts."""
+    """What a classifier, regressor or reward model says of texts; or which of the given labels a language model chooses."""
     served = server.shelf.find(body.model)
-    inputs = [body.input] if isinstance(body.input, str) else body.input
-    work = read(request, served, "classify", {"inputs": inputs, "tenant": key.name})
+    do, asked = body.asked(key.name)
+    work = read(request, served, do, asked)
     found = await while_here(request, work, server.settings.timeout)
     data = []
     for at, one in enumerate(found["answers"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -33,7 +34,36 @@ def serve(settings: Serve, say: Say) -> int:
             f"host: {settings.host} can be asked from other machines, so it needs keys: "
             "luthier serve --keys keys.json --new-key NAME makes one"
         )
+    _check_certificate(settings)
     return loops.run(_run(settings, say))
+
+
+def _check_certificate(settings: Serve) -> None:
+    """Raises ConfigError for files with which nobody could be answered by https, before any model is loaded."""
+    if settings.certificate is None or settings.private_key is None:
+        return
+    for name, path in (("certificate", settings.certificate), ("private_key", settings.private_key)):
+        try:
+            path.read_bytes()
+        except OSError as err:
+            raise ConfigError(
+                f"{name}: {path} cannot be read ({err.strerror}); give the file of PEM that is meant"
+            ) from None
+    try:
+        # Nobody is there to be asked for a password.
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(
+            settings.certificate, settings.private_key, password=lambda: ""
+        )
+    except ssl.SSLError as err:
+        certificate, key = settings.certificate, settings.private_key
+        if "MISMATCH" in str(err.reason):
+            raise ConfigError(
+                f"certificate: {certificate} and {key} do not belong together; give the key that it was made for"
+            ) from None
+        raise ConfigError(
+            f"certificate: {certificate} and {key} hold no certificate and private key in PEM, or one with a password "
+            f"({err.reason}); mend them"
+        ) from None
 
 
 async def _run(settings: Serve, say: Say) -> int:

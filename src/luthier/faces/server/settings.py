@@ -54,6 +54,10 @@ class Serve(Config):
     """Seconds that an answer may take."""
     log_prompts: bool = False
     """Write prompts and answers into the log."""
+    keep_responses: bool = False
+    """Keep what /v1/responses answers where a request does not say `store`; otherwise that is kept which says `store: true`."""
+    response_days: Annotated[float, Field(gt=0)] = 30.0
+    """Days for which responses are kept."""
     origins: tuple[str, ...] = ()
     """Origins whose pages may ask this server (CORS)."""
     certificate: Path | None = None

@@ -1,23 +1,23 @@
-"""What a server keeps of files, jobs, batches and tuned models: one SQLite file in the runs directory."""
+"""What a server keeps of files, jobs, batches, tuned models and responses: one SQLite file in the runs directory."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from luthier.core.errors import RunError
+from luthier.core.errors import LuthierError, RunError
 from luthier.core.run import runs_root
 from luthier.faces.server.keys import Key
 from luthier.faces.server.refusals import Refusal
 from luthier.faces.server.server import Server
 
-Kind: TypeAlias = Literal["file", "job", "batch", "model"]
+Kind: TypeAlias = Literal["file", "job", "batch", "model", "response"]
 Level: TypeAlias = Literal["info", "warn", "error"]
 VERSION = 1
 SCHEMA = """
@@ -31,7 +31,13 @@ CREATE TABLE said (
 );
 CREATE INDEX said_of ON said (job);
 """
-NAMES: dict[Kind, str] = {"file": "file", "job": "fine-tuning job", "batch": "batch", "model": "tuned model"}
+NAMES: dict[Kind, str] = {
+    "file": "file",
+    "job": "fine-tuning job",
+    "batch": "batch",
+    "model": "tuned model",
+    "response": "response",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,14 @@ class Said:
     message: str
 
 
+class Turned(LuthierError):
+    """The status of something is another one by now: that of `thing`."""
+
+    def __init__(self, thing: Thing):
+        super().__init__(f"{thing.id} is {thing.content['status']} by now")
+        self.thing = thing
+
+
 class Store:
     """Things by kind and id. Its calls are short, and made on the thread of the server's loop alone."""
 
@@ -63,6 +77,8 @@ class Store:
             self._base = sqlite3.connect(folder / "server.sqlite3", isolation_level=None, timeout=10)
             self._base.execute("PRAGMA journal_mode = WAL")
             self._base.execute("PRAGMA synchronous = FULL")
+            # What is dropped is written over.
+            self._base.execute("PRAGMA secure_delete = ON")
             self._prepare()
         except (OSError, sqlite3.Error) as err:
             raise RunError(
@@ -81,6 +97,8 @@ class Store:
                 f"BEGIN IMMEDIATE; {SCHEMA.replace('CREATE TABLE', 'CREATE TABLE IF NOT EXISTS')}"
                 f"PRAGMA user_version = {VERSION}; COMMIT;".replace("CREATE INDEX", "CREATE INDEX IF NOT EXISTS")
             )
+
+        self._base.execute("CREATE INDEX IF NOT EXISTS things_of ON things (kind, owner, number)")
 
     def close(self) -> None:
         """Write all into one file."""
@@ -102,20 +120,48 @@ class Store:
         ).fetchone()
         return None if row is None else Thing(row[0], row[1], json.loads(row[2]))
 
-    def change(self, kind: Kind, id: str, **content: Any) -> Thing:
-        """Replace some of the content."""
-        found = self.get(kind, id)
-        if found is None:
-            raise _absent(kind, id)
-        new = {**found.content, **content}
-        with _writing():
+    def change(self, kind: Kind, id: str, *, was: Collection[str] | None = None, **content: Any) -> Thing:
+        """Replace some of the content. Raises Refusal where it is not there, and Turned where its status is none of `was`:
+        another server may change it too, so it is looked at and written at once."""
+        with _writing(), self._alone():
+            found = self.get(kind, id)
+            if found is None:
+                raise _absent(kind, id)
+            if was is not None and found.content["status"] not in was:
+                raise Turned(found)
+            new = {**found.content, **content}
             self._base.execute("UPDATE things SET content = ? WHERE kind = ? AND id = ?", (json.dumps(new), kind, id))
         return Thing(id, found.owner, new)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """What is read and written inside is read and written before or after all that others do."""
+        self._base.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._base.execute("ROLLBACK")
+            raise
+        self._base.execute("COMMIT")
 
     def all(self, kind: Kind) -> list[Thing]:
         """Every one of a kind, oldest first."""
         rows = self._base.execute("SELECT id, owner, content FROM things WHERE kind = ? ORDER BY number", (kind,))
         return [Thing(id, owner, json.loads(content)) for id, owner, content in rows]
+
+    def count(self, kind: Kind, owner: str) -> int:
+        """How many of a kind somebody has."""
+        row = self._base.execute("SELECT COUNT(*) FROM things WHERE kind = ? AND owner = ?", (kind, owner)).fetchone()
+        return int(row[0])
+
+    def first(self, kind: Kind, owner: str | None = None) -> Thing | None:
+        """The oldest of a kind, of somebody or of all."""
+        whose, names = ("", (kind,)) if owner is None else (" AND owner = ?", (kind, owner))
+        row = self._base.execute(
+            "SELECT id, owner, content FROM things WHERE number = "
+            f"(SELECT MIN(number) FROM things WHERE kind = ?{whose})", names,
+        ).fetchone()  # fmt: skip
+        return None if row is None else Thing(row[0], row[1], json.loads(row[2]))
 
     def drop(self, kind: Kind, id: str) -> None:
         """Keep it no longer."""
@@ -156,6 +202,15 @@ def store_of(server: Server) -> Store:
             raise Refusal(503, str(err)) from None
     found: Store = server.parts["store"]
     return found
+
+
+def refuse_elsewhere(server: Server) -> None:
+    """Raises Refusal where another server holds the queue: it would carry out what is asked for here with its own models."""
+    if "elsewhere" in server.parts:
+        raise Refusal(
+            503, "another server works in the same runs directory and holds the queue of jobs and batches; ask that one",
+            code="queue_elsewhere",
+        )  # fmt: skip
 
 
 def owns(key: Key, thing: Thing) -> bool:

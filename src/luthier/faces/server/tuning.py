@@ -19,7 +19,7 @@ from luthier.faces.server.files import keep_file
 from luthier.faces.server.following import as_table, events_of, record_of, run_path, sentence_in, steps_of
 from luthier.faces.server.processes import born, tell
 from luthier.faces.server.server import Server
-from luthier.faces.server.store import Store, Thing, store_of
+from luthier.faces.server.store import Store, Thing, Turned, store_of
 
 # Seconds between two looks at a process.
 LOOK = 0.2
@@ -29,6 +29,10 @@ IDLE = 5.0
 GRACE = 30.0
 # How often a run is started again after it died without a word, and got no further.
 AGAIN = 2
+
+
+# Statuses of a job that is to run.
+RUNS = ("queued", "running")
 
 
 class Tuning:
@@ -87,7 +91,11 @@ class Tuning:
         return next(iter([*running, *(one for one in jobs if one.content["status"] == "queued")]), None)
 
     async def _carry(self, job: Thing) -> None:
-        job = self._store.change("job", job.id, status="running")
+        try:
+            job = self._store.change("job", job.id, was=RUNS, status="running")
+        except Turned:
+            # Cancelled or paused at another server in the meantime.
+            return
         record = record_of(job.id)
         if record is None or record.state != "finished":
             if not _lives(job):
@@ -176,8 +184,9 @@ class Tuning:
 
     def _fail(self, id: str, sentence: str, code: str, param: str | None = None) -> None:
         error = {"code": code, "message": sentence, "param": param}
-        self._store.say(id, f"The job failed: {sentence}", "error")
-        self._store.change("job", id, status="failed", error=error, finished_at=int(time.time()))
+        with suppress(Turned):
+            self._store.change("job", id, was=RUNS, status="failed", error=error, finished_at=int(time.time()))
+            self._store.say(id, f"The job failed: {sentence}", "error")
 
     async def _succeed(self, id: str) -> None:
         record, job = record_of(id), self._store.get("job", id)

@@ -16,7 +16,8 @@ from luthier.faces.server.shelf import Served
 async def write(request: Request, served: Served, asked: dict[str, Any]) -> dict[str, Any]:
     """The whole answers to a prompt. Raises Refused, Gone."""
     began = time.monotonic()
-    found = await served.process.ask("write", **asked, **_beside(served))
+    do = "search" if asked["sampling"].get("beams", 1) > 1 else "write"
+    found = await served.process.ask(do, **asked, **_beside(served))
     _note(request, served, asked, found["usage"], began, [one["text"] for one in found["answers"]])
     return found
 
@@ -24,7 +25,7 @@ async def write(request: Request, served: Served, asked: dict[str, Any]) -> dict
 async def read(request: Request, served: Served, do: str, asked: dict[str, Any]) -> dict[str, Any]:
     """What comes of texts that are read once. Raises Refused, Gone."""
     began = time.monotonic()
-    found = await served.process.ask(do, **asked)
+    found = await served.process.ask(do, **asked, **_beside(served))
     _note(request, served, {"text": asked.get("inputs", asked.get("pairs"))}, found["usage"], began, [])
     return found
 

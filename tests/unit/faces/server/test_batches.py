@@ -114,9 +114,9 @@ def test_a_batch_answers_as_the_address_does(served):
     assert "temprature" in bad["row 4"]["response"]["body"]["error"]["message"]
     plain = [{**ASKED, "url": "/v1/completions", "body": {"model": "mini", "prompt": "Once", "max_tokens": 3}}]
     assert over(client, begin(client, plain, "/v1/completions").id).request_counts.completed == 1
-    vectors = [{**ASKED, "url": "/v1/embeddings", "body": {"model": "mini", "input": "Once"}}]
+    vectors = [{**ASKED, "url": "/v1/embeddings", "body": {"model": "mini", "input": "Once", "dimensions": 9999}}]
     batch = over(client, begin(client, vectors, "/v1/embeddings").id)
-    # This model makes no vectors, and says so there and here alike.
+    # Vectors of this model are shorter, which is said there and here alike.
     alone = httpx.post(f"{served.url}/v1/embeddings", json=vectors[0]["body"])
     (row,) = read(client, batch.error_file_id).values()
     assert row["response"]["body"] == alone.json() and row["response"]["status_code"] == alone.status_code == 400

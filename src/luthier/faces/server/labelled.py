@@ -1,0 +1,65 @@
+"""Which of given labels a language model finds likeliest after a text: asked between the engine's steps, nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from luthier.core.errors import ConfigError, DataError
+from luthier.core.types import Message, Prediction
+from luthier.data.turns import read_messages
+from luthier.engine.engine import Engine
+from luthier.engine.labelling import Labelling
+from luthier.engine.labels import Labeller
+from luthier.engine.pooler import Pooler
+
+if TYPE_CHECKING:
+    from luthier.faces.server.hands import Hands
+
+# Texts between two steps of those that are written: more of them keep the others waiting.
+AT_ONCE = 8
+
+
+async def label(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """The label of each of `inputs`, a text or a conversation, with the probability of each label, as `luthier generate --labels`
+    finds them."""
+    model = hands.model
+    if model.spec.task == "classify":
+        raise ConfigError(
+            f"labels: {model.spec.source} was tuned to classify, and has labels of its own; leave labels out"
+        )
+    refuse_beside(message, "chooses no labels")
+    labelling = Labelling.make(message["labelling"], where="labelling")
+    shots = [(text, of) for text, of in message["shots"]]
+    labeller = Labeller(model, message["labels"], labelling, shots=shots, raw=message["raw"])
+    items = [(f"input.{at}", _item(one)) for at, one in enumerate(message["inputs"])]
+    found: list[Prediction] = []
+    for start in range(0, len(items), AT_ONCE):
+        found += await hands.door.ask(partial(_predict, labeller, items[start : start + AT_ONCE]))
+    answers = [{"output": one.output, "probabilities": one.probabilities} for one in found]
+    usage = {"prompt": labeller.read, "written": 0, "reused": 0, "drafted": 0, "accepted": 0}
+    yield {"end": {"answers": answers, "usage": usage}}
+
+
+def refuse_beside(message: dict[str, Any], cannot: str) -> None:
+    """Raises ConfigError for an adapter beside its base: what is not written is read by the base alone."""
+    if "adapter" in message:
+        raise ConfigError(
+            f"model: {message['adapter']} is an adapter beside its base, and {cannot}; serve it by itself, without its base"
+        )
+
+
+def _predict(
+    labeller: Labeller, items: Sequence[tuple[str, str | Sequence[Message]]], _: Engine | Pooler
+) -> list[Prediction]:
+    return labeller.predict(items)
+
+
+def _item(one: Any) -> str | Sequence[Message]:
+    if isinstance(one, str):
+        return one
+    try:
+        return read_messages(one, "messages")
+    except DataError as err:
+        raise DataError(f"messages: {err}") from None
