@@ -16,6 +16,7 @@ from luthier.faces.server import (
     files,
     health,
     jobs,
+    messages,
     metrics,
     models,
     page,
@@ -34,7 +35,8 @@ from luthier.faces.server.server import Server
 
 ABOUT = "Inference and fine-tuning on your own machine, in the words of OpenAI's API."
 ROUTES = (
-    health, metrics, models, chat, completions, responses, embeddings, scoring, stores, tokens, files, jobs, batches, page,
+    health, metrics, models, chat, completions, responses, messages, embeddings, scoring, stores, tokens, files, jobs, batches,
+    page,
 )  # fmt: skip
 
 
