@@ -15,7 +15,8 @@ titles, with this half left out, and that halves of FAQ rows do not judge the en
 BANKING77 half of the intents are left out for `refused` and `caught`. Answers: `best_sentence` is the sentence of the first
 passage that shares most words with the question by BM25, no model; `model` what a language model writes from the first passages,
 by SQuAD's F1 (characters in Chinese, as CMRC 2018); `right_file_whole` is the paragraph itself as an answer, for comparison.
-Intervals are 95 %. Writes benchmarks/results/retrieval.json; the last line printed is the same object.
+`follow_ups` are two turns, looked up by the last alone and as `luthier chat --index` does. Intervals are 95 %. Writes
+benchmarks/results/retrieval.json; the last line printed is the same object.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ import numpy as np
 
 from luthier.core.errors import DataError
 from luthier.core.events import Events
-from luthier.core.types import Estimate
+from luthier.core.types import Estimate, Message
 from luthier.metrics.scorers.answers import TokenF1
 from luthier.metrics.statistics import as_floats, mean, paired_difference, wilson
 from luthier.retrieval.answer import Retrieved, retrieve_all
 from luthier.retrieval.bm25 import index_words
 from luthier.retrieval.build import build_index
 from luthier.retrieval.embed import Encoder, load_encoder, name_encoder
-from luthier.retrieval.prompt import fit_prompt
+from luthier.retrieval.prompt import fit_prompt, ways_of
 from luthier.retrieval.scores import Scored, rank, score_all
 from luthier.retrieval.search import Index, compares_meaning, fuse_ranks, open_index
 from luthier.retrieval.sentences import split_sentences
@@ -115,6 +116,31 @@ def compare_ways(
     return made
 
 
+def compare_turns(
+    index: Index, rows: Sequence[dict[str, Any]], right: Sequence[np.ndarray], groups_N: np.ndarray
+) -> dict[str, Any]:
+    """Found within the first five by the last of two turns alone, and as `retrieve_all` looks two turns up: the two halves of a
+    question, and a question after one about something else."""
+    draw, turns = random.Random(0), dict[str, list[tuple[str, str]]]()
+    for row in rows:
+        question = row["question"]
+        middle = question.find(" ", len(question) // 2) if " " in question else len(question) // 2
+        turns.setdefault("halves", []).append((question[:middle], question[middle:]))
+        turns.setdefault("another_before", []).append((draw.choice(rows)["question"], question))
+    made: dict[str, Any] = {}
+    for name, pairs in turns.items():
+        usable = [at for at, pair in enumerate(pairs) if all(one.strip() for one in pair)]
+        for way in ("last_turn", "both_turns"):
+            asked = [
+                (last,) if way == "last_turn" else ways_of((Message("user", before), Message("user", last)))
+                for before, last in (pairs[at] for at in usable)
+            ]
+            files = [[int(one.passage.file[:5]) for one in found.sources] for found in retrieve_all(index, asked)]
+            hits = [bool(right[at][np.isin(groups_N, of)].any()) for at, of in zip(usable, files)]
+            made.setdefault(name, {})[f"recall@5_{way}"] = share(hits)
+    return made
+
+
 def best_sentence(found: Retrieved) -> str:
     """No model: the sentence of the first passage that shares most with the question by BM25."""
     text = found.sources[0].passage.text
@@ -182,6 +208,7 @@ def run_documents(rows: list[dict[str, Any]], encoder: Encoder | None, options: 
         made: dict[str, Any] = {"files": built.files, "passages": built.passages}
         made["measured"] = {name: one.model_dump() for name, one in index.stored.meta.measured.items()}
         made["ways"] = compare_ways(index, [row["question"] for row in known], right, files_N)
+        made["follow_ups"] = compare_turns(index, known, right, files_N)
         found = retrieve_all(index, [row["question"] for row in rows])
         made["abstention"] = {
             "refused": share([not one.known for one, row in zip(found, rows) if not row["held"]]),

@@ -9,7 +9,7 @@ from luthier.core.types import Message
 from luthier.retrieval.citations import check_citations
 from luthier.retrieval.prompt import Source, fit_prompt, say_unknown
 from luthier.retrieval.refuse import Evidence, Refusal, script_of
-from luthier.retrieval.search import Index, search_all
+from luthier.retrieval.search import DEPTH, Index, fuse_hits, search_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,26 @@ def retrieve(index: Index, query: str, k: int = 5) -> Retrieved:
     return retrieve_all(index, [query], k)[0]
 
 
-def retrieve_all(index: Index, queries: Sequence[str], k: int = 5) -> list[Retrieved]:
-    """The same for several questions at once."""
+def retrieve_all(index: Index, queries: Sequence[str | Sequence[str]], k: int = 5) -> list[Retrieved]:
+    """The same for several questions at once. A question that is asked in several ways, the first of which is its text, is
+    looked up in each and fused by rank; it is known where any of them is."""
+    asked = [(query,) if isinstance(query, str) else tuple(query) for query in queries]
+    # What is fused is looked at further down.
+    depth = k if all(len(ways) == 1 for ways in asked) else max(k, DEPTH)
+    searched = iter(search_all(index, [way for ways in asked for way in ways], depth))
     found = []
-    for query, (hits, evidence) in zip(queries, search_all(index, queries, k)):
-        refusal = _refusal(index, query)
-        known = bool(hits) and (refusal is None or refusal.knows(evidence))
-        found.append(Retrieved(query, tuple(Source(at, hit) for at, hit in enumerate(hits, 1)), known, evidence))
+    for ways in asked:
+        results = [next(searched) for _ in ways]
+        known = any(bool(hits) and _knows(index, way, evidence) for way, (hits, evidence) in zip(ways, results))
+        hits = fuse_hits([hits for hits, _ in results], k)
+        sources = tuple(Source(at, hit) for at, hit in enumerate(hits, 1))
+        found.append(Retrieved(ways[0], sources, known, results[0][1]))
     return found
+
+
+def _knows(index: Index, query: str, evidence: Evidence) -> bool:
+    refusal = _refusal(index, query)
+    return refusal is None or refusal.knows(evidence)
 
 
 def _refusal(index: Index, query: str) -> Refusal | None:

@@ -38,6 +38,14 @@ def question_of(turns: Sequence[Message]) -> str:
     return turns[-1].content
 
 
+def ways_of(turns: Sequence[Message]) -> tuple[str, ...]:
+    """How a conversation is looked up: its last turn, and where the user spoke before, that with the user's turn before it, for
+    a follow-up leaves out what was said. Raises ConfigError as `question_of`."""
+    question = question_of(turns)
+    before = [turn.content for turn in turns[:-1] if turn.role == "user" and turn.content.strip()][-1:]
+    return (question, *(f"{one}\n{question}" for one in before))
+
+
 def language_of(question: str) -> str:
     """The language in which a question is answered, by its script: "zh" or "en"."""
     return "zh" if is_dense(question) else "en"

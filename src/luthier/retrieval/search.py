@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from luthier.core.errors import ModelError
@@ -87,6 +87,22 @@ def fuse_ranks(rankings: Sequence[Sequence[int]]) -> list[tuple[int, float]]:
         for at, place in enumerate(ranking, 1):
             sums[place] = sums.get(place, 0.0) + 1 / (RRF + at)
     return sorted(sums.items(), key=lambda one: -one[1])
+
+
+def fuse_hits(found: Sequence[Sequence[Hit]], k: int) -> list[Hit]:
+    """The `k` best of what one question brought in several ways of asking it, by reciprocal rank fusion (Cormack et al. 2009).
+    A passage keeps what it scored the first time; its `score` is 1 where it is the first each time."""
+    if len(found) == 1:
+        return list(found[0][:k])
+    hits: dict[str, Hit] = {}
+    for hit in (one for way in found for one in way):
+        hits.setdefault(hit.passage.id, hit)
+    places = {id: at for at, id in enumerate(hits)}
+    every, ranked = list(hits.values()), fuse_ranks([[places[one.passage.id] for one in way] for way in found])
+    return [
+        replace(every[at], fused=fused / len(found) * (1 if every[at].cosine is None else 2))
+        for at, fused in ranked[:k]
+    ]
 
 
 def _fuse(index: Index, scored: Scored, k: int) -> list[Hit]:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 LOST = "\ufffd"
@@ -21,13 +22,9 @@ class GrowingText:
 
     def __init__(self, tokenizer: Any, decode: Callable[[Sequence[int]], str], shown: Sequence[int] = ()):
         self._tokenizer, self._decode = tokenizer, decode
-        kinds, self._falls_back = _decoders_of(tokenizer)
-        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if kinds == ["ByteLevel"] else None
-        added = tokenizer.added_tokens_decoder
-        self._special = {token for token, one in added.items() if one.special}
-        if not tokenizer.is_fast:
-            self._special |= set(tokenizer.all_special_ids)
-        self._special -= set(shown)
+        self._known = _known_of(tokenizer)
+        self._special, self._falls_back = self._known.special - set(shown), self._known.falls_back
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if self._known.byte_level else None
         self._before: list[int] = []
         """Tokens before those whose text is not told yet: some decoders look at them."""
         self._ids: list[int] = []
@@ -36,11 +33,14 @@ class GrowingText:
         """The text that is certain after one token more."""
         if token in self._special:
             return ""
+        if self._bytes is not None and (known := self._known.bytes.get(token)) is not None:
+            return self._bytes.decode(known)
         name = self._tokenizer.convert_ids_to_tokens(token)
         if name is None:  # beyond the vocabulary: decoders leave it out
             return ""
         if self._bytes is not None:
-            return self._bytes.decode(_bytes_of(name))
+            found = self._known.bytes[token] = _bytes_of(name)
+            return self._bytes.decode(found)
         self._ids.append(token)
         # A run of bytes is text only if all of it is: one that is wrong makes every one of them a replacement character.
         if self._falls_back and BYTE.fullmatch(name):
@@ -64,6 +64,31 @@ class GrowingText:
     def _told(self, text: str) -> str:
         self._before, self._ids = self._ids, []
         return text
+
+
+class _Known:
+    """What is true of a tokenizer for all texts: asked of it once, for each answer has a text of its own."""
+
+    def __init__(self, tokenizer: Any):
+        self.size = len(tokenizer)
+        kinds, self.falls_back = _decoders_of(tokenizer)
+        self.byte_level = kinds == ["ByteLevel"]
+        self.special = {token for token, one in tokenizer.added_tokens_decoder.items() if one.special}
+        if not tokenizer.is_fast:
+            self.special |= set(tokenizer.all_special_ids)
+        self.bytes: dict[int, bytes] = {}
+        """Of tokens that came."""
+
+
+_KNOWN: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
+
+
+def _known_of(tokenizer: Any) -> _Known:
+    known = _KNOWN.get(tokenizer)
+    # A token that is added makes it another tokenizer.
+    if known is None or known.size != len(tokenizer):
+        known = _KNOWN[tokenizer] = _Known(tokenizer)
+    return known
 
 
 def _decoders_of(tokenizer: Any) -> tuple[list[str], bool]:

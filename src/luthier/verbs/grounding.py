@@ -9,7 +9,7 @@ from luthier.core.errors import DataError
 from luthier.core.events import Events
 from luthier.core.types import Message
 from luthier.retrieval.answer import Answer, Retrieved, as_row, finish, retrieve_all
-from luthier.retrieval.prompt import Source, fit_prompt, question_of, say_unknown
+from luthier.retrieval.prompt import Source, fit_prompt, say_unknown, ways_of
 from luthier.retrieval.search import open_index
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ class Grounded:
         self.index = open_index(reference, device=device, events=self.events)
 
     def look_up(self, prompts: Sequence[Prompt]) -> list[Retrieved]:
-        """What the index has for the last turn of each prompt. Raises ConfigError for a last turn that is not the user's."""
-        return retrieve_all(self.index, [_question(prompt) for prompt in prompts], self.k)
+        """What the index has for the last turn of each prompt, alone and after the user's turn before it. Raises ConfigError for
+        a last turn that is not the user's."""
+        return retrieve_all(self.index, [_ways(prompt) for prompt in prompts], self.k)
 
     def ask(
         self,
@@ -102,8 +103,8 @@ def _none(found: Retrieved) -> Answer:
     return Answer(say_unknown(found.question), found.sources, (), 0, False)
 
 
-def _question(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else question_of(prompt)
+def _ways(prompt: Prompt) -> tuple[str, ...]:
+    return (prompt,) if isinstance(prompt, str) else ways_of(prompt)
 
 
 def _count(model: LoadedModel, prompt: Prompt, raw: bool) -> int:

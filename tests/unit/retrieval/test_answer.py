@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import DataError
-from luthier.retrieval.answer import answer, as_row, retrieve
+from luthier.core.types import Message
+from luthier.retrieval.answer import answer, as_row, retrieve, retrieve_all
 from luthier.retrieval.build import build_index
 from luthier.retrieval.citations import check_citations, place_citations, stream_checked
-from luthier.retrieval.prompt import build_prompt, fit_prompt
-from luthier.retrieval.search import open_index
+from luthier.retrieval.prompt import build_prompt, fit_prompt, ways_of
+from luthier.retrieval.search import fuse_hits, fuse_ranks, open_index, search
 
 PIECES = st.lists(
     st.sampled_from(["a", " ", "[", "]", "1", "9", ", ", "[2]", "[7]", "【3】", "\n", "[1, 9]"]), max_size=12
@@ -114,3 +115,32 @@ def test_as_many_passages_as_fit(index):
     assert sources == found.sources[:1] and prompt == build_prompt("violins", sources)
     with pytest.raises(DataError, match="not one passage fits"):
         fit_prompt("violins", found.sources, lambda text: False)
+
+
+def test_a_follow_up_is_looked_up_with_the_turn_before(tmp_path):
+    (tmp_path / "docs").mkdir()
+    subjects = ("violins", "cellos", "horns", "drums", "flutes", "harps", "pianos")
+    for name in subjects:
+        (tmp_path / "docs" / f"{name}.txt").write_text(f"In winter all {name} are kept in a case.", encoding="utf-8")
+    build_index(tmp_path / "index", [tmp_path / "docs"], encoder=None)
+    index = open_index(tmp_path / "index")
+    turns = (Message("user", "Tell me of pianos."), Message("assistant", "Yes?"), Message("user", "And in winter?"))
+    ways = ways_of(turns)
+    assert ways == ("And in winter?", "Tell me of pianos.\nAnd in winter?")
+    alone, both = retrieve_all(index, ["And in winter?", ways], 4)
+    # All are alike to the last turn.
+    assert "pianos.txt" not in [one.passage.file for one in alone.sources]
+    assert "pianos.txt" in [one.passage.file for one in both.sources] and both.question == "And in winter?"
+    assert all(0 < one.hit.score <= 1 for one in both.sources)
+    # One turn is looked up as ever, whatever stands beside it.
+    assert alone == retrieve(index, "And in winter?", 4) == retrieve_all(index, [ways_of(turns[-1:])], 4)[0]
+
+
+def test_ways_are_fused_as_ranks_are(index):
+    ways = ["violins strings", "violins fifths"]
+    found = [search(index, way, 100) for way in ways]
+    places = {hit.passage.id: at for at, hit in enumerate(one for way in found for one in way)}
+    naive = fuse_ranks([[places[hit.passage.id] for hit in way] for way in found])
+    fused = fuse_hits(found, 5)
+    assert [(places[one.passage.id], one.fused) for one in fused] == [(at, score / 2) for at, score in naive]
+    assert fuse_hits(found[:1], 1) == found[0][:1]

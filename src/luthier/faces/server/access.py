@@ -49,7 +49,7 @@ class Access:
         try:
             scope.setdefault("state", {})["key"] = self._let_in(request)
         except Refusal as err:
-            await answer_of(err)(scope, receive, send)
+            await answer_of(err, scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, suppress
+from json.encoder import encode_basestring
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
-from luthier.faces.server.refusals import Refusal, body_of, refusal_of
+from luthier.faces.server.refusals import Refusal, body_of, refusal_of, speaks_messages
+from luthier.faces.server.wire import ENCODE
 
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
@@ -56,6 +57,10 @@ async def stream_events(request: Request, events: AsyncIterator[bytes], seconds:
     """Server-sent events, once the first is there: what is wrong before that is an answer of its own."""
     first = await while_here(request, anext(events), seconds)
 
+    def wrong(refusal: Refusal) -> bytes:
+        path = request.url.path
+        return event(body_of(refusal, path), "error" if speaks_messages(path) else None)
+
     async def flow() -> AsyncIterator[bytes]:
         async with aclosing(events):  # type: ignore[type-var]
             try:
@@ -64,9 +69,9 @@ async def stream_events(request: Request, events: AsyncIterator[bytes], seconds:
                     async for one in events:
                         yield one
             except TimeoutError:
-                yield event(body_of(_late(seconds)))
+                yield wrong(_late(seconds))
             except Exception as err:
-                yield event(body_of(refusal_of(err)))
+                yield wrong(refusal_of(err))
 
     return StreamingResponse(flow(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
@@ -76,6 +81,19 @@ def event(content: dict[str, Any] | BaseModel, name: str | None = None) -> bytes
     if isinstance(content, BaseModel):
         text = content.model_dump_json(exclude_none=True)
     else:
-        text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        text = ENCODE(content)
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {text}\n\n".encode("utf-8", "replace")
+
+
+class TextEvents:
+    """Events that are alike but for one text, which is the string HERE in `content`: all around it is written once."""
+
+    HERE = "\0"
+
+    def __init__(self, content: dict[str, Any]):
+        self._head, self._tail = event(content).decode().split(ENCODE(self.HERE))
+
+    def tell(self, text: str) -> bytes:
+        """The event with this text, as `event` writes it."""
+        return f"{self._head}{encode_basestring(text)}{self._tail}".encode("utf-8", "replace")

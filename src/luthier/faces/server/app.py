@@ -17,6 +17,7 @@ from luthier.faces.server import (
     health,
     jobs,
     kept,
+    messages,
     metrics,
     models,
     page,
@@ -35,7 +36,8 @@ from luthier.faces.server.server import Server
 
 ABOUT = "Inference and fine-tuning on your own machine, in the words of OpenAI's API."
 ROUTES = (
-    health, metrics, models, chat, completions, responses, kept, embeddings, scoring, stores, tokens, files, jobs, batches, page,
+    health, metrics, models, chat, completions, responses, kept, messages, embeddings, scoring, stores, tokens, files, jobs,
+    batches, page,
 )  # fmt: skip
 
 

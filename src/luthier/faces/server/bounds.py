@@ -25,7 +25,7 @@ class Bounds:
         server, path = self._server, scope["path"]
         if server.draining and path not in OPEN and not path.startswith("/health/"):
             refusal = Refusal(503, "the server is ending, and takes nothing new", code="draining", wait=5.0)
-            await answer_of(refusal)(scope, receive, send)
+            await answer_of(refusal, scope["path"])(scope, receive, send)
             return
         megabytes = server.settings.file_megabytes if path in FILES else server.settings.body_megabytes
         server.going += 1
@@ -74,4 +74,4 @@ class _Body:
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = Refusal(413, f"the body is larger than {self._megabytes:g} MB, the most that is taken")
-        await answer_of(refusal)(scope, receive, send)
+        await answer_of(refusal, scope["path"])(scope, receive, send)

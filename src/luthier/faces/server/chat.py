@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, JsonValue, model_validator
 
-from luthier.faces.server.answering import DONE, event, new_id, stream_events, while_here
+from luthier.faces.server.answering import DONE, TextEvents, event, new_id, stream_events, while_here
 from luthier.faces.server.citing import (
     PASSAGES,
     Citation,
@@ -304,7 +304,13 @@ async def _chunks(
             choice["logprobs"] = None if logs is None else chat_logs(logs).model_dump()  # type: ignore[union-attr]
         return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
+    def of_texts(at: int) -> TextEvents:
+        choice = {"index": at, "delta": {"content": TextEvents.HERE}, "finish_reason": None}
+        return TextEvents({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+
     begun: set[int] = set()
+    # Most of a stream: a few letters each.
+    plain = [of_texts(at) for at in range(0 if body.logprobs or ground is not None or form is not None else body.n)]
     async for kind, part in write_grounded_pieces(request, served, asked, ground):
         if kind == "end":
             if with_usage:
@@ -315,6 +321,9 @@ async def _chunks(
         if at not in begun:
             begun.add(at)
             yield chunk(at, {"role": "assistant", "content": ""})
+        if plain and finish is None and part["text"]:
+            yield plain[at].tell(part["text"])
+            continue
         deltas: Sequence[dict[str, Any]]
         if citing is not None:
             deltas = _cited_deltas(citing, part, ground)

@@ -15,7 +15,7 @@ from luthier.faces.server.server import server_of
 from luthier.faces.server.shelf import Served
 from luthier.faces.server.writing import write, write_pieces
 from luthier.retrieval.citations import CitationReader, place_citations
-from luthier.retrieval.prompt import Source, offer_prompts, question_of, say_unknown
+from luthier.retrieval.prompt import Source, offer_prompts, say_unknown, ways_of
 
 # As `luthier chat` has them: passages, and tokens that are left for an answer whose length the request does not say.
 PASSAGES, ROOM = 5, 256
@@ -84,8 +84,9 @@ async def find_ground(request: Request, served: Served, asked: dict[str, Any], n
 
     Raises ConfigError for a last turn that is not the user's, DataError where no passage fits, and as `Indexes.search`.
     """
-    question = question_of([_turn(one) for one in asked["messages"][-1:]])
-    found, known = await server_of(request).indexes.search(names, [question], k)
+    ways = ways_of([_turn(one) for one in asked["messages"]])
+    question = ways[0]
+    found, known = await server_of(request).indexes.search(names, [ways], k)
     request.state.facts |= {"model": served.name, "indexes": list(names), "known": known}
     if not known:
         return Ground(question, tuple(found), False)

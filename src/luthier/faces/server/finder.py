@@ -73,7 +73,7 @@ class Finder:
     async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._work, partial(work, *arguments))
 
-    def _search(self, name: str, queries: Sequence[str], k: int) -> list[Retrieved]:
+    def _search(self, name: str, queries: Sequence[str | Sequence[str]], k: int) -> list[Retrieved]:
         return retrieve_all(self._index(name), queries, k)
 
     def _look(self, name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -142,6 +143,8 @@ class Hands:
             if not piecewise:
                 whole = await answer.whole()
                 found: dict[str, Any] = {"answers": [_answer(one) for one in (whole, *whole.others)]}
+                for one, said in zip(found["answers"], (whole, *whole.others)):
+                    one |= self._stopped(sampling, said.finish, said.ids, said.text)
                 found["usage"] = _usage(len(ids), answer)
                 if message.get("echo"):
                     found["prompt"] = self.model.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -149,12 +152,19 @@ class Hands:
                     found["prompt_logs"] = self._prompt_logs(ids, whole)
                 yield {"end": found}
                 return
+            begun, ids_of, text_of = False, defaultdict[int, list[int]](list), defaultdict[int, str](str)
             async for piece in answer:
                 part: dict[str, Any] = {"which": piece.which, "text": piece.text, "tokens": len(piece.ids)}
+                if not begun:
+                    part["usage"], begun = _usage(len(ids), answer), True
+                if sampling.stop:
+                    ids_of[piece.which] += piece.ids
+                    text_of[piece.which] += piece.text
                 if piece.logprobs is not None:
                     part["logs"] = [_log(one) for one in piece.logprobs]
                 if piece.finish is not None:
                     part["finish"] = piece.finish
+                    part |= self._stopped(sampling, piece.finish, ids_of[piece.which], text_of[piece.which])
                 yield {"piece": part}
             yield {"end": {"usage": _usage(len(ids), answer)}}
 
@@ -212,6 +222,13 @@ class Hands:
             return found
 
         yield {"end": await self.door.ask(look)}
+
+    def _stopped(self, sampling: Sampling, finish: str, ids: Sequence[int], text: str) -> dict[str, Any]:
+        """The stop text that ended an answer, if one did: it is what the tokens say after the text."""
+        if finish != "stop" or not sampling.stop:
+            return {}
+        rest = self.model.renderer.decode(ids)[len(text) :]
+        return next(({"stopped": one} for one in sampling.stop if rest.startswith(one)), {})
 
     def _prompt_logs(self, ids: Sequence[int], whole: Completion) -> list[Any]:
         """Of each token of a prompt; nothing is known of the first."""

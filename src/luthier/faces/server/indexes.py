@@ -65,7 +65,9 @@ class Indexes:
         """What each holds now, or its `trouble`. Raises Gone."""
         return {} if self.process is None else await self.process.ask("describe")
 
-    async def search(self, names: Sequence[str], queries: Sequence[str], k: int) -> tuple[list[Found], bool]:
+    async def search(
+        self, names: Sequence[str], queries: Sequence[str | Sequence[str]], k: int
+    ) -> tuple[list[Found], bool]:
         """The `k` passages of the named indexes that fit the queries best, and whether they are enough to answer from: of
         those indexes alone that know enough, where there is one. Raises Refusal, Refused for a query without words, Gone."""
         found = {name: await self._search(name, queries, k) for name in names}
@@ -78,7 +80,7 @@ class Indexes:
                     best[name, hit.passage.id] = Found(name, hit)
         return sorted(best.values(), key=lambda one: -one.hit.score)[:k], bool(knowing)
 
-    async def _search(self, name: str, queries: Sequence[str], k: int) -> list[dict[str, Any]]:
+    async def _search(self, name: str, queries: Sequence[str | Sequence[str]], k: int) -> list[dict[str, Any]]:
         assert self.process is not None
         began = time.monotonic()
         try:

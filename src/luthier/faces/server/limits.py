@@ -92,4 +92,4 @@ class Counted:
             with self._taken.setdefault(key.name, Taken()).request(key.limits or self._limits):
                 await self._app(scope, receive, send)
         except Refusal as err:
-            await answer_of(err)(scope, receive, send)
+            await answer_of(err, path)(scope, receive, send)

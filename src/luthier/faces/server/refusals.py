@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +29,23 @@ class FaultBody(BaseModel):
     """The body of every answer that is an error."""
 
     error: Fault
+
+
+class MessagesFault(BaseModel):
+    type: str
+    message: str
+
+
+class MessagesFaultBody(BaseModel):
+    """The same at the addresses of Anthropic's API."""
+
+    type: Literal["error"] = "error"
+    error: MessagesFault
+
+
+# The addresses that answer as Anthropic's API does, and its words for what is wrong, where they are others.
+MESSAGES = "/v1/messages"
+MESSAGES_KINDS = {413: "request_too_large", 503: "overloaded_error", 504: "timeout_error"}
 
 
 class Refusal(LuthierError):
@@ -59,6 +76,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (504, "It took longer than the server allows."),
     )
 }
+
+MESSAGES_RESPONSES = {status: {**one, "model": MessagesFaultBody} for status, one in RESPONSES.items()}
 
 # Of an address whose answer may also come as events. A schema would be that of one event, of which there are many kinds.
 STREAMED: dict[int | str, dict[str, Any]] = {
@@ -95,35 +114,44 @@ def _param(message: str) -> str | None:
     return head if found and head.replace("_", "").replace(".", "").isalnum() and " " not in head else None
 
 
-def body_of(refusal: Refusal) -> dict[str, Any]:
-    """The object that an error is, in an answer or in a stream."""
+def body_of(refusal: Refusal, path: str = "") -> dict[str, Any]:
+    """The object that an error is, in an answer or in a stream, at an address."""
+    if speaks_messages(path):
+        kind = "invalid_request_error" if refusal.status < 500 else "api_error"
+        kind = {**KINDS, **MESSAGES_KINDS}.get(refusal.status, kind)
+        return {"type": "error", "error": {"type": kind, "message": str(refusal)}}
     kind = KINDS.get(refusal.status, "invalid_request_error" if refusal.status < 500 else "server_error")
     return {
         "error": {"message": str(refusal), "type": kind, "param": refusal.param, "code": refusal.code},
     }
 
 
-def answer_of(refusal: Refusal) -> JSONResponse:
-    """The whole answer."""
+def speaks_messages(path: str) -> bool:
+    """Whether an address is one of Anthropic's API."""
+    return path == MESSAGES or path.startswith(f"{MESSAGES}/")
+
+
+def answer_of(refusal: Refusal, path: str) -> JSONResponse:
+    """The whole answer, at an address."""
     headers = {} if refusal.wait is None else {"Retry-After": str(max(1, round(refusal.wait)))}
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(body_of(refusal), refusal.status, headers)
+    return JSONResponse(body_of(refusal, path), refusal.status, headers)
 
 
 def explain(app: FastAPI, routers: Sequence[APIRouter] = ()) -> None:
     """Let `app`, which has these `routers`, answer every error so."""
 
-    async def ours(_: Request, err: Exception) -> JSONResponse:
-        return answer_of(refusal_of(err))
+    async def ours(request: Request, err: Exception) -> JSONResponse:
+        return answer_of(refusal_of(err), request.url.path)
 
-    async def invalid(_: Request, err: Exception) -> JSONResponse:
+    async def invalid(request: Request, err: Exception) -> JSONResponse:
         assert isinstance(err, RequestValidationError)
-        return answer_of(_invalid(err))
+        return answer_of(_invalid(err), request.url.path)
 
     async def plain(request: Request, err: Exception) -> JSONResponse:
         assert isinstance(err, HTTPException)
-        answer = answer_of(Refusal(err.status_code, _sentence(err, request.url.path)))
+        answer = answer_of(Refusal(err.status_code, _sentence(err, request.url.path)), request.url.path)
         answer.headers.update(err.headers or {})
         if err.status_code == 405:
             answer.headers["Allow"] = ", ".join(_methods(routers, request))

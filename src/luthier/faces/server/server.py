@@ -62,5 +62,14 @@ def key_of(request: Request) -> Key:
     return found
 
 
-TheServer: TypeAlias = Annotated[Server, Depends(server_of)]
-TheKey: TypeAlias = Annotated[Key, Depends(key_of)]
+# Plain functions would be run on threads.
+async def _server(request: Request) -> Server:
+    return server_of(request)
+
+
+async def _key(request: Request) -> Key:
+    return key_of(request)
+
+
+TheServer: TypeAlias = Annotated[Server, Depends(_server)]
+TheKey: TypeAlias = Annotated[Key, Depends(_key)]

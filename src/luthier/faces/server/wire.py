@@ -1,4 +1,4 @@
-"""What goes between the server and an engine's process: JSON objects, each behind its length."""
+"""What goes between the server and an engine's process: lists of JSON objects, each list behind its length."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ while it loads, `said`: an event as runs keep them.
 """
 
 LENGTH = struct.Struct("!I")
+ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 # Bytes that wait for a reader before those who write wait for it too.
 HIGH = 2**16
 
 
 class Outbox:
-    """Sends messages: those of one turn of the loop together, which costs one call of the system instead of one each."""
+    """Sends messages: those of one turn of the loop as one list, which is one call of the system and one reading for all."""
 
     def __init__(self, stream: asyncio.StreamWriter):
         self._stream, self._held = stream, list[bytes]()
 
     def put(self, message: Message) -> None:
         """Put a message on its way. Raises DataError for a text that is none."""
-        content = pack(message)
+        content = encode(message)
         if not self._held:
             asyncio.get_running_loop().call_soon(self._flush)
         self._held.append(content)
@@ -42,7 +43,7 @@ class Outbox:
             await self._stream.drain()
 
     def _flush(self) -> None:
-        self._stream.write(b"".join(self._held))
+        self._stream.write(_framed(b",".join(self._held)))
         self._held.clear()
 
 
@@ -52,21 +53,29 @@ def write(stream: asyncio.StreamWriter, message: Message) -> None:
 
 
 def pack(message: Message) -> bytes:
-    """A message as bytes. Raises DataError for a text that is none."""
+    """A message as bytes, on its own. Raises DataError for a text that is none."""
+    return _framed(encode(message))
+
+
+def encode(message: Message) -> bytes:
+    """A message as JSON. Raises DataError for a text that is none."""
     try:
-        content = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+        return ENCODE(message).encode()
     except UnicodeEncodeError as err:
         half = ascii(err.object[err.start])
         raise DataError(f"a text holds half of a character ({half}), which is no text; take it out") from None
-    return LENGTH.pack(len(content)) + content
 
 
-async def read(stream: asyncio.StreamReader) -> Message | None:
-    """The next message; None where the other side is gone."""
+def _framed(content: bytes) -> bytes:
+    return LENGTH.pack(len(content) + 2) + b"[" + content + b"]"
+
+
+async def read(stream: asyncio.StreamReader) -> list[Message] | None:
+    """The next messages, one at least; None where the other side is gone."""
     try:
         (length,) = LENGTH.unpack(await stream.readexactly(LENGTH.size))
         content = await stream.readexactly(length)
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
-    found: Message = json.loads(content)
+    found: list[Message] = json.loads(content)
     return found

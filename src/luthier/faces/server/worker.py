@@ -37,9 +37,10 @@ def main(descriptor: int) -> int:
 
 async def _serve(sock: socket.socket) -> None:
     reader, writer = await asyncio.open_connection(sock=sock)
-    order = await wire.read(reader)
-    if order is None:
+    first = await wire.read(reader)
+    if first is None:
         return
+    (order,) = first
     loop = asyncio.get_running_loop()
 
     def tell(event: dict[str, Any]) -> None:
@@ -66,15 +67,16 @@ async def _work(hands: Hands | Finder, reader: asyncio.StreamReader, writer: asy
 
     # Who reads slowly gets longer pieces, instead of a queue of short ones.
     send = Outbox(writer).send
-    while (message := await wire.read(reader)) is not None:
-        if "leave" in message:
-            task = going.get(message["leave"])
-            if task is not None:
-                task.cancel()
-            continue
-        task = asyncio.create_task(_do(hands, message, send))
-        going[message["id"]] = task
-        task.add_done_callback(lambda _, id=message["id"]: going.pop(id, None))
+    while (messages := await wire.read(reader)) is not None:
+        for message in messages:
+            if "leave" in message:
+                task = going.get(message["leave"])
+                if task is not None:
+                    task.cancel()
+                continue
+            task = asyncio.create_task(_do(hands, message, send))
+            going[message["id"]] = task
+            task.add_done_callback(lambda _, id=message["id"]: going.pop(id, None))
     for task in list(going.values()):
         task.cancel()
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from luthier.engine.generate import generate
 from luthier.engine.sampling import Sampling
+from luthier.faces.server.answering import TextEvents, event
 from luthier.models.load import load_model
 
 TURNS = [{"role": "user", "content": "Once upon a time"}]
@@ -170,3 +171,11 @@ def test_completions_echo_with_likelihoods(client):
 def test_what_is_not_understood_is_refused_by_name(client, changed, said):
     with pytest.raises(openai.BadRequestError, match=said):
         client.chat.completions.create(**({"model": "mini", "messages": TURNS, "max_tokens": 4} | changed))
+
+
+def test_events_that_differ_in_one_text_are_written_as_others():
+    content = {"id": "a", "choices": [{"index": 1, "delta": {"content": TextEvents.HERE}, "finish_reason": None}]}
+    quick = TextEvents(content)
+    for text in ("word", 'a "quote" \\ and\nlines\t', "", "\0", "琴匠 é 🎻", "\ud83d", "\u2028</script>\x7f"):
+        content["choices"][0]["delta"]["content"] = text
+        assert quick.tell(text) == event(content)
