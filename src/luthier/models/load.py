@@ -72,7 +72,8 @@ def load_model(
     else float32, whatever the files hold. `from_scratch` takes the shape alone and draws the weights from torch's
     generator. `quantize` is the form in which the linear layers of the body are held; auto: as the adapter was tuned.
     `unquantised` leaves a base without an adapter as its files have it, for an adapter that reads it and quantises the rest.
-    `as_stored` leaves a language model whose files hold nothing that bf16 would round in it, for who packs its weights (`LoadedModel.as_stored`).
+    `as_stored` leaves a language model whose files hold nothing that bf16 would round in it, for who packs its weights
+    (`LoadedModel.as_stored`).
     `conversations` asks for a chat template where the task alone would not: for reward models.
 
     On the device "meta" a model has its shape and no weights, and none are read; one with an adapter cannot be had so.
@@ -96,7 +97,7 @@ def load_model(
     config_dtype = getattr(config, "dtype", None)
     as_stored = as_stored and (dtype, adapter, quantize) == ("auto", None, "none") and task == "causal"
     as_stored = as_stored and kind == "decoder" and config_dtype == torch.bfloat16
-    if as_stored and not _ask(base, "weights", lambda: fits_bfloat16(base, hub)):
+    if as_stored and not ask(base, "weights", lambda: fits_bfloat16(base, hub)):
         as_stored = False
         events.choose("weights", "float32", "the files hold numbers that bfloat16 would round")
     if as_stored:

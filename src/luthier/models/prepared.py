@@ -28,7 +28,8 @@ Product = Callable[[Tensor], Tensor]
 
 class Prepared:
     """The linear layers of a model and its head, over copies of their weights: of those that are plain, on a CPU that oneDNN
-    knows, while there is memory; where it is short, that is warned of. All else is left as it is. Weights that are changed, or put elsewhere, are laid out again."""
+    knows, while there is memory; where it is short, that is warned of. All else is left as it is. Weights that are changed, or
+    put elsewhere, are laid out again."""
 
     def __init__(self, model: LoadedModel):
         self._model, self._made = model, dict[Any, tuple[tuple[int, ...], Product]]()
