@@ -32,9 +32,10 @@ import luthier
 from luthier.core.events import Events
 from luthier.core.types import Message
 from luthier.engine.drafts import remember
-from luthier.engine.engine import Engine, numbers_of
+from luthier.engine.engine import Engine
 from luthier.engine.generate import take_draft
 from luthier.engine.native import prepare
+from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
 from luthier.models.spec import LoadedModel

@@ -40,7 +40,8 @@ import torch
 
 from luthier.core.errors import ConfigError
 from luthier.engine import choose
-from luthier.engine.engine import Engine, numbers_of
+from luthier.engine.engine import Engine
+from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling
 from luthier.engine.structure import Matcher, Structure, matcher_for
 from luthier.models.load import load_model

@@ -6,13 +6,10 @@ import secrets
 import time
 import traceback
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from luthier.core.errors import ConfigError, ModelError
@@ -25,6 +22,7 @@ from luthier.engine.draft_model import DraftModel
 from luthier.engine.drafts import Guesser
 from luthier.engine.likeliest import not_numbers
 from luthier.engine.logs import prompt_logs, tops
+from luthier.engine.numbers import numbers_of
 from luthier.engine.pieces import stops_here
 from luthier.engine.pooler import Embedding, Pooler, Reading
 from luthier.engine.readers import reader_for, schedule_for, writes_side_by_side
@@ -33,7 +31,7 @@ from luthier.engine.sampling import Sampling
 from luthier.engine.scoring import Asked, Score, Scorer
 from luthier.engine.structure import masks_made, matcher_for
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
-from luthier.engine.tide import Tide
+from luthier.engine.tide import Tide, first_whole, halved
 from luthier.models.adapters.additions import Additions
 from luthier.models.memory import out_of_memory, return_freed_memory
 from luthier.models.pages import BLOCK
@@ -241,7 +239,7 @@ class Engine:
         again = again and not (self._apart and len(planned) == 1)
         if again:
             return_freed_memory(self.model.device)
-            planned = _first_whole(planned, size // 2) if self._apart else _halved(planned, size // 2)
+            planned = first_whole(planned, size // 2) if self._apart else halved(planned, size // 2)
             self.tide.fall(size // 2)
             self.schedule.tokens = self.tide.tokens
             warnings.warn(
@@ -391,30 +389,3 @@ def _said(error: Exception) -> str:
     """An error in one line."""
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _halved(planned: Sequence[tuple[Request, int]], size: int) -> list[tuple[Request, int]]:
-    """The first `size` tokens of a step; nothing is guessed in it."""
-    found = []
-    for request, count in planned:
-        count, size = min(count - len(request.drafts), size), size - count + len(request.drafts)
-        request.drafts.clear()
-        if count > 0:
-            found.append((request, count))
-    return found
-
-
-def _first_whole(planned: Sequence[tuple[Request, int]], size: int) -> list[tuple[Request, int]]:
-    """The first texts of a step with `size` tokens in all, and one in any case: no source can be cut."""
-    sums = accumulate(count for _, count in planned)
-    return [one for at, (one, held) in enumerate(zip(planned, sums)) if held <= size or not at]
-
-
-def numbers_of(seed: int, *key: object) -> Callable[[int], float]:
-    """Numbers from 0 to 1 by place: the same for the same seed and key, whatever was drawn before or beside it."""
-    words = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, zlib.crc32(repr(key).encode())]
-
-    def draw(place: int) -> float:
-        return float(np.random.default_rng([*words, place]).random())
-
-    return draw

@@ -16,9 +16,10 @@ from luthier.engine.beams import search_each
 from luthier.engine.crossed import why_padded
 from luthier.engine.draft_model import check_draft
 from luthier.engine.drafts import remember
-from luthier.engine.engine import STREAMS, Engine, numbers_of
+from luthier.engine.engine import STREAMS, Engine
 from luthier.engine.logs import logs_of
 from luthier.engine.native import Execution, let_go, prepare, refuse
+from luthier.engine.numbers import numbers_of
 from luthier.engine.padded import refuse_logprobs, write, write_on
 from luthier.engine.pieces import complete, pieces
 from luthier.engine.pooler import Reading

@@ -3,6 +3,11 @@ while."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
+from luthier.engine.request import Request
+
 # Steps for which memory must be enough before more is tried; twice as many each time that it ran out again.
 CALM = 128
 
@@ -35,3 +40,20 @@ class Tide:
         self._calm = 0
         self.risen += 1
         return calm
+
+
+def halved(planned: Sequence[tuple[Request, int]], size: int) -> list[tuple[Request, int]]:
+    """The first `size` tokens of a step; nothing is guessed in it."""
+    found = []
+    for request, count in planned:
+        count, size = min(count - len(request.drafts), size), size - count + len(request.drafts)
+        request.drafts.clear()
+        if count > 0:
+            found.append((request, count))
+    return found
+
+
+def first_whole(planned: Sequence[tuple[Request, int]], size: int) -> list[tuple[Request, int]]:
+    """The first texts of a step with `size` tokens in all, and one in any case: no source can be cut."""
+    sums = accumulate(count for _, count in planned)
+    return [one for at, (one, held) in enumerate(zip(planned, sums)) if held <= size or not at]

@@ -12,9 +12,10 @@ from decoders import decoder_model
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.events import Events
 from luthier.engine.door import Door
-from luthier.engine.engine import Engine, numbers_of
+from luthier.engine.engine import Engine
 from luthier.engine.generate import choose_engine
 from luthier.engine.native import let_go
+from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling
 from luthier.models.adapters import ADAPTERS
 from luthier.models.adapters.additions import read_additions

@@ -14,8 +14,9 @@ from luthier.core.events import Events
 from luthier.engine.beams import search
 from luthier.engine.crossed import Crossed, opening_of, why_padded
 from luthier.engine.door import Door
-from luthier.engine.engine import Engine, numbers_of
+from luthier.engine.engine import Engine
 from luthier.engine.generate import generate, stream, tell_engine, uses_engine
+from luthier.engine.numbers import numbers_of
 from luthier.engine.padded import write
 from luthier.engine.sampling import Sampling
 from luthier.engine.structure import Structure

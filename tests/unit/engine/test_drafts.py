@@ -18,7 +18,8 @@ from luthier.engine.drafts import (
     read_learned,
     write_learned,
 )
-from luthier.engine.engine import Engine, numbers_of
+from luthier.engine.engine import Engine
+from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
 from tiny import tiny_model

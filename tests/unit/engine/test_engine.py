@@ -6,7 +6,8 @@ import torch
 
 from decoders import decoder_model
 from luthier.core.errors import ConfigError, DataError, ModelError
-from luthier.engine.engine import Engine, numbers_of
+from luthier.engine.engine import Engine
+from luthier.engine.numbers import numbers_of
 from luthier.engine.padded import write
 from luthier.engine.paged import Paged
 from luthier.engine.sampling import Sampling

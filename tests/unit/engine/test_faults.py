@@ -7,10 +7,11 @@ import torch
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.types import Encoded
 from luthier.engine.drafts import Guesser
-from luthier.engine.engine import Engine, numbers_of
+from luthier.engine.engine import Engine
 from luthier.engine.generate import generate, stream
 from luthier.engine.likeliest import most_likely
 from luthier.engine.likelihood import score
+from luthier.engine.numbers import numbers_of
 from luthier.engine.padded import write
 from luthier.engine.rollouts import roll_out
 from luthier.engine.sampling import Sampling

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from luthier.core.errors import ConfigError
-from luthier.engine.engine import Engine, numbers_of
+from luthier.engine.engine import Engine
 from luthier.engine.generate import generate, stream
+from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
 from luthier.models.pages import BLOCK

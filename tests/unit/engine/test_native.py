@@ -12,9 +12,10 @@ from decoders import decoder_model
 from luthier.core.errors import ConfigError
 from luthier.core.events import Events
 from luthier.engine import beams
-from luthier.engine.engine import Engine, numbers_of
+from luthier.engine.engine import Engine
 from luthier.engine.generate import choose_engine, generate
 from luthier.engine.native import prepare
+from luthier.engine.numbers import numbers_of
 from luthier.engine.readers import kept_bytes, reader_for
 from luthier.engine.rollouts import roll_out
 from luthier.engine.sampling import Sampling

@@ -7,7 +7,8 @@ from itertools import combinations
 import pytest
 
 from luthier.engine.blocks import Blocks, names_of
-from luthier.engine.engine import Engine, numbers_of
+from luthier.engine.engine import Engine
+from luthier.engine.numbers import numbers_of
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.schedule import Schedule

@@ -109,6 +109,10 @@ def put_in(network: Any, spec: ModelSpec, config: Any) -> None:
             f"adapter.method: a prefix is put into the cache of a decoder, and {spec.source} is an {spec.kind}; "
             "prompt_tuning works for it"
         )
+    if config.is_prompt_learning and not config.num_virtual_tokens:
+        raise ConfigError(
+            f"adapter.options: {method} learns vectors that stand before the text; say how many, as in num_virtual_tokens: 20"
+        )
     _choose_layers(config, network, method)
     try:
         with _hushed():

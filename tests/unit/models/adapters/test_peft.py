@@ -213,6 +213,7 @@ def test_what_stands_before_the_text_is_not_merged(method, tmp_path):
         ("adalora", {}, "adalora moves its ranks between steps by a schedule of its own"),
         ("vera", {"rr": 3}, "vera has no option 'rr'"),
         ("prompt", {"num_virtual_token": 3}, "has no option 'num_virtual_token'; did you mean 'num_virtual_tokens'"),
+        ("prefix", {}, "prefix_tuning learns vectors that stand before the text; say how many"),
         ("ia3", {"peft_type": "LORA"}, "has no option 'peft_type'"),
         ("vera", {"r": -1}, "vera does not (take these options|go with)"),
         ("vera", {"target_modules": ["nowhere"]}, "vera does not go with .* a llama model: No layers"),
