@@ -42,7 +42,8 @@ def retrieve(index: Index, query: str, k: int = 5) -> Retrieved:
 
 def retrieve_all(index: Index, queries: Sequence[str | Sequence[str]], k: int = 5) -> list[Retrieved]:
     """The same for several questions at once. A question that is asked in several ways, the first of which is its text, is
-    looked up in each and fused by rank; it is known where any of them is."""
+    looked up in each and fused by rank. It is known where its text is, or where what all find first is among what its text finds
+    and another way knows it: a change of topic does not live on what was known of the topic before."""
     asked = [(query,) if isinstance(query, str) else tuple(query) for query in queries]
     # What is fused is looked at further down.
     depth = k if all(len(ways) == 1 for ways in asked) else max(k, DEPTH)
@@ -50,8 +51,10 @@ def retrieve_all(index: Index, queries: Sequence[str | Sequence[str]], k: int = 
     found = []
     for ways in asked:
         results = [next(searched) for _ in ways]
-        known = any(bool(hits) and _knows(index, way, evidence) for way, (hits, evidence) in zip(ways, results))
+        alone, *together = [bool(hits) and _knows(index, way, seen) for way, (hits, seen) in zip(ways, results)]
         hits = fuse_hits([hits for hits, _ in results], k)
+        itself = {hit.passage.id for hit in results[0][0][:k]}
+        known = alone or (any(together) and hits[0].passage.id in itself)
         sources = tuple(Source(at, hit) for at, hit in enumerate(hits, 1))
         found.append(Retrieved(ways[0], sources, known, results[0][1]))
     return found

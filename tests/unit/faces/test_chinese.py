@@ -34,6 +34,7 @@ EXEMPT_FILES = {
         for name in (
             "access",
             "answering",
+            "blocks",
             "bounds",
             "chat",
             "citing",

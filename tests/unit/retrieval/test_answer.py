@@ -144,3 +144,10 @@ def test_ways_are_fused_as_ranks_are(index):
     fused = fuse_hits(found, 5)
     assert [(places[one.passage.id], one.fused) for one in fused] == [(at, score / 2) for at, score in naive]
     assert fuse_hits(found[:1], 1) == found[0][:1]
+
+
+def test_what_was_known_of_one_topic_is_not_known_of_the_next(index):
+    known = "How is a violin tuned, in fifths?"
+    asked = [known, (known, "violins"), ("zebra", f"{known}\nzebra"), ("fifths?", f"{known}\nfifths?")]
+    first, again, other, follow = retrieve_all(index, asked, 2)
+    assert first.known and again.known and follow.known and not other.known
