@@ -1,6 +1,7 @@
 """Pains of tuning that are about memory: predicted, tried first, filled and no more, and halved where it runs out."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -152,6 +153,17 @@ def test_memory_that_is_given_is_filled(data, monkeypatch):
 def test_memory_that_cannot_do_is_refused_where_it_was_given_and_said_where_not(data, monkeypatch):
     with pytest.raises(ConfigError, match=r"memory: 1 MB are not enough, .* needed at least, .* held already; choose"):
         tune(ask(data, memory=0.001))
+    held = memory.held_memory(torch.device("cpu")) / 1e9
+    monkeypatch.setattr(memory, "held_memory", lambda device: int(held * 1e9))
+    least = plan(ask(data, micro_tokens=512, checkpointing="none"))["memory_bytes"]["total"] / 1e9
+    # What is left free of the memory given is part of what is needed.
+    with pytest.raises(ConfigError) as why:
+        plan(ask(data, micro_tokens=512, checkpointing="none", memory=least))
+    said = re.search(r"enough, ([\d.]+) (MB|GB) \(", str(why.value))
+    assert said is not None
+    asked = float(said[1]) / (1000 if said[2] == "MB" else 1)
+    assert asked > least
+    plan(ask(data, micro_tokens=512, checkpointing="none", memory=asked + 0.01))
     monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     monkeypatch.setattr(memory, "held_memory", lambda device: 1000)
     found = plan(ask(data))

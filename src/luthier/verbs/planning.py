@@ -65,18 +65,28 @@ def _decide(work: Work) -> Plan:
                 break
     assert leanest is not None and leanest.forecast is not None and limit is not None
     checkpoint_layers(work.model, leanest.checkpointing)
-    needed = f"{shown(leanest.forecast.total)} ({leanest.forecast.tokens} tokens at once, checkpointing {leanest.checkpointing})"
+    total = leanest.forecast.total
     if config.memory != "auto":
         checkpoint_layers(work.model, "none")
+        # With the share that stays free: what would have to be given.
+        needed = _needed(leanest, total / FILLED)
         raise ConfigError(
             f"memory: {shown(limit)} are not enough, {needed} are needed at least, of which {shown(held_memory(device))} are "
             "held already; choose adapter lora, quantize: nf4, a shorter max_length or a smaller model"
         )
+    needed = _needed(leanest, total)
     events.warn(
         f"the memory that is free may not be enough: {needed} are predicted, and there are {shown(limit)}; choose adapter "
         "lora, quantize: nf4, a shorter max_length or a smaller model"
     )
     return _say(work, leanest)
+
+
+def _needed(plan: Plan, size: float) -> str:
+    from luthier.models.memory import shown
+
+    assert plan.forecast is not None
+    return f"{shown(size)} ({plan.forecast.tokens} tokens at once, checkpointing {plan.checkpointing})"
 
 
 def _total(plan: Plan) -> int:
