@@ -10,7 +10,9 @@ each, greedy, no stop tokens. Tokens are those that were asked for: what `genera
 another one of its batch is longer, counts for nothing. The peer gets all 32 at once, padded, as its batches are made.
 In turn in one process, medians of the repeats, after one that warms up. `alone` is one request of 128 + 128 tokens,
 tokens a second while writing, without guesses; `prefill` is tokens a second of a prompt of 1,024, `share` what part
-of the machine's bandwidth one request moves in weights, `first_step` seconds of packing the weights. Peers beside it
+of the machine's bandwidth one request moves in weights, `arithmetic` what part of the multiply-adds that the processor
+does from registers (benchmarks/arithmetic.py) the matrix products of the 32 requests and of the prompt are, attention
+left out, `first_step` seconds of packing the weights. Peers beside it
 are llama.cpp, OpenVINO GenAI and vLLM's CPU build, each in an environment of its own and in its best form. Writes
 benchmarks/results/writing-<shape>.json; the last line printed is the same object.
 """
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arithmetic import peaks
 from peers.environment import peer_python
 from shapes import make_model
 
@@ -46,6 +49,8 @@ from luthier.native.decoder import Packed
 
 HERE = Path(__file__).parent
 FORMS = ("int8", "int4", "bfloat16")
+# What each form multiplies.
+PRODUCTS = {"int8": "int8", "int4": "int8", "bfloat16": "bf16"}
 
 
 def ask(count: int) -> list[tuple[list[int], int]]:
@@ -92,6 +97,18 @@ def measure_bandwidth() -> float:
     return many.nbytes / best
 
 
+def arithmetic(
+    model: LoadedModel, most: float, rates: dict[str, float], asked: list[tuple[list[int], int]]
+) -> dict[str, float]:
+    """The part of `most` multiply-adds a second that the matrix products of the requests are."""
+    linear = [one.weight.numel() for one in model.module.modules() if isinstance(one, torch.nn.Linear)]
+    head = model.module.get_output_embeddings().weight.numel()
+    layers = sum(linear) - head
+    wanted, read = sum(room for _, room in asked), sum(len(prompt) + room for prompt, room in asked)
+    many = (layers * read + head * wanted) * rates["many"] / wanted
+    return {"many": round(many / most, 2), "prefill": round(layers * rates["prefill"] / most, 2)}
+
+
 def _timed(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
@@ -136,7 +153,7 @@ def main() -> None:
     medians = {
         name: {key: round(statistics.median(one), 1) for key, one in found.items()} for name, found in rates.items()
     }
-    bandwidth = measure_bandwidth()
+    bandwidth, most = measure_bandwidth(), peaks()
     peer = medians.pop("peer")
     names = [] if options.quick else [name for name in options.peers.split(",") if name]
     others = {name: run_other(name, build, shape, asked, repeats) for name in names}
@@ -151,6 +168,11 @@ def main() -> None:
         "first_step": first_step,
         "bandwidth_gb": round(bandwidth / 1e9, 1),
         "share": {form: round(medians[form]["alone"] * weights[form] / bandwidth, 2) for form in FORMS},
+        "arithmetic": {
+            form: arithmetic(plain, most[PRODUCTS[form]], medians[form], asked)
+            for form in FORMS
+            if PRODUCTS[form] in most
+        },
         "ours": medians,
         "peer": peer,
         "ratio": {name: {key: round(one[key] / peer[key], 2) for key in one} for name, one in medians.items()},
