@@ -30,7 +30,7 @@ check: $(VENV)/.developer
 	$(BIN)/mypy
 
 test: $(VENV)/.developer
-	$(BIN)/python -m pytest -m 'not e2e and not gpu'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not e2e and not gpu'
 
 e2e: $(VENV)/.developer
 	$(BIN)/python -m pytest -m e2e

@@ -43,7 +43,7 @@ def llama_server() -> str:
     if not program.exists():
         source = folder / "source"
         source.mkdir(parents=True, exist_ok=True)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         subprocess.run([*pip, "--no-binary", "llama-cpp-python", "llama-cpp-python", "-d", str(folder)], check=True)
         (archive,) = folder.glob("llama_cpp_python-*.tar.gz")
         subprocess.run(["tar", "xzf", str(archive), "--strip-components=1", "-C", str(source)], check=True)

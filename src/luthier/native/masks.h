@@ -2,7 +2,7 @@
  * and beyond its words. bits[r] is the address of `words` words; bit b of word w stands for column 32 w + b. */
 void NAME(mask_rows)(T *z, const long *rows, const long *bits, long count, long words, long width, long stride) {
     const T lowest = STORE(-INFINITY);
-#pragma omp parallel for schedule(static) if (count > 1 && count * width > 1 << 20)
+#pragma omp parallel for schedule(static) if (count > 1 && count * width > 1 << 17)
     for (long r = 0; r < count; r++) {
         T *zr = z + rows[r] * stride;
         const uint32_t *mine = (const uint32_t *)(uintptr_t)bits[r];
