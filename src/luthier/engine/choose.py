@@ -14,6 +14,7 @@ from luthier.engine.logs import likelihoods
 from luthier.engine.order import order
 from luthier.engine.request import Request
 from luthier.engine.structure import nothing_left, restrict
+from luthier.native.draws import Draw, can_draw, draw_rows
 
 # Likeliest tokens that are looked at first for what holds a share of the probability.
 FEW = 256
@@ -45,12 +46,10 @@ def choose(logits_RV: Tensor, requests: Sequence[Request]) -> list[int | Excepti
     ]
     if plain:
         tokens = most_likely(logits_RV[plain] if len(plain) < len(requests) else logits_RV).tolist()
-        for at, token in zip(plain, tokens):
-            matcher = requests[at].matcher
-            if matcher is not None and matcher.error is not None:
-                found[at] = matcher.error
-            else:
-                found[at] = token if token >= 0 else _nothing(requests[at])
+        found |= {at: _judged(token, requests[at]) for at, token in zip(plain, tokens)}
+    drawn = [at for at, one in enumerate(requests) if at not in found and untouched(one)]
+    if drawn:
+        found |= dict(zip(drawn, _draw(logits_RV, drawn, [requests[at] for at in drawn])))
     for at, one in enumerate(requests):
         if at not in found:
             try:
@@ -69,7 +68,10 @@ def _choose(scores_V: Tensor, raw_V: Tensor, request: Request) -> int:
         if token < 0:
             raise _nothing(request)
     else:
-        token = _drawn(*shares_of(scores_V, request), request)
+        (found,) = _draw(scores_V[None], [0], [request])
+        if isinstance(found, Exception):
+            raise found
+        token = found
     if request.sampling.logprobs is not None:
         request.logs.append(likelihoods(raw_V, _processed(scores_V, request), token, request.sampling.logprobs))
     return token
@@ -128,16 +130,17 @@ def shares_of(scores_V: Tensor, request: Request) -> tuple[Tensor, Tensor | None
     alone with the tokens that they are, in falling order. Shares need not add up to 1."""
     sampling = request.sampling
     values_K, tokens_K = scores_V / sampling.temperature, None
-    if sampling.top_k is None and sampling.top_p is not None:
-        shares_K, tokens_K = _first_shares(values_K, sampling.top_p)
+    top_p = None if sampling.top_p == 1 else sampling.top_p
+    if sampling.top_k is None and top_p is not None:
+        shares_K, tokens_K = _first_shares(values_K, top_p)
     else:
         if sampling.top_k is not None:
             values_K, tokens_K = values_K.topk(min(sampling.top_k, len(scores_V)))
         shares_K = values_K.double().softmax(-1)
-    if sampling.top_p is not None:
+    if top_p is not None:
         # The smallest set that holds so much: a token stays while those before it hold less.
         before_K = shares_K.cumsum(-1) - shares_K
-        shares_K = torch.where(before_K < sampling.top_p, shares_K, 0.0)
+        shares_K = torch.where(before_K < top_p, shares_K, 0.0)
     if sampling.min_p is not None:
         shares_K = torch.where(shares_K >= sampling.min_p * shares_K.max(), shares_K, 0.0)
     if sampling.typical_p is not None and sampling.typical_p < 1:
@@ -200,15 +203,42 @@ def _typical(shares_K: Tensor, mass: float) -> Tensor:
     return torch.where(apart_K <= apart_K[order_K[min(last, len(order_K) - 1)]], shares_K, 0.0)
 
 
-def _drawn(shares_K: Tensor, tokens_K: Tensor | None, request: Request) -> int:
-    """The token on which the draw falls."""
+def _draw(scores_RV: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> list[int | Exception]:
+    """The token on which the draw of each request falls in its row of settled scores, or why there is none."""
+    fast = [at for at, one in enumerate(requests) if one.sampling.typical_p in (None, 1)] if can_draw(scores_RV) else []
+    tokens = dict(zip(fast, draw_rows(scores_RV, [rows[at] for at in fast], [_how(requests[at]) for at in fast])))
+    for at, (row, one) in enumerate(zip(rows, requests)):
+        if at not in tokens:
+            tokens[at] = drawn_from(*shares_of(scores_RV[row], one), _number(one))
+    return [_judged(tokens[at], one) for at, one in enumerate(requests)]
+
+
+def _judged(token: int, request: Request) -> int | Exception:
+    """The token, or why none was found, where it is below 0."""
+    if request.matcher is not None and request.matcher.error is not None:
+        return request.matcher.error
+    return token if token >= 0 else _nothing(request)
+
+
+def _how(request: Request) -> Draw:
+    sampling = request.sampling
+    top_p = 1.0 if sampling.top_p is None else sampling.top_p
+    return Draw(_number(request), sampling.temperature, sampling.top_k or 0, top_p, sampling.min_p or 0.0)
+
+
+def _number(request: Request) -> float:
+    return request.draw(len(request.written))
+
+
+def drawn_from(shares_K: Tensor, tokens_K: Tensor | None, number: float) -> int:
+    """The token on which a number from 0 to 1 falls; -1 where the shares are not numbers."""
     sums_K = shares_K.cumsum(-1)
     # Nothing but numbers has a sum between.
     if not 0 < float(sums_K[-1]) < torch.inf:
-        raise _nothing(request)
-    number = sums_K[-1:] * request.draw(len(request.written))
+        return -1
     # Strictly below the last sum, so that a token that cannot come is never chosen.
-    at = int(torch.searchsorted(sums_K, torch.minimum(number, sums_K[-1:] * (1 - 1e-12)), right=True))
+    place = torch.minimum(sums_K[-1:] * number, sums_K[-1:] * (1 - 1e-12))
+    at = int(torch.searchsorted(sums_K, place, right=True))
     return at if tokens_K is None else int(tokens_K[at])
 
 

@@ -2,6 +2,7 @@
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define BLOCK 4096
@@ -65,5 +66,7 @@ static inline bf16 to_bf16(float x) {
 #include "masks.h"
 #include "softmax.h"
 #include "pages.h"
+
+#include "draws.h"
 
 int threads(void) { return omp_get_max_threads(); }

@@ -29,6 +29,7 @@ SIGNATURES = {
     "cross_entropy": (POINTER, POINTER, POINTER, POINTER, LONG, LONG),
     "log_shares": (POINTER, POINTER, POINTER, POINTER, LONG, LONG, LONG),
     "mask_rows": (POINTER, POINTER, POINTER, *(LONG,) * 4),
+    "draw_rows": (*(POINTER,) * 4, *(LONG,) * 3),
     "attend_pages": (*(POINTER,) * 8, *(LONG,) * 5, FLOAT, LONG, FLOAT),
     "seen_softmax": (POINTER, POINTER, POINTER, *(LONG,) * 6, FLOAT),
     "seen_softmax_backward": (POINTER, POINTER, POINTER, POINTER, *(LONG,) * 6, FLOAT),

@@ -189,7 +189,7 @@ def test_what_touches_the_scores_is_known(settings):
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])
-@pytest.mark.parametrize("mass", [0.1, 0.9, 0.999999, 1.0])
+@pytest.mark.parametrize("mass", [0.1, 0.9, 0.999999, 1 - 1e-12])
 def test_the_first_shares_are_those_of_the_sorted_vocabulary(spread, mass):
     scores_V = torch.randn(20000, generator=torch.Generator().manual_seed(0)) * spread
     shares_K, tokens_K = shares_of(scores_V, request(temperature=1.0, top_p=mass))
@@ -200,3 +200,5 @@ def test_the_first_shares_are_those_of_the_sorted_vocabulary(spread, mass):
     count = kept[0]
     assert torch.equal(tokens_K[:count], order_V[:count])
     torch.testing.assert_close(shares_K[:count], sorted_V[:count], rtol=1e-9, atol=0)
+    whole_V, none = shares_of(scores_V, request(temperature=1.0, top_p=1.0))
+    assert none is None and torch.equal(whole_V, shares_of(scores_V, request(temperature=1.0))[0]), "all is no part"
