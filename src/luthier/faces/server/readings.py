@@ -13,7 +13,6 @@ from luthier.core.types import Prediction
 from luthier.engine.answers import gives_rewards
 from luthier.engine.pooled import Item, encode_item, prediction_of
 from luthier.engine.pooler import Embedding
-from luthier.faces.server.labelled import refuse_beside
 
 if TYPE_CHECKING:
     from luthier.faces.server.hands import Hands
@@ -25,7 +24,6 @@ AT_ONCE = 64
 
 async def embed(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     """A vector of each of `texts` (or of `ids`), of length 1 unless `normalise` says otherwise."""
-    refuse_beside(message, "gives no vectors")
     rows = [hands.framed(one) for one in message["inputs"]]
     vectors = await _vectors(hands, rows, message, message.get("dimensions"))
     yield {"end": {"vectors": [one.tolist() for one in vectors], "usage": _usage(rows)}}
@@ -42,7 +40,6 @@ async def classify(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[
 async def relate(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     """How each of `pairs` of texts belongs together: the number of a model that reads both at once, or the cosine of their
     vectors."""
-    refuse_beside(message, "gives no vectors")
     pairs: list[tuple[str, str]] = [(one, other) for one, other in message["pairs"]]
     task = hands.model.spec.task
     if task == "regress":
@@ -82,7 +79,7 @@ async def _vectors(
     hands: Hands, rows: Sequence[Sequence[int]], message: dict[str, Any], dimensions: int | None = None
 ) -> list[Tensor]:
     embedding = Embedding(normalise=message.get("normalise", True), dimensions=dimensions)
-    settings = {name: message[name] for name in ("priority", "tenant") if name in message}
+    settings = {name: message[name] for name in ("priority", "tenant", "adapter") if name in message}
     return await _each(rows, lambda ids: hands.door.pool(ids, embedding, **settings))
 
 
