@@ -1,4 +1,5 @@
-"""Which of given labels a language model finds likeliest after a text: asked between the engine's steps, nothing written."""
+"""Which of given labels a language model finds likeliest after a text, and how likely one is after a pair: asked between the
+engine's steps, nothing written."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.types import Message, Prediction
 from luthier.data.turns import read_messages
+from luthier.engine.judging import Judge, Judging
 from luthier.engine.labelling import Labelling
 from luthier.engine.labels import Labeller
 
@@ -42,6 +44,20 @@ async def label(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[str
 
 def _predict(labeller: Labeller, items: Sequence[tuple[str, str | Sequence[Message]]], _: object) -> list[Prediction]:
     return labeller.predict(items)
+
+
+async def judge(hands: Hands, message: dict[str, Any], judging: Judging) -> tuple[list[float], int]:
+    """The score of each of `pairs`, and how many tokens were read."""
+    scorer = await hands.door.ask(lambda engine: engine.scorer(message.get("adapter", "")))
+    found: list[float] = []
+    made, pairs = Judge(hands.model, judging, scorer), [(one, other) for one, other in message["pairs"]]
+    for start in range(0, len(pairs), AT_ONCE):
+        found += await hands.door.ask(partial(_judge, made, pairs[start : start + AT_ONCE]))
+    return found, made.read
+
+
+def _judge(judge: Judge, pairs: Sequence[tuple[str, str]], _: object) -> list[float]:
+    return judge.score(pairs)
 
 
 def _item(one: Any) -> str | Sequence[Message]:

@@ -97,8 +97,8 @@ def asked_for(url, model):
     bodies = {
         "/v1/classify": {"input": TEXTS, "labels": ["animals", "money"]},
         "/v1/embeddings": {"input": TEXTS},
-        "/v1/score": {"text_1": TEXTS[0], "text_2": TEXTS},
-        "/v1/rerank": {"query": TEXTS[0], "documents": TEXTS[::-1]},
+        "/v1/score": {"text_1": TEXTS[0], "text_2": TEXTS, "by": "vectors"},
+        "/v1/rerank": {"query": TEXTS[0], "documents": TEXTS[::-1], "labels": ["yes", "no"]},
         "/v1/completions": {"prompt": "Once upon", "n": 3, "use_beam_search": True, "max_tokens": 12},
     }
     found = {}
