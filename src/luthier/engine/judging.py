@@ -53,7 +53,9 @@ class Judge:
         if judging.labels[0] == judging.labels[1]:
             raise ConfigError(f"labels: {judging.labels[0]!r} stands there twice; name the other one")
         if template is not None and not all(place in template for place in PLACES[1:]):
-            raise ConfigError("template: it needs places for the query and the document, their names in braces; put them in")
+            raise ConfigError(
+                "template: it needs places for the query and the document, their names in braces; put them in"
+            )
         if judging.instruction is not None and template is not None and PLACES[0] not in template:
             raise ConfigError(
                 "instruction: the template has no place for it, its name in braces; put it in, or leave one out"

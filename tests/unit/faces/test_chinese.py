@@ -159,8 +159,9 @@ EXEMPT = {
     "Which of these labels fits the text: {}? Answer with the label alone.": "what a model is asked",
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the answer can "
     'only be "{}" or "{}".': "the same",
-    "<Instruct>: {}\n<Query>: {}\n<Document>: {}": "the same",
-    "<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}": "the same",
+    "<Instruct>: {instruction}": "the same",
+    "<Query>: {query}": "the same",
+    "<Document>: {document}": "the same",
     "Given a web search query, retrieve relevant passages that answer the query": "the same",
 }
 
