@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from luthier.core.errors import ConfigError, ModelError, did_you_mean
 from luthier.core.events import Events
@@ -20,6 +21,9 @@ from luthier.models.decoder import lows_of
 from luthier.models.rules import Unlike
 from luthier.models.spec import LoadedModel
 from luthier.native.decoder import Cached, Packed
+
+if TYPE_CHECKING:
+    from luthier.engine.pooler import Reading
 
 # The adapter that a model which is tuned has beside its packed base (`engine.native.natively`).
 OWN = "own"
@@ -42,6 +46,20 @@ class Loaded:
     """Of all that were ever loaded: a later one of the same name has another."""
 
 
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class Lent:
+    """An adapter that something reads with over several steps: while that lives, nothing takes the adapter's number."""
+
+    slot: int
+    gone: ModelError | None = None
+    """Why it is not read with any more."""
+
+    def check(self) -> None:
+        """Raises ModelError where it was taken out meanwhile."""
+        if self.gone is not None:
+            raise self.gone
+
+
 class Adapters:
     """What lies beside the base of one engine; packed weights, which several engines may read, keep nothing of one that is
     gone."""
@@ -52,6 +70,7 @@ class Adapters:
         self._leaving: list[Loaded] = []
         self._serials = count()
         self._slots: set[int] = set()
+        self._lent: weakref.WeakSet[Lent] = weakref.WeakSet()
         if isinstance(reader, Cached):
             _take_out_left(reader.packed)
             weakref.finalize(self, _leave, weakref.ref(reader.packed), self._slots).atexit = False
@@ -108,9 +127,21 @@ class Adapters:
             raise ConfigError(f"adapter: there is no adapter {name!r} beside this model; {hint}")
         return self._named[name]
 
-    def let_go(self, texts: Sequence[Request]) -> list[Loaded]:
-        """Free those that were unloaded and that none of these texts is written with; returns them."""
-        held = {one.adapter for one in texts}
+    def lend(self, name: str) -> Lent:
+        """An adapter for what is no text of the engine's. Raises ConfigError where there is none of that name."""
+        lent = Lent(self.find(name).slot)
+        self._lent.add(lent)
+        return lent
+
+    def call_back(self, slot: int, error: ModelError) -> None:
+        """Whoever reads with it ends with this error."""
+        for one in self._lent:
+            if one.slot == slot:
+                one.gone = error
+
+    def let_go(self, texts: Sequence[Request | Reading]) -> list[Loaded]:
+        """Free those that were unloaded and that none of these texts, and nothing else, is read with; returns them."""
+        held = {one.adapter for one in texts} | {one.slot for one in self._lent if one.gone is None}
         gone = [one for one in self._leaving if one.slot not in held]
         for one in gone:
             self._leaving.remove(one)

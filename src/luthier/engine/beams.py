@@ -1,4 +1,5 @@
-"""Beam search by blocks: texts of one search hold what they have in common once, and copy the block in which they part."""
+"""Beam search by blocks: texts of one search hold what they have in common once, and copy the block in which they part. Those
+of an encoder-decoder have a row each, and share nothing."""
 
 from __future__ import annotations
 
@@ -8,9 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from luthier.engine.adapters import NONE
 from luthier.engine.blocks import Blocks
 from luthier.engine.choose import settled
+from luthier.engine.crossed import never_of, opening_of
 from luthier.engine.likeliest import not_numbers
+from luthier.engine.native import own_adapter
 from luthier.engine.pieces import stops_here
 from luthier.engine.reader import Reader
 from luthier.engine.readers import reader_for
@@ -59,11 +63,11 @@ class Searches:
     """Searches for answers to several prompts, so many `at_once`, which go on step by step. Raises as `search` does."""
 
     def __init__(self, model: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, at_once: int):
-        check_terms(model, sampling)
-        self._all = [_Search(model, prompt, sampling) for prompt in prompts]
+        self._all = [Search(model, prompt, sampling) for prompt in prompts]
         most = sorted((one.blocks for one in self._all), reverse=True)[:at_once]
         self._reader, self._blocks, self._at_once = reader_for(model, sum(most)), Blocks(sum(most)), at_once
-        self._waiting, self._running = self._all[::-1], list[_Search]()
+        self._adapter = 0 if own_adapter(model) else NONE
+        self._waiting, self._running = self._all[::-1], list[Search]()
 
     @property
     def busy(self) -> bool:
@@ -78,14 +82,14 @@ class Searches:
     @property
     def found(self) -> list[list[list[int]]]:
         """The answers to each prompt, the likeliest first."""
-        return [[tokens for _, tokens in one.ended] for one in self._all]
+        return [one.found for one in self._all]
 
     @torch.inference_mode()
     def step(self) -> None:
         """One token more of every text that is searched for."""
         while self._waiting and len(self._running) < self._at_once:
             self._running.append(self._waiting.pop())
-        _step(self._reader, self._blocks, self._running)
+        advance(self._reader, self._blocks, self._running, self._adapter)
         self._running = [one for one in self._running if one.texts]
 
 
@@ -95,20 +99,32 @@ def kept_tokens(prompt: int, room: int, beams: int) -> int:
     return beams * -(-(prompt + room) // BLOCK) * BLOCK
 
 
-class _Search:
-    """One prompt: the texts that go on, all of one length, the likeliest first, and the answers that ended."""
+class Search:
+    """One prompt: the texts that go on, all of one length, the likeliest first, and the answers that ended. Raises as `search`
+    does."""
 
     def __init__(self, model: LoadedModel, prompt: Sequence[int], sampling: Sampling):
-        room = room_of(model, prompt, sampling)
-        ends, banned = ends_of(model, sampling), banned_of(model, sampling)
+        check_terms(model, sampling)
+        room, opening = room_of(model, prompt, sampling), None
+        ends, banned = ends_of(model, sampling), (*banned_of(model, sampling), *never_of(model))
+        self.apart = model.spec.kind == "encoder-decoder"
+        if self.apart:
+            opening = opening_of(model)
+        self.begun = max(0, len(opening or ()) - 1)
+        """Tokens that an answer is made to begin with, which count where answers are compared, as with transformers."""
         self.model, self.beams, self.penalty = model, sampling.beams, sampling.length_penalty
         # Nothing is drawn.
-        self.texts = [Request(tuple(prompt), sampling, room, 0, float, ends=ends, banned=banned)]
+        self.texts = [Request(tuple(prompt), sampling, room, 0, float, ends=ends, banned=banned, opening=opening)]
         self.scores = [0.0]
         self.ended: list[tuple[float, list[int]]] = []
         """Score and tokens of each, the likeliest first."""
         self.blocks = kept_tokens(len(prompt), room, sampling.beams) // BLOCK
         """That it holds at most."""
+
+    @property
+    def found(self) -> list[list[int]]:
+        """The answers, the likeliest first."""
+        return [tokens for _, tokens in self.ended]
 
     def advance(self, logits_BV: Tensor) -> list[tuple[int, int]]:
         """Take the likeliest next tokens of all texts together: those that end an answer are set aside, of the others as
@@ -125,7 +141,7 @@ class _Search:
         if values[0].isnan():
             raise not_numbers()
         going: list[tuple[float, int, int]] = []
-        divisor = (len(self.texts[0].written) + 1) ** self.penalty
+        divisor = (self.begun + len(self.texts[0].written) + 1) ** self.penalty
         for rank, (score, place) in enumerate(zip(values.tolist(), places.tolist())):
             if score == -torch.inf:
                 break
@@ -149,10 +165,12 @@ class _Search:
         return stops_here(self.model, written, text.sampling)
 
     def fork(self, chosen: Sequence[tuple[int, int]], reader: Reader, blocks: Blocks) -> None:
-        """Go on with these: the first child of a text takes its blocks over, each other one shares those that are full."""
+        """Go on with these: the first child of a text takes its blocks over, each other one shares those that are full, or has
+        one of its own where texts are apart."""
         parents = {which for which, _ in chosen}
         for which, text in enumerate(self.texts):
             if which not in parents:
+                reader.drop(text.table[0])
                 for block in text.table:
                     blocks.drop(block)
         texts: list[Request] = []
@@ -160,6 +178,9 @@ class _Search:
             text, table = self.texts[which], self.texts[which].table
             if which in parents:
                 parents.discard(which)
+            elif self.apart:
+                table = [blocks.take()]
+                reader.copy(text.table[0], table[0])
             else:
                 table = [blocks.share(block) for block in table[: text.read // BLOCK]]
                 if text.read % BLOCK:
@@ -169,16 +190,19 @@ class _Search:
         self.texts = texts
 
 
-def _step(reader: Reader, blocks: Blocks, running: Sequence[_Search]) -> None:
-    """Read one token more of every text that is searched for, and as much of prompts as there is room for."""
+def advance(reader: Reader, blocks: Blocks, running: Sequence[Search], adapter: int = NONE) -> None:
+    """Read one token more of every text that is searched for, with the adapter of that number, and as much of prompts as there
+    is room for; the source of an encoder-decoder is read whole."""
     budget = TOKENS
     planned: list[tuple[Request, int]] = []
-    for text in sorted((text for one in running for text in one.texts), key=lambda text: text.length - text.read > 1):
+    texts = [(one.apart, text) for one in running for text in one.texts]
+    for apart, text in sorted(texts, key=lambda one: one[1].length - one[1].read > 1):
         left = text.length - text.read
         # The texts of a search are read in step: none waits for the room that prompts take.
-        count = left if left == 1 else min(left, max(budget, 0 if planned else 1))
+        count = left if apart or left == 1 else min(left, max(budget, 0 if planned else 1))
         if count:
-            text.table += [blocks.take() for _ in range(-(-(text.read + count) // BLOCK) - len(text.table))]
+            needed = 1 if apart else -(-(text.read + count) // BLOCK)
+            text.table += [blocks.take() for _ in range(needed - len(text.table))]
             planned.append((text, count))
             budget -= count
     ids: list[int] = []
@@ -188,7 +212,8 @@ def _step(reader: Reader, blocks: Blocks, running: Sequence[_Search]) -> None:
         if text.read + count == text.length:
             rows[text] = len(ids) - 1
     tables, before = [text.table for text, _ in planned], [text.read for text, _ in planned]
-    logits_RV = reader.read(ids, tables, before, [count for _, count in planned], list(rows.values()))
+    lengths, adapters = [count for _, count in planned], [adapter] * len(planned)
+    logits_RV = reader.read(ids, tables, before, lengths, list(rows.values()), adapters=adapters)
     for text, count in planned:
         text.read += count
     order = {text: at for at, text in enumerate(rows)}

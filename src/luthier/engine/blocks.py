@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from luthier.models.pages import BLOCK
 
@@ -12,13 +12,13 @@ Name = bytes
 
 
 class Blocks:
-    """A number of blocks. Each is held by so many texts; a full one that is held by none keeps its name, and can be found
-    by a text that begins like the one it was of, until it is needed."""
+    """A number of blocks, those from 0 on or those of `numbers`. Each is held by so many texts; a full one that is held by none
+    keeps its name, and can be found by a text that begins like the one it was of, until it is needed."""
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, numbers: Iterable[int] | None = None):
         self.count = count
-        self._empty = deque(range(count))
-        self._holders = [0] * count
+        self._empty = deque(range(count) if numbers is None else numbers)
+        self._holders = dict.fromkeys(self._empty, 0)
         self._names: dict[int, Name] = {}
         self._known: dict[Name, int] = {}
         self._adapters: dict[int, int] = {}

@@ -101,7 +101,13 @@ class Door:
         return Answer(engine.model, self._let_in(entries, len(ids), piecewise), sampling, self._left)
 
     async def pool(
-        self, ids: Iterable[int], embedding: Embedding | None = None, *, priority: int = 0, tenant: str = ""
+        self,
+        ids: Iterable[int],
+        embedding: Embedding | None = None,
+        *,
+        priority: int = 0,
+        tenant: str = "",
+        adapter: str = "",
     ) -> Tensor:
         """What comes of a text that is read once (tokens, as `pooled.encode_item` or `renderer.framed` makes them): raw scores
         [C] of a head, which `pooled.prediction_of` puts into words, or the vector [E] that `embedding` says. Raises as `complete`
@@ -114,7 +120,7 @@ class Door:
         def enter() -> Reading:
             if isinstance(engine, Pooler):
                 return engine.pool(prompt, embedding, priority=priority, tenant=tenant)
-            return engine.pool(prompt, embedding or Embedding(), priority=priority, tenant=tenant)
+            return engine.pool(prompt, embedding or Embedding(), priority=priority, tenant=tenant, adapter=adapter)
 
         writing = self._let_in([enter], len(prompt), piecewise=False)
         return await Outcome(writing, self._left).whole()
@@ -126,6 +132,15 @@ class Door:
             self._refuse_closed()
             self._tasks.put(partial(_tell, answer, partial(question, self._engine)))
         return await asyncio.wrap_future(answer)
+
+    def tell(self, what: Callable[[Any], object]) -> None:
+        """Let `what` be done between two steps; nobody waits for it."""
+
+        def do(trouble: BaseException | None) -> None:
+            if trouble is None:
+                what(self._engine)
+
+        self._tasks.put(do)
 
     async def load_adapter(self, name: str, source: str | Path | LoadedModel) -> Loaded:
         """`Engine.load_adapter` between two steps; it is read and checked before, while texts go on being written."""

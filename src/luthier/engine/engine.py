@@ -29,6 +29,7 @@ from luthier.engine.readers import reader_for, schedule_for, writes_side_by_side
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.scoring import Asked, Score, Scorer
+from luthier.engine.searching import Searching
 from luthier.engine.structure import masks_made, matcher_for
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
 from luthier.engine.tide import Tide, first_whole, halved
@@ -71,7 +72,7 @@ class Engine:
         # Its texts share no beginnings, and a few more tokens of each are guessed.
         draft = model.draft if guessed else None
         self._draft = None if draft is None else DraftModel(draft, model, blocks + streams)
-        self._failed: list[Request] = []
+        self._failed: list[Request | Reading] = []
 
     def add(
         self,
@@ -120,11 +121,21 @@ class Engine:
         self.schedule.add(request)
         return request
 
-    def pool(self, ids: Sequence[int], embedding: Embedding, *, priority: int = 0, tenant: str = "") -> Reading:
+    def pool(
+        self, ids: Sequence[int], embedding: Embedding, *, priority: int = 0, tenant: str = "", adapter: str = ""
+    ) -> Reading:
         """A text to make a vector of, which is read beside what is written. Raises as `Pooler.pool` does."""
         if self._pooler is None:
-            self._pooler = Pooler(self.model, tokens=self.schedule.tokens, tenants=self.schedule.tenants)
-        return self._pooler.pool(ids, embedding, priority=priority, tenant=tenant)
+            tokens, tenants = self.schedule.tokens, self.schedule.tenants
+            self._pooler = Pooler(self.model, tokens=tokens, tenants=tenants, reader=self._reader)
+        slot = self._beside.find(adapter).slot if adapter else NONE
+        return self._pooler.pool(ids, embedding, priority=priority, tenant=tenant, adapter=slot)
+
+    def search(self, prompt: Sequence[int], sampling: Sampling, *, adapter: str = "") -> Searching:
+        """A beam search that goes on beside what is written, in the same blocks: `begin` it until it is, `step` it between two
+        steps, and `leave` it. Raises ConfigError for one that holds more than is kept in all, and as `beams.search` does."""
+        lent = self._beside.lend(adapter) if adapter else None
+        return Searching(self.model, self._reader, self.blocks, self.schedule, prompt, sampling, lent)
 
     def abort(self, request: Request | Reading) -> None:
         """End a text where it is; nothing happens to one that has ended."""
@@ -156,15 +167,23 @@ class Engine:
         """Let no text more be written with this adapter. Those that are go on to their end, after which what it holds is
         freed; `now`: they end with an error, in the next step. Raises ConfigError where there is none of that name."""
         gone = self._beside.unload(name)
+        error = ModelError(f"the adapter {name!r} was unloaded while this was written; ask again")
         for request in [*self.schedule.running, *self.schedule.waiting] if now else []:
             if request.adapter == gone.slot:
-                self._fail(request, ModelError(f"the adapter {name!r} was unloaded while this was written; ask again"))
+                self._fail(request, error)
+        for reading in self._pooler.waiting if now and self._pooler is not None else []:
+            if reading.adapter == gone.slot:
+                self._pooler.fail(reading, error)
+                self._failed.append(reading)
+        if now:
+            self._beside.call_back(gone.slot, error)
         self._let_go()
         return gone
 
     def _let_go(self) -> None:
         """Free the adapters that were unloaded and are of no more use, and what was read with them."""
-        for one in self._beside.let_go([*self.schedule.running, *self.schedule.waiting]):
+        reading = self._pooler.waiting if self._pooler is not None else ()
+        for one in self._beside.let_go([*self.schedule.running, *self.schedule.waiting, *reading]):
             self.blocks.forget(one.slot)
 
     @property
@@ -198,8 +217,8 @@ class Engine:
         for one in failed:
             # What the frames of an error hold is as large as a step.
             traceback.clear_frames(one.error.__traceback__ if one.error is not None else None)
-        self._let_go()
         read = self._pooler.step() if self._pooler is not None and self._pooler.busy else []
+        self._let_go()
         return [*dict.fromkeys([*ready, *failed]), *read]
 
     def run(self, on_progress: Callable[[list[Request | Reading]], None] | None = None) -> None:
@@ -212,15 +231,21 @@ class Engine:
             if on_progress is not None:
                 on_progress(found)
 
-    def score(self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> list[Score]:
+    def score(self, prompt: Sequence[int], continuations: Sequence[Sequence[int]], *, adapter: str = "") -> list[Score]:
         """How likely each continuation of the prompt is; what runs and waits is not touched. Raises DataError."""
-        return self.score_all([(prompt, continuations)])[0]
+        return self.score_all([(prompt, continuations)], adapter=adapter)[0]
 
-    def score_all(self, asked: Sequence[Asked]) -> list[list[Score]]:
-        """The same for many prompts at once; what they begin alike with is read once, and kept for the next call."""
+    def score_all(self, asked: Sequence[Asked], *, adapter: str = "") -> list[list[Score]]:
+        """The same for many prompts at once; what they begin alike with is read once, and without an adapter kept for the next
+        call."""
+        return self.scorer(adapter).score(asked)
+
+    def scorer(self, adapter: str = "") -> Scorer:
+        """What scores continuations, with an adapter or without one; it is used between two steps. Raises ModelError for an
+        encoder-decoder, and ConfigError where there is no adapter of that name."""
         if self._scorer is None:
             raise ModelError(f"{self.model.spec.source}: only a decoder scores what follows a prompt; use one")
-        return self._scorer.score(asked)
+        return Scorer(self.model, self._beside.lend(adapter), self._reader) if adapter else self._scorer
 
     def _read(self, planned: list[tuple[Request, int]]) -> tuple[torch.Tensor, dict[Request, int]]:
         """Read a step: the logits (or the likeliest tokens) of the texts that are read to their end, and the first row of each.

@@ -23,7 +23,8 @@ class Labeller:
     """Gives texts one of several labels, with the probability of each.
 
     The probability of a label is its share among the labels: softmax of the log-probabilities of the label as the model's
-    whole answer. Raises ConfigError for worked examples with another label, ModelError for models other than decoders.
+    whole answer. `scorer` finds them, with an adapter beside the model where it was made for one. Raises ConfigError for worked
+    examples with another label, ModelError for models other than decoders.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Labeller:
         shots: Shots = (),
         raw: bool = False,
         events: Events | None = None,
+        scorer: Scorer | None = None,
     ):
         self.labels, self.labelling, self.events = tuple(labels), labelling or Labelling(), events
         for text, label in shots:
@@ -43,7 +45,7 @@ class Labeller:
                     f"shots: the label {label!r} of {text[:40]!r} is not among the labels {', '.join(self.labels)}; mend it, "
                     "or add it to labels"
                 )
-        self._scorer = Scorer(model)
+        self._scorer = scorer or Scorer(model)
         instruction = self.labelling.instruction
         ask = Ask(self.labels, ask_for(self.labels) if instruction is None else instruction, shots, raw)
         self._renderer = LabelRenderer(model.renderer, ask)

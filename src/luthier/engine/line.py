@@ -31,6 +31,8 @@ class Line(Generic[T]):
     def __init__(self, tenants: Tenants | None = None) -> None:
         self.waiting: list[T] = []
         self.running: list[T] = []
+        self.closed = False
+        """Whether none that waits is taken up, so that what others hold becomes free."""
         self.tenants = tenants or Tenants()
 
     def add(self, request: T) -> None:

@@ -173,7 +173,8 @@ def natively(model: LoadedModel, tokens: int) -> Iterator[None]:
 
 def own_adapter(model: LoadedModel) -> str:
     """The name of the model's own adapter beside its packed base; "" where it has none there."""
-    return OWN if model.native is not None and model.native.adapters else ""
+    held = model.native is not None and model.native.adapters and model.spec.adapter is not None
+    return OWN if held else ""
 
 
 def packed_bytes(model: LoadedModel, tokens: int) -> int:

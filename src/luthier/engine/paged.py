@@ -12,7 +12,7 @@ from torch import Tensor
 from luthier.core.errors import ModelError
 from luthier.engine.likeliest import most_likely
 from luthier.models.adapters.additions import Addition
-from luthier.models.adapters.rows import Pair, adding, pairs_of
+from luthier.models.adapters.rows import Pair, adding, adding_to_all, pairs_of
 from luthier.models.pages import FEWEST, Pages, Store, next_logits, read_pages
 from luthier.models.spec import LoadedModel
 
@@ -52,7 +52,7 @@ class Paged:
         module.eval()
         try:
             pages = Pages(self._store, tables, before, lengths, device)
-            with self._adding(adapters, lengths):
+            with self.adding(adapters, lengths):
                 states_NE = read_pages(self.model, torch.tensor(ids, device=device), pages)
             if not rows:
                 return states_NE[:0]
@@ -88,8 +88,12 @@ class Paged:
         """Take one out; the numbers of the others stay."""
         self._adapters[number] = None
 
-    def _adding(self, adapters: Sequence[int], lengths: Sequence[int]) -> Any:
-        """What adds to each text's rows what its adapter adds."""
+    def adding_to_all(self, adapter: int) -> Any:
+        """What adds to all rows that go through the model what this adapter adds."""
+        return adding_to_all(self.model.network, self._pairs(adapter))
+
+    def adding(self, adapters: Sequence[int], lengths: Sequence[int]) -> Any:
+        """What adds to the rows of each text, end to end, what its adapter adds."""
         if all(one < 0 for one in adapters):
             return nullcontext()
         rows: dict[int, list[int]] = {}
@@ -100,12 +104,18 @@ class Paged:
             start += length
         parts = []
         for at, places in rows.items():
-            pairs = self._adapters[at]
-            if pairs is None:
-                raise IndexError(f"adapter {at} was taken out")
-            parts.append((pairs, torch.tensor(places, device=self.model.device)))
+            parts.append((self._pairs(at), torch.tensor(places, device=self.model.device)))
         return adding(self.model.network, parts, sum(lengths))
+
+    def _pairs(self, adapter: int) -> dict[str, Pair]:
+        pairs = self._adapters[adapter]
+        if pairs is None:
+            raise IndexError(f"adapter {adapter} was taken out")
+        return pairs
 
     def copy(self, source: int, target: int) -> None:
         """One block as another."""
         self._store.copy(source, target)
+
+    def drop(self, block: int) -> None:
+        """Nothing is to be done: what is read next lies over it."""

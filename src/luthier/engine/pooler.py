@@ -20,11 +20,13 @@ from luthier.data.batches import Batch, collate
 from luthier.engine.adapters import NONE
 from luthier.engine.line import Line
 from luthier.engine.native import own_adapter
+from luthier.engine.paged import Paged
 from luthier.engine.passes import TOKENS, each_part
+from luthier.engine.reader import Reader
 from luthier.engine.tenants import Tenants
 from luthier.models.embedding import manner_of
 from luthier.models.heads import pool_flat, width_of
-from luthier.models.packed import hidden_states
+from luthier.models.packed import hidden_states, packs
 from luthier.models.pages import BLOCK
 from luthier.models.spec import LoadedModel, Pooling
 from luthier.native.decoder import Cached
@@ -52,6 +54,8 @@ class Reading:
     """None: scores."""
     priority: int = 0
     tenant: str = ""
+    adapter: int = NONE
+    """The number of the adapter beside the model that it is read with."""
     charged: int = 0
     finish: Literal["stop", "abort", "error"] | None = None
     error: Exception | None = None
@@ -70,21 +74,30 @@ class Pooler:
     A step is one pass over the first in line (`engine.line`), with `tokens` tokens in all, or one text that is longer. They are
     packed where the family allows it (`models.packed`). What comes of a text does not depend on those beside it but for
     rounding. One that goes wrong ends alone. Where memory runs out, half as much is read at once from then on, which is said.
+    `reader` has the adapters beside the model, where there are any.
     """
 
     def __init__(
-        self, model: LoadedModel, *, tokens: int = TOKENS, tenants: Tenants | None = None, events: Events | None = None
-    ):
-        self.model, self.tokens, self._events = model, tokens, events
+        self, model: LoadedModel, *, tokens: int = TOKENS, tenants: Tenants | None = None, events: Events | None = None,
+        reader: Reader | None = None,
+    ):  # fmt: skip
+        self.model, self.tokens, self._events, self._reader = model, tokens, events, reader
         self._line: Line[Reading] = Line(tenants)
         self._arrived = 0
         # Keys and values of a step, of a packed model: nothing of a text is kept after it.
         self._cached: Cached | None = None
 
     def pool(
-        self, ids: Sequence[int], embedding: Embedding | None = None, *, priority: int = 0, tenant: str = ""
+        self,
+        ids: Sequence[int],
+        embedding: Embedding | None = None,
+        *,
+        priority: int = 0,
+        tenant: str = "",
+        adapter: int = NONE,
     ) -> Reading:
-        """A text to be read, which waits until a step takes it up: for scores, or for a vector where it says which.
+        """A text to be read, which waits until a step takes it up: for scores, or for a vector where it says which; with the
+        adapter of that number in `reader`.
 
         Raises DataError for a text that cannot be read, ConfigError for settings that this model cannot follow, and ModelError
         where there are no scores.
@@ -102,7 +115,7 @@ class Pooler:
         strange = [token for token in ids if not 0 <= token < vocabulary]
         if strange:
             raise DataError(f"there is no token {strange[0]}; the vocabulary has {vocabulary}, from 0 on")
-        reading = Reading(tuple(ids), self._arrived, embedding, priority, tenant)
+        reading = Reading(tuple(ids), self._arrived, embedding, priority, tenant, adapter)
         self._arrived += 1
         self._line.add(reading)
         return reading
@@ -112,6 +125,11 @@ class Pooler:
         if reading.finish is None:
             reading.finish = "abort"
             self._line.finish(reading)
+
+    def fail(self, reading: Reading, error: Exception) -> None:
+        """End a text that waits with an error."""
+        reading.error, reading.finish = error, "error"
+        self._line.finish(reading)
 
     @property
     def busy(self) -> bool:
@@ -161,8 +179,7 @@ class Pooler:
             self._read([reading])
         except Exception as err:
             traceback.clear_frames(err.__traceback__)
-            reading.error, reading.finish = err, "error"
-            self._line.finish(reading)
+            self.fail(reading, err)
 
     def _read(self, planned: Sequence[Reading]) -> None:
         """One pass over all, or several over parts of them where memory runs out."""
@@ -180,8 +197,8 @@ class Pooler:
         self.tokens = left
 
     def _put_through(self, readings: Sequence[Reading]) -> None:
-        for scored in (True, False):
-            chosen = [one for one in readings if (one.embedding is None) == scored]
+        for scored, beside in ((True, False), (False, False), (False, True)):
+            chosen = [one for one in readings if ((one.embedding is None), one.adapter != NONE) == (scored, beside)]
             if not chosen:
                 continue
             batch = collate([Encoded(str(one.number), one.prompt) for one in chosen]).to(self.model.device)
@@ -190,9 +207,11 @@ class Pooler:
                 one.found, one.finish = found_C.float().cpu(), "stop"
                 self._line.finish(one)
 
-    def _hidden_states(self, batch: Batch) -> Tensor:
-        """[N, E] in fp32: by the native decoder where only its weights are there."""
-        if not is_packed(self.model):
+    def _hidden_states(self, batch: Batch, adapters: Sequence[int]) -> Tensor:
+        """[N, E] in fp32: by the native decoder where only its weights are there, or the adapters beside them."""
+        if isinstance(self._reader, Paged) and adapters[0] != NONE:
+            return self._states_beside(self._reader, batch, adapters).float()
+        if adapters[0] == NONE and not is_packed(self.model):
             return hidden_states(self.model, batch.ids_N, batch.lengths).float()
         packed = self.model.native
         assert packed is not None
@@ -202,14 +221,27 @@ class Pooler:
             self._cached = None
             self._cached = Cached(packed, starts[-1])
         tables = [list(range(start, start + width)) for start, width in zip(starts, widths)]
-        adapters = [0 if own_adapter(self.model) else NONE] * len(widths)
+        if adapters[0] == NONE and own_adapter(self.model):
+            adapters = [0] * len(widths)
         ids = batch.ids_N.tolist()
         return self._cached.read(
             ids, tables, [0] * len(widths), batch.lengths, range(len(ids)), adapters=adapters, states=True
         )
 
+    def _states_beside(self, reader: Paged, batch: Batch, adapters: Sequence[int]) -> Tensor:
+        """[N, E] of texts that have adapters, each its own."""
+        if packs(self.model):
+            with reader.adding(adapters, batch.lengths):
+                return hidden_states(self.model, batch.ids_N, batch.lengths)
+        # Where texts are padded side by side, rows are not theirs alone.
+        found = []
+        for ids_T, adapter in zip(batch.ids_N.split(list(batch.lengths)), adapters):
+            with reader.adding_to_all(adapter):
+                found.append(hidden_states(self.model, ids_T, (len(ids_T),)))
+        return torch.cat(found)
+
     def _vectors(self, readings: Sequence[Reading], batch: Batch) -> list[Tensor]:
-        hidden_NE = self._hidden_states(batch)
+        hidden_NE = self._hidden_states(batch, [one.adapter for one in readings])
         asked = [one.embedding or Embedding() for one in readings]
         ways: list[Pooling] = [manner_of(self.model).pooling if one.pooling == "auto" else one.pooling for one in asked]
         pooled = {way: pool_flat(hidden_NE, batch.lengths, way) for way in dict.fromkeys(ways)}

@@ -28,3 +28,6 @@ class Reader(Protocol):
 
     def copy(self, source: int, target: int) -> None:
         """One block as another."""
+
+    def drop(self, block: int) -> None:
+        """Nothing more is read of the text whose first block this is."""

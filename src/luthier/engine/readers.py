@@ -10,6 +10,7 @@ from luthier.engine.reader import Reader
 from luthier.engine.schedule import Schedule
 from luthier.engine.seats import Seats
 from luthier.models.pages import writes_by_pages
+from luthier.models.slots import slot_bytes
 from luthier.models.spec import LoadedModel
 from luthier.native.decoder import Cached
 
@@ -23,6 +24,8 @@ def reader_for(model: LoadedModel, blocks: int) -> Reader:
 
 def kept_bytes(model: LoadedModel) -> int:
     """Bytes that the keys and values of a token take, in the form that its reader keeps them in."""
+    if model.spec.kind == "encoder-decoder":
+        return slot_bytes(model)
     return int(model.pages or 0) if model.native is None else model.native.kept_bytes
 
 

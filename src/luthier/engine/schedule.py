@@ -36,7 +36,7 @@ class Schedule(Line[Request]):
                 count += self._hold_drafts(request, budget - count)
                 planned[request] = count
                 budget -= count
-        if not budget or len(self.running) >= self.streams:
+        if not budget or len(self.running) >= self.streams or self.closed:
             # Thousands may wait, and putting them in order takes its time.
             return list(planned.items())
         coming = {name for one in self.running for name in one.names[one.read // BLOCK :]}

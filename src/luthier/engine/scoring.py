@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -13,13 +14,15 @@ from luthier.core.errors import DataError, ModelError
 from luthier.core.events import Events
 from luthier.core.types import Encoded
 from luthier.data.batches import fill_batches
-from luthier.engine.adapters import NONE
+from luthier.engine.adapters import NONE, Lent
 from luthier.engine.lanes import Lanes
 from luthier.engine.likeliest import not_numbers
 from luthier.engine.likelihood import score
 from luthier.engine.native import own_adapter
+from luthier.engine.paged import Paged
 from luthier.engine.passes import TOKENS, each_part
 from luthier.engine.planted import Planted, plant
+from luthier.engine.reader import Reader
 from luthier.models.output import head_of
 from luthier.models.pages import writes_by_pages
 from luthier.models.spec import LoadedModel
@@ -50,16 +53,18 @@ class Scorer:
     """Scores with a decoder-only language model; what the prompts of one call begin with is kept for the next.
 
     The prompts' common beginning is read once, then each prompt with its continuations as a tree: tokens that several
-    continuations begin with are read once, their last tokens not at all. Raises ModelError for other models.
+    continuations begin with are read once, their last tokens not at all. `lent` is an adapter beside the model, which `reader`
+    has. Raises ModelError for other models, and for an adapter that was taken out.
     """
 
-    def __init__(self, model: LoadedModel):
+    def __init__(self, model: LoadedModel, lent: Lent | None = None, reader: Reader | None = None):
         if model.spec.task != "causal":
             raise ModelError(
                 f"{model.spec.source}: this model is made to {model.spec.task}; continuations are scored by a decoder-only "
                 "language model"
             )
         self.model, self._trunk = model, Trunk()
+        self._lent, self._reader = lent, reader
         self._lanes: Lanes | None = None
 
     def score(
@@ -78,6 +83,8 @@ class Scorer:
         """
         for prompt, continuations in asked:
             self._check(prompt, continuations)
+        if self._lent is not None:
+            self._lent.check()
         if not asked:
             return []
         native = self.model.native is not None
@@ -100,7 +107,8 @@ class Scorer:
             lanes.grow_trunk(prompts[0][:shared], parts)
             read = lanes.score
         else:
-            grow_trunk(self.model, self._trunk, prompts[0][:shared])
+            with self._adding():
+                grow_trunk(self.model, self._trunk, prompts[0][:shared])
             read = self._score_trees
         found: list[list[Score]] = [[]] * len(asked)
         done = 0
@@ -134,13 +142,22 @@ class Scorer:
         packed = self.model.native
         assert packed is not None
         if self._lanes is None or self._lanes.packed is not packed:
-            self._lanes = Lanes(packed, 0 if own_adapter(self.model) else NONE)
+            own = 0 if own_adapter(self.model) else NONE
+            self._lanes = Lanes(packed, own if self._lent is None else self._lent.slot)
         return self._lanes
+
+    def _adding(self) -> Any:
+        """What adds what the adapter adds to all that is read."""
+        if self._lent is None:
+            return nullcontext()
+        assert isinstance(self._reader, Paged)
+        return self._reader.adding_to_all(self._lent.slot)
 
     @torch.no_grad()
     def _score_trees(self, planted: Sequence[Planted]) -> list[list[float]]:
         """For each tree the log-probability of each of its steps, by the model's own layers."""
-        states_NE = read_trees(self.model, [one.tree for one in planted], self._trunk)
+        with self._adding():
+            states_NE = read_trees(self.model, [one.tree for one in planted], self._trunk)
         head, first = head_of(self.model), 0
         rows: list[int] = []
         columns: list[list[int]] = []

@@ -35,7 +35,7 @@ class Seats(Line[Request]):
                 planned.append((request, count))
                 budget -= count
                 sources += request.read == 0
-        if len(self.running) >= self.streams:
+        if len(self.running) >= self.streams or self.closed:
             return planned
         for request in self.in_turn():
             if len(self.running) >= self.streams or (request.length > budget and sources):

@@ -27,6 +27,11 @@ class Manner:
     normalised: bool
 
 
+def made_for_vectors(model: LoadedModel) -> bool:
+    """Whether a model's own files say how it makes vectors (modules.json)."""
+    return _read(model.spec.source, "modules.json") is not None
+
+
 def manner_of(model: LoadedModel) -> Manner:
     """As modules.json of sentence-transformers says where there is one, read once; else a tuned head's pooling, the mean of an
     encoder, the last token of a decoder. Raises ModelError for files that ask for more than that."""

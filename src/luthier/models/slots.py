@@ -88,6 +88,19 @@ class Slots:
         self.written += [own[0].keys.shape[2]] * len(keys)
         self.sources += sources
 
+    def copy(self, source: int, target: int) -> None:
+        """A text once more, under another key."""
+        self.drop(target)
+        row, stop = self.places[source], len(self.written) + 1
+        written, of_source = self.written[row], self.sources[row]
+        for layer in self.layers:
+            for rows, size in zip(layer, (written, written, of_source, of_source)):
+                rows.reserve(stop, size, rows.held)
+                rows.held[stop - 1, :size] = rows.held[row, :size]
+        self.places[target] = stop - 1
+        self.written.append(written)
+        self.sources.append(of_source)
+
     @torch.inference_mode()
     def drop(self, key: int) -> None:
         """Let go of a text, if it is there."""
@@ -306,6 +319,19 @@ def _cache_name(decoder: Any) -> str:
 def _named(kind: Any) -> frozenset[str]:
     """What the forward of such a module can be given by name: asked once, as it takes as long as a layer."""
     return frozenset(inspect.signature(kind.forward).parameters)
+
+
+@torch.no_grad()
+def slot_bytes(model: LoadedModel) -> int:
+    """Bytes that the keys and values of a token of a source take, and as many those of an answer's: read off a text of one."""
+    training = model.module.training
+    model.module.eval()
+    try:
+        start = model.module.config.decoder_start_token_id
+        _, cache = begin(model, [[0]], (int(start or 0),))
+    finally:
+        model.module.train(training)
+    return sum(one.keys.nbytes + one.values.nbytes for one in cache.cross_attention_cache.layers)
 
 
 def writes_by_slots(model: LoadedModel, opening: Sequence[int]) -> bool:

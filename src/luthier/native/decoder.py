@@ -400,6 +400,9 @@ class Cached:
         """Take one out."""
         self.packed.drop_adapter(number)
 
+    def drop(self, block: int) -> None:
+        """Nothing is to be done: what is read next lies over it."""
+
     def copy(self, source: int, target: int) -> None:
         """The keys and values of one block to another."""
         for at in range(len(self.packed.decoder.blocks)):

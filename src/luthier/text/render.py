@@ -169,6 +169,10 @@ class Renderer:
         framed = self._with_first(ids)
         return tuple(framed), (*(0,) * (len(framed) - len(ids)), *ends)
 
+    def guarded_text(self, text: str) -> str:
+        """A text of somebody else's for `tokens`, in which no control token is one."""
+        return self._controls.guard(text)[0]
+
     def shorten(self, text: str, count: int) -> str:
         """A text without its last `count` tokens."""
         kept = self._controls.placed(text)[1][:-count]

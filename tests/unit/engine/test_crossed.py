@@ -11,13 +11,15 @@ import torch
 from crossed import PADDED, SETTINGS, crossed
 from luthier.core.errors import ConfigError, DataError, ModelError
 from luthier.core.events import Events
-from luthier.engine.beams import search
+from luthier.engine.beams import search_each
 from luthier.engine.crossed import Crossed, opening_of, why_padded
 from luthier.engine.door import Door
 from luthier.engine.engine import Engine
 from luthier.engine.generate import generate, stream, tell_engine, uses_engine
 from luthier.engine.numbers import numbers_of
 from luthier.engine.padded import write
+from luthier.engine.pieces import complete
+from luthier.engine.readers import kept_bytes
 from luthier.engine.sampling import Sampling
 from luthier.engine.structure import Structure
 from luthier.models.slots import Slots, begin, go_on
@@ -153,8 +155,54 @@ def test_beams_go_by_transformers_own_loop(family):
     assert found.ids == tuple(one for one in alone(model, [ids], sampling)[0] if one not in model.spec.stop_ids)
     with pytest.raises(ConfigError, match="beams"):
         Engine(model, 512).add(ids, sampling)
-    with pytest.raises(NotImplementedError):
-        search(model, [ids], sampling, 1)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.0, 2.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_search_finds_what_transformers_own_loop_finds(family, penalty):
+    model = crossed(family)
+    model.spec = model.spec.model_copy(update={"stop_ids": tuple(range(5, 400, 3))})
+    sampling = Sampling(max_tokens=14, beams=4, n=4, length_penalty=penalty)
+    given, lengths = prompts((1, 30, 12, 45)), set()
+    for prompt, found in zip(given, search_each(model, given, sampling, 3), strict=True):
+        right = [complete(model, ids, sampling, len(prompt)) for ids in write(model, [prompt], sampling)]
+        assert [complete(model, ids, sampling, len(prompt)) for ids in found] == right
+        lengths |= {len(one.ids) for one in right}
+    assert penalty == 2 or len(lengths) > 1, "answers of many lengths are compared"
+
+
+@pytest.mark.parametrize("family", ["t5", "marian", "mbart"])
+def test_a_search_is_that_of_transformers_generate(family):
+    model = crossed(family)
+    (prompt,) = prompts((20,))
+    own = model.module.generate(
+        torch.tensor([prompt]), num_beams=4, num_return_sequences=4, max_new_tokens=8 + len(opening_of(model)) - 1,
+        do_sample=False, forced_eos_token_id=None,
+    )  # fmt: skip
+    found = search_each(model, [prompt], Sampling(max_tokens=8, beams=4, n=4), 1)[0]
+    pad = model.tokenizer.pad_token_id
+    rows = [row[len(opening_of(model)) :].tolist() for row in own]
+    for ids, row in zip(found, rows, strict=True):
+        assert row[: len(ids)] == ids and all(token == pad for token in row[len(ids) :])
+
+
+def test_a_search_beside_texts_that_are_written_changes_none_of_them():
+    model, given = crossed("bart", ends=False), prompts(SIZES[:6])
+    # Two layers of keys and values, 32 numbers of four bytes each.
+    assert kept_bytes(model) == 2 * 2 * 32 * 4
+    engine, sampling = Engine(model, 2048), Sampling(max_tokens=12)
+    right = alone(model, given, sampling)
+    found = search_each(model, [given[0]], Sampling(max_tokens=12, beams=3, n=3), 1)[0]
+    requests = [engine.add(one, sampling) for one in given]
+    engine.step()
+    searching = engine.search(given[0], Sampling(max_tokens=12, beams=3, n=3))
+    assert searching.begin()
+    while searching.busy:
+        engine.step()
+        searching.step()
+    searching.leave()
+    drained(engine)
+    assert [one.written for one in requests] == right and searching.found == found
 
 
 def test_what_cannot_go_side_by_side_is_padded_and_said_so():

@@ -157,6 +157,12 @@ EXEMPT = {
     "address article aside blockquote br dd div dl dt fieldset figcaption figure header hr li main ol p pre section "
     "table": "names of elements",
     "Which of these labels fits the text: {}? Answer with the label alone.": "what a model is asked",
+    "Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the answer can "
+    'only be "{}" or "{}".': "the same",
+    "<Instruct>: {instruction}": "the same",
+    "<Query>: {query}": "the same",
+    "<Document>: {document}": "the same",
+    "Given a web search query, retrieve relevant passages that answer the query": "the same",
 }
 
 

@@ -66,7 +66,9 @@ class Access:
         key = find_key(self._keys, given.strip()) if given else None
         if key is None:
             why = "this key is not known" if given else "a key is needed"
-            raise Refusal(401, f"{why}; send it as: Authorization: Bearer KEY", code="invalid_api_key")
+            raise Refusal(
+                401, f"{why}; send it as: Authorization: Bearer KEY, or x-api-key: KEY", code="invalid_api_key"
+            )
         need = _need(request.method, path)
         if need is not None and need not in key.scopes:
             raise Refusal(403, f"the key {key.name!r} may not do this: it has no scope {need!r}", code="scope")

@@ -87,7 +87,7 @@ class Hands:
         else:
             engine = Pooler(model, events=events)
             events.choose("engine", "pooled", "each text is read once, beside others")
-        # Keys and values of a search are beside those of all others.
+        # What a search may come to hold is kept from all others.
         self.searching = asyncio.Semaphore(1)
         self.door = Door(engine, waiting=order.waiting, waiting_tokens=room)
         writes = isinstance(engine, Engine)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 
-from luthier.core.errors import RunError
+from luthier.core.errors import LuthierError, RunError
 from luthier.core.run import hold_lock
 from luthier.faces.server.batching import Batching
+from luthier.faces.server.engines import Gone
 from luthier.faces.server.refusals import Refusal
 from luthier.faces.server.server import Server
 from luthier.faces.server.store import Store, store_of
 from luthier.faces.server.tuning import Tuning, serve_tuned
 
-# Seconds between two looks whether another server ended.
+# Seconds between two looks whether another server ended, and what it tuned.
 LOOK = 2.0
 
 
@@ -33,10 +35,32 @@ async def working(server: Server, say: Callable[[str], None]) -> AsyncIterator[N
             return
         queue = Queue(server, store, held, say)
         queue.begin()
+        following = asyncio.create_task(_follow(server, store, say))
         try:
             yield
         finally:
+            following.cancel()
+            with suppress(asyncio.CancelledError):
+                await following
             await queue.end()
+
+
+async def _follow(server: Server, store: Store, say: Callable[[str], None]) -> None:
+    """Serve what another server tunes, and no longer what is deleted there."""
+    seen = version = -1
+    while True:
+        await asyncio.sleep(LOOK)
+        try:
+            version = store.version
+            if version == seen:
+                continue
+            await serve_tuned(server)
+            seen = version
+        except Gone:
+            continue
+        except (LuthierError, OSError, sqlite3.Error) as err:
+            say(f"warning: what another server tuned or deleted is not followed here: {err}")
+            seen = version
 
 
 class Queue:

@@ -1,4 +1,5 @@
-"""Which of given labels a language model finds likeliest after a text: asked between the engine's steps, nothing written."""
+"""Which of given labels a language model finds likeliest after a text, and how likely one is after a pair: asked between the
+engine's steps, nothing written."""
 
 from __future__ import annotations
 
@@ -9,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.types import Message, Prediction
 from luthier.data.turns import read_messages
-from luthier.engine.engine import Engine
+from luthier.engine.judging import Judge, Judging
 from luthier.engine.labelling import Labelling
 from luthier.engine.labels import Labeller
-from luthier.engine.pooler import Pooler
 
 if TYPE_CHECKING:
     from luthier.faces.server.hands import Hands
@@ -29,10 +29,10 @@ async def label(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[str
         raise ConfigError(
             f"labels: {model.spec.source} was tuned to classify, and has labels of its own; leave labels out"
         )
-    refuse_beside(message, "chooses no labels")
     labelling = Labelling.make(message["labelling"], where="labelling")
     shots = [(text, of) for text, of in message["shots"]]
-    labeller = Labeller(model, message["labels"], labelling, shots=shots, raw=message["raw"])
+    scorer = await hands.door.ask(lambda engine: engine.scorer(message.get("adapter", "")))
+    labeller = Labeller(model, message["labels"], labelling, shots=shots, raw=message["raw"], scorer=scorer)
     items = [(f"input.{at}", _item(one)) for at, one in enumerate(message["inputs"])]
     found: list[Prediction] = []
     for start in range(0, len(items), AT_ONCE):
@@ -42,18 +42,22 @@ async def label(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[str
     yield {"end": {"answers": answers, "usage": usage}}
 
 
-def refuse_beside(message: dict[str, Any], cannot: str) -> None:
-    """Raises ConfigError for an adapter beside its base: what is not written is read by the base alone."""
-    if "adapter" in message:
-        raise ConfigError(
-            f"model: {message['adapter']} is an adapter beside its base, and {cannot}; serve it by itself, without its base"
-        )
-
-
-def _predict(
-    labeller: Labeller, items: Sequence[tuple[str, str | Sequence[Message]]], _: Engine | Pooler
-) -> list[Prediction]:
+def _predict(labeller: Labeller, items: Sequence[tuple[str, str | Sequence[Message]]], _: object) -> list[Prediction]:
     return labeller.predict(items)
+
+
+async def judge(hands: Hands, message: dict[str, Any], judging: Judging) -> tuple[list[float], int]:
+    """The score of each of `pairs`, and how many tokens were read."""
+    scorer = await hands.door.ask(lambda engine: engine.scorer(message.get("adapter", "")))
+    found: list[float] = []
+    made, pairs = Judge(hands.model, judging, scorer), [(one, other) for one, other in message["pairs"]]
+    for start in range(0, len(pairs), AT_ONCE):
+        found += await hands.door.ask(partial(_judge, made, pairs[start : start + AT_ONCE]))
+    return found, made.read
+
+
+def _judge(judge: Judge, pairs: Sequence[tuple[str, str]], _: object) -> list[float]:
+    return judge.score(pairs)
 
 
 def _item(one: Any) -> str | Sequence[Message]:

@@ -93,6 +93,7 @@ async def delete_model(name: str, server: TheServer, key: TheKey) -> Deleted:
     if kept is None or not owns(key, kept):
         raise Refusal(404, f"model: {name!r} is no model that a job of this key made", param="model")
     store.drop("model", name)
+    server.parts.get("tuned", set()).discard(name)
     if name in server.shelf.models:
         await server.shelf.unload(name)
     return Deleted(id=name)

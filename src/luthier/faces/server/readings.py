@@ -11,9 +11,11 @@ from torch import Tensor
 from luthier.core.errors import ConfigError
 from luthier.core.types import Prediction
 from luthier.engine.answers import gives_rewards
+from luthier.engine.judging import Judging, own_labels
 from luthier.engine.pooled import Item, encode_item, prediction_of
 from luthier.engine.pooler import Embedding
-from luthier.faces.server.labelled import refuse_beside
+from luthier.faces.server.labelled import judge
+from luthier.models.embedding import made_for_vectors
 
 if TYPE_CHECKING:
     from luthier.faces.server.hands import Hands
@@ -25,7 +27,6 @@ AT_ONCE = 64
 
 async def embed(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
     """A vector of each of `texts` (or of `ids`), of length 1 unless `normalise` says otherwise."""
-    refuse_beside(message, "gives no vectors")
     rows = [hands.framed(one) for one in message["inputs"]]
     vectors = await _vectors(hands, rows, message, message.get("dimensions"))
     yield {"end": {"vectors": [one.tolist() for one in vectors], "usage": _usage(rows)}}
@@ -40,15 +41,20 @@ async def classify(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[
 
 
 async def relate(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    """How each of `pairs` of texts belongs together: the number of a model that reads both at once, or the cosine of their
-    vectors."""
-    refuse_beside(message, "gives no vectors")
+    """How each of `pairs` of texts belongs together: the number of a model that reads both at once, the probability of a label
+    that a language model gives, or the cosine of their vectors. A language model does what is asked for, or what its files
+    say."""
+    judging, by_vectors = _way_of(hands, message)
+    if judging is not None:
+        scores, read = await judge(hands, message, judging)
+        yield {"end": {"scores": scores, "usage": {**_usage([]), "prompt": read}}}
+        return
     pairs: list[tuple[str, str]] = [(one, other) for one, other in message["pairs"]]
     task = hands.model.spec.task
-    if task == "regress":
+    if task == "regress" and not by_vectors:
         rows, found = await _predict(hands, list(pairs), message)
         scores = [float(one.output) for one in found]  # type: ignore[arg-type]
-    elif task == "classify":
+    elif task == "classify" and not by_vectors:
         raise ConfigError(
             f"model: {hands.model.spec.source} gives classes and no number; use one that gives numbers for pairs, or vectors"
         )
@@ -58,6 +64,32 @@ async def relate(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[st
         vectors = dict(zip(texts, await _vectors(hands, rows, message)))
         scores = [float(vectors[one] @ vectors[other]) for one, other in pairs]
     yield {"end": {"scores": scores, "usage": _usage(rows)}}
+
+
+def _way_of(hands: Hands, message: dict[str, Any]) -> tuple[Judging | None, bool]:
+    """How a pair is judged by labels, if it is; and whether vectors are asked for. Raises ConfigError for a language model of
+    which nothing says what its score is, and for labels that no other model is asked for."""
+    model, asked, by_vectors = hands.model, message.get("judging"), message.get("by") == "vectors"
+    if model.spec.task != "causal":
+        if asked is not None:
+            raise ConfigError(
+                f"{next(iter(asked))}: {model.spec.source} is made to {model.spec.task} and says no words, so it is not asked "
+                "for labels; leave it out"
+            )
+        return None, by_vectors
+    if by_vectors:
+        return None, True
+    labels = own_labels(model)
+    if asked is None and labels is None:
+        if made_for_vectors(model):
+            return None, True
+        raise ConfigError(
+            f"model: {model.spec.source} is a language model, and nothing says what its score of a pair is: give labels, such "
+            'as ["yes", "no"], for the probability of the first, or by: vectors for the cosine of vectors'
+        )
+    if asked is not None and "labels" not in asked and labels is None:
+        raise ConfigError(f'labels: {next(iter(asked))} goes with labels, such as ["yes", "no"]; name them')
+    return Judging.make({"labels": labels, **(asked or {})}, where="judging"), False
 
 
 async def _predict(
@@ -82,7 +114,7 @@ async def _vectors(
     hands: Hands, rows: Sequence[Sequence[int]], message: dict[str, Any], dimensions: int | None = None
 ) -> list[Tensor]:
     embedding = Embedding(normalise=message.get("normalise", True), dimensions=dimensions)
-    settings = {name: message[name] for name in ("priority", "tenant") if name in message}
+    settings = {name: message[name] for name in ("priority", "tenant", "adapter") if name in message}
     return await _each(rows, lambda ids: hands.door.pool(ids, embedding, **settings))
 
 

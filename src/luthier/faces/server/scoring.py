@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, model_validator
@@ -100,8 +101,40 @@ class Classes(BaseModel):
     usage: ReadUsage
 
 
-class ScoreRequest(Body):
-    """Pairs of texts: one with each of many, or two lists of the same length."""
+class Relating(Body):
+    """How two texts belong together, where a language model is asked: it has no score of its own."""
+
+    labels: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)] | None = None
+    """Two answers of a language model, such as ["yes", "no"]: the score is the probability of the first as its next word, as a
+    share of that of both. By default as classifier_from_token in its config.json says."""
+    instruction: str | None = None
+    """What is looked for; by default passages that answer a web search query."""
+    template: str | None = None
+    """What the model is asked, with {query}, {document} and perhaps {instruction}; by default as Qwen's rerankers are."""
+    raw: bool = False
+    """Without the chat template: the label follows the text as it stands."""
+    by: Literal["vectors"] | None = None
+    """The cosine of vectors, from a language model whose files do not say that it is made for them."""
+
+    @model_validator(mode="after")
+    def _check_way(self) -> Self:
+        if self.by is not None and self.judging is not None:
+            raise ValueError(f"{next(iter(self.judging))} goes with labels, not with vectors; leave one of the two out")
+        return self
+
+    @property
+    def judging(self) -> dict[str, Any] | None:
+        """What is said of labels; None where nothing is."""
+        names = ("labels", "instruction", "template", "raw")
+        return {name: getattr(self, name) for name in names if getattr(self, name)} or None
+
+    def asked(self, pairs: Sequence[tuple[str, str]], tenant: str) -> dict[str, Any]:
+        """All that relating pairs takes."""
+        return {"pairs": pairs, "judging": self.judging, "by": self.by, "tenant": tenant}
+
+
+class ScoreRequest(Relating):
+    """Pairs of texts: one with each of many, or two lists of the same length. For labels the first is the query."""
 
     model: str
     text_1: str | Texts
@@ -137,7 +170,7 @@ class Scores(BaseModel):
     usage: ReadUsage
 
 
-class RerankRequest(Body):
+class RerankRequest(Relating):
     """A question, and documents to put in order."""
 
     model: str
@@ -186,9 +219,10 @@ async def classify(body: ClassifyRequest, request: Request, server: TheServer, k
 
 @routes.post("/v1/score", response_model=Scores)
 async def score(body: ScoreRequest, request: Request, server: TheServer, key: TheKey) -> Scores:
-    """How pairs of texts belong together: the number of a model that reads both, else the cosine of their vectors."""
+    """How pairs of texts belong together: the number of a model that reads both, the probability of a label that a language
+    model gives, or the cosine of their vectors."""
     served = server.shelf.find(body.model)
-    work = read(request, served, "relate", {"pairs": body.pairs, "tenant": key.name})
+    work = read(request, served, "relate", body.asked(body.pairs, key.name))
     found = await while_here(request, work, server.settings.timeout)
     data = [Scored(index=at, score=value) for at, value in enumerate(found["scores"])]
     return Scores(model=served.name, data=data, usage=read_usage(found["usage"]))
@@ -199,7 +233,7 @@ async def rerank(body: RerankRequest, request: Request, server: TheServer, key: 
     """Documents in the order of their relevance to a question, scored as by /v1/score."""
     served = server.shelf.find(body.model)
     pairs = [(body.query, one) for one in body.documents]
-    work = read(request, served, "relate", {"pairs": pairs, "tenant": key.name})
+    work = read(request, served, "relate", body.asked(pairs, key.name))
     found = await while_here(request, work, server.settings.timeout)
     order = sorted(range(len(pairs)), key=lambda at: (-found["scores"][at], at))[: body.top_n]
     results = [

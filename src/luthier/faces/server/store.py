@@ -168,6 +168,11 @@ class Store:
         with _writing():
             self._base.execute("DELETE FROM things WHERE kind = ? AND id = ?", (kind, id))
 
+    @property
+    def version(self) -> int:
+        """Another number whenever somebody else wrote something."""
+        return int(self._base.execute("PRAGMA data_version").fetchone()[0])
+
     def say(self, job: str, message: str, level: Level = "info") -> None:
         """Note a sentence about a job."""
         with _writing():

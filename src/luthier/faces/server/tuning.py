@@ -15,9 +15,11 @@ from pathlib import Path
 from luthier.core.errors import LuthierError
 from luthier.core.run import write_atomically
 from luthier.faces.server.answering import new_id
+from luthier.faces.server.engines import Gone
 from luthier.faces.server.files import keep_file
 from luthier.faces.server.following import as_table, events_of, record_of, run_path, sentence_in, steps_of
 from luthier.faces.server.processes import born, tell
+from luthier.faces.server.refusals import Refusal
 from luthier.faces.server.server import Server
 from luthier.faces.server.store import Store, Thing, Turned, store_of
 
@@ -224,6 +226,7 @@ class Tuning:
         if self._store.get("model", name) is None:
             content = {"source": f"run:{job.id}", "created": served.created, "facts": served.process.facts}
             self._store.put("model", name, job.owner, content)
+        tuned_of(self._server).add(name)
         return True
 
     def _status(self, id: str) -> str:
@@ -232,12 +235,38 @@ class Tuning:
 
 
 async def serve_tuned(server: Server) -> None:
-    """Serve what earlier servers tuned: each is loaded when it is first asked for."""
-    for model in store_of(server).all("model"):
-        if model.id not in server.shelf.models:
-            facts = model.content["facts"]
-            served = await server.shelf.load(model.content["source"], model.id, rests=True, facts=facts)
-            served.created = model.content["created"]
+    """Serve what was tuned, here or by another server: each is loaded when it is first asked for. One that was served so and is
+    kept no longer is let go; one that was unloaded here stays away. Raises the first error of those that cannot be served, after
+    all others are."""
+    shelf, kept = server.shelf, {one.id: one for one in store_of(server).all("model")}
+    known, trouble = tuned_of(server), None
+    for name in known - kept.keys():
+        known.discard(name)
+        # It may have gone away here already.
+        with suppress(Refusal):
+            await shelf.unload(name)
+    for name, model in kept.items():
+        if name in known:
+            continue
+        try:
+            if name not in shelf.models:
+                facts = model.content["facts"]
+                served = await shelf.load(model.content["source"], name, rests=True, facts=facts)
+                served.created = model.content["created"]
+        except (LuthierError, OSError) as err:
+            trouble = trouble or err
+            if isinstance(err, Gone):
+                # Its base is being started again.
+                continue
+        known.add(name)
+    if trouble is not None:
+        raise trouble
+
+
+def tuned_of(server: Server) -> set[str]:
+    """The names of tuned models that were served here."""
+    found: set[str] = server.parts.setdefault("tuned", set())
+    return found
 
 
 def write_results(store: Store, job: str) -> tuple[str, Path, int]:

@@ -92,6 +92,11 @@ def read_additions(model: LoadedModel, source: str | Path | LoadedModel) -> Addi
         raise ModelError(
             f"{model.spec.source}: this model holds an adapter of its own, beside which no other can be added; load its base"
         )
+    if model.spec.kind != "decoder":
+        raise ModelError(
+            f"{model.spec.source}: only texts of decoders are written with adapters beside their base, and this is an "
+            f"{model.spec.kind}; serve the adapter as a model of its own"
+        )
     if isinstance(source, LoadedModel):
         return _from_memory(model, source)
     place = resolve_source(str(source))

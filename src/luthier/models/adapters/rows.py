@@ -52,6 +52,25 @@ def adding(network: Any, parts: Sequence[tuple[Mapping[str, Pair], Tensor]], cou
             handle.remove()
 
 
+@contextmanager
+def adding_to_all(network: Any, pairs: Mapping[str, Pair]) -> Iterator[None]:
+    """Inside, every row that goes through the network gets what this adapter adds."""
+
+    def hook(pair: Pair) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
+        def add(module: Any, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            x_NI, out_NO = given[0].flatten(0, -2), out.flatten(0, -2)
+            return (out_NO + multiply(x_NI.to(pair.a_IR.dtype), pair)).to(out.dtype).view(out.shape)
+
+        return add
+
+    handles = [network.get_submodule(name).register_forward_hook(hook(pair)) for name, pair in pairs.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _hook(
     name: str, parts: Sequence[tuple[Pair, Tensor]], count: int, asked: dict[str, int]
 ) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:

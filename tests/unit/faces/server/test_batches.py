@@ -76,8 +76,18 @@ def test_answers_of_an_earlier_server_count_and_half_a_line_does_not(tmp_path):
     assert expired["response"] is None and expired["error"]["code"] == "batch_expired"
 
 
-def client_of(running):
-    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+@pytest.fixture
+def client_of():
+    """Clients of servers, all of which are closed."""
+    made = []
+
+    def make(running):
+        made.append(openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
 
 
 def over(client, id):
@@ -97,7 +107,7 @@ def read(client, file):
     return {row["custom_id"]: row for row in map(json.loads, client.files.content(file).text.splitlines())}
 
 
-def test_a_batch_answers_as_the_address_does(served):
+def test_a_batch_answers_as_the_address_does(served, client_of):
     client = client_of(served)
     rows = requests(20)
     rows[3]["body"]["model"] = "nope"
@@ -122,7 +132,7 @@ def test_a_batch_answers_as_the_address_does(served):
     assert row["response"]["body"] == alone.json() and row["response"]["status_code"] == alone.status_code == 400
 
 
-def test_a_batch_survives_its_server_and_ends_when_it_is_told(tmp_path):
+def test_a_batch_survives_its_server_and_ends_when_it_is_told(tmp_path, client_of):
     running = Running("mini", runs=tmp_path)
     try:
         client = client_of(running)

@@ -87,3 +87,66 @@ def test_adapters_are_models_beside_their_base(places, tmp_path):
             assert say("red") == own["red"]
     finally:
         assert running.stop() == 0
+
+
+TEXTS = ["The cat sits on the mat.", "A kitten rests on a rug.", "Interest rates rose again."]
+
+
+def asked_for(url, model):
+    """All that can be asked of a model that does not draw what it writes."""
+    bodies = {
+        "/v1/classify": {"input": TEXTS, "labels": ["animals", "money"]},
+        "/v1/embeddings": {"input": TEXTS},
+        "/v1/score": {"text_1": TEXTS[0], "text_2": TEXTS, "by": "vectors"},
+        "/v1/rerank": {"query": TEXTS[0], "documents": TEXTS[::-1], "labels": ["yes", "no"]},
+        "/v1/completions": {"prompt": "Once upon", "n": 3, "use_beam_search": True, "max_tokens": 12},
+    }
+    found = {}
+    for path, body in bodies.items():
+        answer = httpx.post(url + path, json={"model": model, **body}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        found[path] = answer.json()
+    return {
+        "labels": torch.tensor([list(one["probabilities"].values()) for one in found["/v1/classify"]["data"]]),
+        "vectors": torch.tensor([one["embedding"] for one in found["/v1/embeddings"]["data"]]),
+        "scores": torch.tensor([one["score"] for one in found["/v1/score"]["data"]]),
+        "ranks": torch.tensor([[one["index"], one["relevance_score"]] for one in found["/v1/rerank"]["results"]]),
+        "texts": [one["text"] for one in found["/v1/completions"]["choices"]],
+    }
+
+
+def test_what_an_adapter_is_asked_beside_its_base_is_answered_as_alone(places, tmp_path):
+    red = places[0]
+    # The first is alone: nothing of its base is served yet.
+    models = [f"alone={red}", "mini", f"red={red}", f"blue={places[1]}"]
+    running = Running(*models, "--execution", "model", runs=tmp_path)
+    try:
+        parents = {one["id"]: one["parent"] for one in httpx.get(f"{running.url}/v1/models").json()["data"]}
+        assert parents == {"alone": None, "mini": None, "red": "mini", "blue": "mini"}
+        alone, beside, base, blue = (asked_for(running.url, name) for name in ("alone", "red", "mini", "blue"))
+        assert beside.pop("texts") == alone.pop("texts") != base["texts"]
+        for name, own in alone.items():
+            torch.testing.assert_close(beside[name], own, atol=2e-4, rtol=1e-4)
+        for other in (base, blue):
+            assert not torch.allclose(beside["vectors"], other["vectors"], atol=1e-2)
+            assert not torch.allclose(beside["labels"], other["labels"], atol=1e-3)
+    finally:
+        assert running.stop() == 0
+
+
+def test_with_packed_weights_too(places, tmp_path):
+    red = places[0]
+    running = Running(f"alone={red}", "mini", runs=tmp_path)
+    try:
+        before = asked_for(running.url, "mini")
+        made = httpx.post(f"{running.url}/admin/models", json={"source": str(red), "name": "red"}, timeout=60).json()
+        assert made["parent"] == "mini"
+        alone, beside, base = (asked_for(running.url, name) for name in ("alone", "red", "mini"))
+        assert all(torch.equal(base[name], before[name]) for name in ("labels", "vectors", "scores"))
+        near, far = (torch.nn.functional.cosine_similarity(beside["vectors"], one["vectors"]) for one in (alone, base))
+        # Alone what it learned is in the packed weights, beside them it is apart: int8 rounds either.
+        assert near.min() > 0.98 and (near > far).all()
+        torch.testing.assert_close(beside["labels"], alone["labels"], atol=0.05, rtol=0)
+        torch.testing.assert_close(beside["scores"], alone["scores"], atol=0.05, rtol=0)
+    finally:
+        assert running.stop() == 0

@@ -10,6 +10,7 @@ import openai
 import pytest
 import torch
 
+from luthier.engine.judging import Judge, Judging
 from luthier.engine.pooled import embed, predict
 from luthier.engine.pooler import Embedding
 from luthier.models.load import load_model
@@ -77,7 +78,9 @@ def test_vectors_of_a_packed_decoder_are_those_of_its_module(client):
     turns = [{"role": "user", "content": "Hello"}]
     said = client.chat.completions.create(model="mini", messages=turns, max_tokens=8, temperature=0)
     assert said.choices[0].message.content
-    answer = client.post("/score", body={"model": "mini", "text_1": TEXTS[0], "text_2": TEXTS}, cast_to=object)
+    answer = client.post(
+        "/score", body={"model": "mini", "text_1": TEXTS[0], "text_2": TEXTS, "by": "vectors"}, cast_to=object
+    )
     assert answer["data"][0]["score"] == pytest.approx(1)
 
 
@@ -117,3 +120,67 @@ def test_models_do_what_they_are_made_for(reading, client):
     answer = httpx.post(f"{reading.url}/v1/classify", json={"model": "mini", "input": "Hello"})
     assert answer.status_code == 400 and "not to classify" in answer.json()["error"]["message"]
     assert httpx.get(f"{reading.url}/health/ready").json() == {"status": "ready", "troubles": {}}
+
+
+@pytest.fixture(scope="module")
+def rerankers(tmp_path_factory):
+    """`mini`, and a copy of it whose config names labels."""
+    folder = tmp_path_factory.mktemp("rerankers")
+    model = load_model("mini")
+    model.network.config.classifier_from_token = ["no", "yes"]
+    save_model(model, folder / "ranker")
+    running = Running(f"ranker={folder / 'ranker'}", "mini", "--execution", "model", runs=folder)
+    yield running
+    assert running.stop() == 0
+
+
+def test_a_language_model_scores_pairs_by_the_probability_of_a_label(rerankers):
+    model, query = load_model("mini"), "A small cat on a carpet"
+    for name, more, judging in (
+        ("mini", {"labels": ["yes", "no"]}, Judging(labels=("yes", "no"))),
+        ("ranker", {}, Judging(labels=("yes", "no"))),
+        ("ranker", {"labels": ["good", "bad"], "instruction": "Cats"}, Judging(labels=("good", "bad"), instruction="Cats")),
+        ("mini", {"labels": ["Yes", "No"], "template": "{query} {document}\n", "raw": True},
+         Judging(labels=("Yes", "No"), template="{query} {document}\n", raw=True)),
+    ):  # fmt: skip
+        body = {"model": name, "text_1": query, "text_2": TEXTS * 4, **more}
+        answer = httpx.post(f"{rerankers.url}/v1/score", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        judge = Judge(model, judging)
+        own = judge.score([(query, text) for text in TEXTS * 4])
+        assert [one["score"] for one in answer.json()["data"]] == pytest.approx(own, abs=1e-5)
+        assert answer.json()["usage"]["prompt_tokens"] == judge.read and all(0 < one < 1 for one in own)
+        ranked = {"model": name, "query": query, "documents": TEXTS, **more}
+        found = httpx.post(f"{rerankers.url}/v1/rerank", json=ranked, timeout=60).json()["results"]
+        order = sorted(range(3), key=lambda at: -own[at])
+        assert [one["index"] for one in found] == order
+        assert [one["relevance_score"] for one in found] == pytest.approx([own[at] for at in order], abs=1e-5)
+    vectors = httpx.post(
+        f"{rerankers.url}/v1/score", json={"model": "ranker", "text_1": query, "text_2": query, "by": "vectors"}
+    )
+    assert vectors.json()["data"][0]["score"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ({}, "nothing says what its score of a pair is: give labels"),
+        ({"instruction": "Find cats"}, "labels: instruction goes with labels"),
+        ({"labels": ["yes"]}, "labels"),
+        ({"labels": ["yes", "yes"]}, "stands there twice"),
+        ({"labels": ["yes", "no"], "by": "vectors"}, "not with vectors"),
+        ({"labels": ["yes", "no"], "template": "{query}"}, "needs places for"),
+        ({"labels": ["yes", "no"], "text_2": "word " * 3000}, "and the context is"),
+    ],
+)
+def test_nothing_is_guessed_of_what_a_language_model_scores(rerankers, body, why):
+    asked = {"model": "mini", "text_1": "a", "text_2": "b", **body}
+    answer = httpx.post(f"{rerankers.url}/v1/score", json=asked, timeout=60)
+    assert answer.status_code == 400 and why in answer.json()["error"]["message"], answer.text
+
+
+def test_models_that_say_no_words_are_asked_for_no_labels(reading):
+    for name in ("encoder", "numbers"):
+        asked = {"model": name, "text_1": "a", "text_2": "b", "labels": ["yes", "no"]}
+        answer = httpx.post(f"{reading.url}/v1/score", json=asked)
+        assert answer.status_code == 400 and "says no words" in answer.json()["error"]["message"], answer.text

@@ -8,6 +8,7 @@ import httpx
 import openai
 import pytest
 
+from asking import CHAT, lines
 from luthier.faces.server.store import Store, Turned
 from running import Running
 
@@ -94,6 +95,40 @@ def made_at(client, file):
         return make(client, file)
     except openai.InternalServerError:
         return None
+
+
+def test_what_one_tunes_the_other_serves_without_a_restart(tmp_path):
+    first = Running("mini", "--execution", "model", runs=tmp_path)
+    second, clients = None, []
+    try:
+        second = Running("mini", "--execution", "model", runs=tmp_path)
+        one, other = clients = [client_of(first), client_of(second)]
+        file = one.files.create(file=("rows.jsonl", lines(*[CHAT] * 4)), purpose="fine-tune").id
+        job = one.fine_tuning.jobs.create(
+            model="mini", training_file=file, hyperparameters={"n_epochs": 1, "batch_size": 2}
+        ).id
+        name = until(lambda: one.fine_tuning.jobs.retrieve(job).fine_tuned_model, 300)
+        assert name.startswith("ft:mini:")
+        until(lambda: name in [model.id for model in other.models.list()])
+        said = [
+            httpx.post(f"{running.url}/v1/chat/completions", json=BODY | {"model": name}, timeout=120).json()
+            for running in (first, second)
+        ]
+        assert said[0]["choices"] == said[1]["choices"]
+        # What is deleted at one is gone at the other, and what is unloaded at one comes not back there.
+        assert httpx.delete(f"{second.url}/admin/models/{name}", timeout=60).status_code == 200
+        upload(one, 1)
+        threading.Event().wait(5)
+        assert name not in [model.id for model in other.models.list()]
+        assert name in [model.id for model in one.models.list()]
+        assert other.models.delete(name).deleted
+        until(lambda: name not in [model.id for model in one.models.list()])
+    finally:
+        for client in clients:
+            client.close()
+        for running in (second, first):
+            if running is not None and running.process.poll() is None:
+                assert running.stop() == 0
 
 
 def test_two_stores_lose_nothing_of_one_another(tmp_path):
