@@ -5,7 +5,25 @@ import random
 
 from luthier.engine.digits import Digits, Vocabulary
 
-TOKENS = [b'"', b"\\", b'\\"', b"12", b"7", b"a", b'x"', b'":', b"3a", b"b4", b'", "', b"}", b", ", b"n5\\", b'"9', b"-", b"0.25"]
+TOKENS = [
+    b'"',
+    b"\\",
+    b'\\"',
+    b"12",
+    b"7",
+    b"a",
+    b'x"',
+    b'":',
+    b"3a",
+    b"b4",
+    b'", "',
+    b"}",
+    b", ",
+    b"n5\\",
+    b'"9',
+    b"-",
+    b"0.25",
+]
 
 
 class Held:
