@@ -8,10 +8,9 @@ after the other, streamed: chats of 64 to 256 tokens, 64 to 128 to write, greedy
 clients. `luthier serve` as it starts by itself; `transformers serve` as it starts by itself and with continuous
 batching; llama.cpp's server with a slot for each client, weights in Q8_0 and Q4_0 (it gets the same number of token
 ids, for its file has no real tokenizer). One server at a time, the same load, tokens counted as they were asked for.
-`first` is seconds to the first text, `between` seconds from one text to the next (50th and 99th percentile).
-`against_bare` is tokens a second of 96 requests of 32 clients, streamed and whole, and of the engine alone that gets
-them at once; `overhead` the share that the server loses of it. Writes benchmarks/results/serving-135m.json; the last
-line printed is the same object.
+`first` is seconds to the first text, `between` seconds from one text to the next (50th and 99th percentile). What the
+server loses of the engine alone is in overhead.py. Writes benchmarks/results/serving-135m.json; the last line printed is
+the same object.
 """
 
 from __future__ import annotations
@@ -44,8 +43,6 @@ PATIENCE = 400.0
 READY = 180.0
 # Of an event or a body that holds text.
 TEXT = re.compile(rb'"content":\s?"[^"]')
-# Requests by which the server is held against the engine alone, and the clients that send them.
-WAVES, CLIENTS = 96, 32
 
 
 def make_spoken(folder: Path) -> Path:
@@ -177,51 +174,6 @@ def running(command: list[str], url: str | None, path: str) -> Iterator[str]:
             process.communicate()
 
 
-def hold_against_bare(model: Path) -> dict[str, float]:
-    """Tokens a second of the server, streamed and whole, and of the engine alone in a process of its own, for the same."""
-    command = [sys.executable, "-m", "luthier", "serve", f"spoken={model}", "--port", "0"]
-    found = {"streamed": list[float](), "whole": list[float]()}
-    with running(command, None, "/health/live") as address:
-        for seed in range(5):
-            for name in found:
-                load = make_load(WAVES, 100 + seed)
-                load = load if name == "whole" else [(f"again {text}", tokens) for text, tokens in load]
-                path, bodies = requests("luthier", "spoken", load, name == "streamed")
-                seconds, _ = asyncio.run(drive(address, path, CLIENTS, bodies))
-                found[name].append(sum(tokens for _, tokens in load) / seconds)
-    # The first of each warms up.
-    medians = {name: statistics.median(values[1:]) for name, values in found.items()}
-    medians["bare"] = statistics.median(run_bare(model, [make_load(WAVES, 100 + seed) for seed in range(5)])[1:])
-    return {name: round(value, 1) for name, value in medians.items()}
-
-
-def run_bare(model: Path, loads: list[list[tuple[str, int]]]) -> list[float]:
-    """Tokens a second of the engine alone, in a process of its own, which gets each load at once."""
-    script = f"""
-import json, sys, time
-from luthier.core.events import Events
-from luthier.engine.engine import Engine
-from luthier.engine.generate import add_answer, choose_engine
-from luthier.engine.native import let_go
-from luthier.engine.sampling import Sampling
-from luthier.models.load import load_model
-model = load_model({str(model)!r}, as_stored=True)
-choose_engine(model, Sampling(), "auto", Events())
-let_go(model)
-engine = Engine(model, {CLIENTS} * 2112, streams={CLIENTS})
-for load in json.load(sys.stdin):
-    began = time.perf_counter()
-    for text, tokens in load:
-        add_answer(engine, model.renderer.prompt(text), Sampling(max_tokens=tokens))
-    engine.run()
-    print(sum(tokens for _, tokens in load) / (time.perf_counter() - began))
-"""
-    found = subprocess.run(
-        [sys.executable, "-c", script], input=json.dumps(loads), capture_output=True, text=True, check=True
-    )
-    return [float(line) for line in found.stdout.split()]
-
-
 def servers(
     model: Path, folder: Path, peers: list[str], most: int
 ) -> Iterator[tuple[str, str, list[str], str | None, str]]:
@@ -310,7 +262,6 @@ def main() -> None:
         name: one if isinstance(one, str) else {count: middle(values) for count, values in one.items()}
         for name, one in systems.items()
     }
-    held = hold_against_bare(model)
     ours = medians["luthier"][str(most)]["tokens_per_second"]
     peer = {
         name: one[str(most)]["tokens_per_second"]
@@ -319,7 +270,6 @@ def main() -> None:
     }
     result = {
         "benchmark": "serving", "shape": "135m", "threads": os.cpu_count(), "repeats": found.repeats, "systems": medians,
-        "against_bare": held, "overhead": {name: round(1 - held[name] / held["bare"], 3) for name in ("streamed", "whole")},
         "ours": ours, "peer": peer, "ratio": {name: round(ours / value, 2) for name, value in peer.items()},
     }  # fmt: skip
     if not found.quick:

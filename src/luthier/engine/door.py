@@ -307,6 +307,12 @@ def _tell(answer: Future[T], find: Callable[[], T], trouble: BaseException | Non
 
 def _ring(writings: list[Writing]) -> None:
     for one in writings:
+        try:
+            if one.pass_on is not None and one.pass_on():
+                continue
+        except Exception as err:
+            # Its reader is told, and the others get theirs.
+            one.error = err
         one.news.set()
 
 

@@ -46,7 +46,10 @@ class Growing:
             self.ended = True
             return ""
         self.ids.append(token)
-        self._held += self._text.take(token)
+        text = self._text.take(token)
+        if not self._sampling.stop:
+            return text
+        self._held += text
         if len(self.ids) < self._sampling.min_tokens - 1:
             # Any stop text in it comes too early.
             self._early = self._shown + len(self._held)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -64,6 +65,8 @@ class Writing:
         self.error: BaseException | None = None
         # Of the reader:
         self.left = False
+        self.pass_on: Callable[[], bool] | None = None
+        """Takes what came while the reader waits, in its place; False where it has to see to that itself."""
 
 
 class Awaited:
@@ -103,14 +106,18 @@ class Awaited:
             self.leave()
             raise error
 
-    async def _wait(self) -> None:
+    async def _wait(self, pass_on: Callable[[], bool] | None = None) -> None:
         """Until there is news. They are told on this loop, so none get lost between the last look and this."""
         self._writing.news.clear()
+        # No longer than this waits: what is kept there would keep the answer from being dropped.
+        self._writing.pass_on = pass_on
         try:
             await self._writing.news.wait()
         except BaseException:
             self.leave()
             raise
+        finally:
+            self._writing.pass_on = None
 
     async def _end(self) -> None:
         """Until all is there. Raises what went wrong."""
@@ -136,12 +143,18 @@ class Answer(Awaited):
 
     Who reads slowly gets longer pieces, and keeps nobody waiting. The writing ends where a task that waits for it is cancelled,
     where this is left as a context, or dropped; an exception that is kept keeps what it went through, so use `with`.
+
+    Waking a task for each token takes longer than making its text. `tap`, where it is set, is called on the loop with what came
+    while the iterator waits, in place of waking it, and in order with what the iterator gives; what it returns False for, what
+    went wrong, and all from the first end of an answer on, comes from the iterator.
     """
 
     def __init__(self, model: LoadedModel, writing: Writing, sampling: Sampling, leave: Callable[[Writing], None]):
         super().__init__(writing, leave)
         self._model, self._sampling = model, sampling
         self._parts = [_Part(model, which, sampling) for which in range(sampling.n)]
+        self.tap: Callable[[Piece], bool] | None = None
+        self._held = deque[Piece]()
 
     def __enter__(self) -> Answer:
         return self
@@ -156,13 +169,25 @@ class Answer(Awaited):
         """Raises what went wrong."""
         while True:
             self._check()
+            if self._held:
+                return self._held.popleft()
             for part, request in zip(self._parts, self._requests):
                 piece = part.next(request, request in self._writing.ended)
                 if piece is not None:
                     return piece
             if self._over:
                 raise StopAsyncIteration
-            await self._wait()
+            await self._wait(None if self.tap is None else self._pass_on)
+
+    def _pass_on(self) -> bool:
+        writing = self._writing
+        if self.tap is None or self._held or writing.error is not None or writing.ended or writing.left:
+            return False
+        for part, request in zip(self._parts, self._requests):
+            piece = part.next(request, False)
+            if piece is not None and (self._held or not self.tap(piece)):
+                self._held.append(piece)
+        return not self._held
 
     async def whole(self) -> Completion:
         """The first answer once all are written; it holds the others. Raises what went wrong."""

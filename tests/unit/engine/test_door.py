@@ -233,6 +233,61 @@ def test_a_slow_reader_keeps_nobody_waiting_and_misses_nothing():
     assert len(rest) == 1 and rest[0].finish == "length"
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_what_a_tap_takes_and_what_it_leaves_is_the_answer(share):
+    model, draw = endless("llama"), random.Random(0)
+    ways = [*MIXED[:-1], {"stop_ids": tuple(range(0, 400, 30))}]
+    asked = [(given, Sampling(**{"max_tokens": 30, **one})) for given, one in zip(prompts([5] * len(ways)), ways)]
+    tapped = []
+
+    async def read(door, given, sampling):
+        found = []
+        with door.stream(given, sampling) as answer:
+
+            def tap(piece):
+                assert piece.finish is None
+                if draw.random() < share:
+                    found.append(piece)
+                    tapped.append(piece)
+                    return True
+                return False
+
+            answer.tap = tap
+            async for piece in answer:
+                found.append(piece)
+        return await gathered(_each(found))
+
+    async def body(door):
+        return await asyncio.gather(*(read(door, *one) for one in asked))
+
+    found = at_door(body, model)
+    assert found == [parts(alone(model, *one)) for one in asked]
+    assert bool(tapped) == bool(share)
+
+
+async def _each(pieces):
+    for one in pieces:
+        yield one
+
+
+def test_a_tap_that_fails_ends_its_own_answer_alone():
+    model = endless("llama")
+    first, second = prompts((3, 9))
+
+    async def read(door, given, tap):
+        with door.stream(given, Sampling(max_tokens=20)) as answer:
+            answer.tap = tap
+            return "".join([piece.text async for piece in answer])
+
+    async def body(door):
+        return await asyncio.gather(
+            read(door, first, lambda piece: 1 / 0), read(door, second, lambda piece: False), return_exceptions=True
+        )
+
+    failed, whole = at_door(body, model)
+    assert isinstance(failed, ZeroDivisionError) and whole == alone(model, second, Sampling(max_tokens=20)).text
+
+
 async def stopped(door):
     """Keep the engine's thread between two steps until the event is set."""
     reached, gate, loop = asyncio.Event(), Event(), asyncio.get_running_loop()

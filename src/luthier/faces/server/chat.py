@@ -22,6 +22,7 @@ from luthier.faces.server.citing import (
     write_grounded,
     write_grounded_pieces,
 )  # fmt: skip
+from luthier.faces.server.direct import writer_of
 from luthier.faces.server.drawing import Body, Drawing, ResponseFormat, StreamOptions, Usage, usage_of
 from luthier.faces.server.engines import EngineProcess
 from luthier.faces.server.logprobs import ChatLogs, chat_logs
@@ -311,7 +312,13 @@ async def _chunks(
     begun: set[int] = set()
     # Most of a stream: a few letters each.
     plain = [of_texts(at) for at in range(0 if body.logprobs or ground is not None or form is not None else body.n)]
-    async for kind, part in write_grounded_pieces(request, served, asked, ground):
+    write = writer_of(request)
+
+    def pass_on(at: int, text: str) -> bool:
+        return write is not None and at in begun and bool(text) and write(plain[at].tell(text))
+
+    tap = pass_on if plain else None
+    async for kind, part in write_grounded_pieces(request, served, asked, ground, tap):
         if kind == "end":
             if with_usage:
                 yield event({**head, "choices": [], "usage": usage_of(part["usage"]).model_dump()})

@@ -10,6 +10,7 @@ from fastapi import Request
 from pydantic import BaseModel, Field
 
 from luthier.core.types import Message
+from luthier.faces.server.engines import Tap
 from luthier.faces.server.indexes import Found
 from luthier.faces.server.server import server_of
 from luthier.faces.server.shelf import Served
@@ -113,11 +114,11 @@ async def write_grounded(
 
 
 async def write_grounded_pieces(
-    request: Request, served: Served, asked: dict[str, Any], ground: Ground | None
+    request: Request, served: Served, asked: dict[str, Any], ground: Ground | None, tap: Tap | None = None
 ) -> AsyncIterator[tuple[Literal["piece", "end"], dict[str, Any]]]:
     """The same, piece by piece."""
     if ground is None or ground.known:
-        async for one in write_pieces(request, served, asked):
+        async for one in write_pieces(request, served, asked, tap):
             yield one
         return
     text = _say_unknown(request, ground)

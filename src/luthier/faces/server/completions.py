@@ -11,7 +11,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, model_validator
 
-from luthier.faces.server.answering import DONE, event, new_id, stream_events, while_here
+from luthier.faces.server.answering import DONE, TextEvents, event, new_id, stream_events, while_here
+from luthier.faces.server.direct import writer_of
 from luthier.faces.server.drawing import Drawing, StreamOptions, TokenId, Usage, usage_of
 from luthier.faces.server.logprobs import TextLogs, text_logs
 from luthier.faces.server.refusals import RESPONSES, STREAMED
@@ -138,15 +139,24 @@ async def _chunks(
 ) -> AsyncIterator[bytes]:
     head = {"id": new_id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": served.name}
     with_usage = body.stream_options is not None and body.stream_options.include_usage
-    shown = [0] * body.n
-    async for kind, part in write_pieces(request, served, asked):
+    shown, begun, usage = [0] * body.n, False, {"usage": None} if with_usage else {}
+
+    def of_texts(at: int) -> TextEvents:
+        choice = {"index": at, "text": TextEvents.HERE, "finish_reason": None, "logprobs": None}
+        return TextEvents({**head, "choices": [choice], **usage})
+
+    def pass_on(at: int, text: str) -> bool:
+        return begun and write is not None and write(plain[at].tell(text))
+
+    write, plain = writer_of(request), [of_texts(at) for at in range(body.n)]
+    async for kind, part in write_pieces(request, served, asked, pass_on):
         if kind == "end":
             if with_usage:
                 yield event({**head, "choices": [], "usage": usage_of(part["usage"]).model_dump()})
             yield DONE
             return
-        at, logs = part["which"], part.get("logs")
+        at, logs, begun = part["which"], part.get("logs"), True
         choice: dict[str, Any] = {"index": at, "text": part["text"], "finish_reason": part.get("finish")}
         choice["logprobs"] = None if logs is None else text_logs(logs, shown[at]).model_dump()
         shown[at] += len(part["text"])
-        yield event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+        yield event({**head, "choices": [choice], **usage})

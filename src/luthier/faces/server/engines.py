@@ -17,6 +17,8 @@ from luthier.core.errors import LuthierError
 from luthier.faces.server import wire
 
 State: TypeAlias = Literal["asleep", "loading", "ready", "broken", "stopped"]
+# Takes a text of one of several answers; False where it cannot.
+Tap: TypeAlias = Callable[[int, str], bool]
 # Seconds before a start that follows on a broken one: they double until an engine has run for as long.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
 # Seconds that a process has for ending by itself.
@@ -36,9 +38,14 @@ class Gone(LuthierError, RuntimeError):
 
 
 class Inbox:
-    """What came for one reader; an `asyncio.Queue` is for many, and takes twice the time."""
+    """What came for one reader; an `asyncio.Queue` is for many, and takes twice the time.
 
-    def __init__(self) -> None:
+    Texts (which answer, and what came of it) go to `tap` at once where the reader waits here for them, and so has nothing left
+    to do that comes before; where it returns False they are kept for the reader.
+    """
+
+    def __init__(self, tap: Tap | None = None) -> None:
+        self._tap = tap
         self._messages: deque[wire.Message | None] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
@@ -48,11 +55,23 @@ class Inbox:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def put_text(self, which: int, text: str) -> None:
+        """Give a text to the tap, or wake the reader."""
+        if self._tap is not None and self._waiter is not None and not self._waiter.done() and not self._messages:
+            # What goes wrong with one answer, its reader will meet too; the others' are read on.
+            with suppress(Exception):
+                if self._tap(which, text):
+                    return
+        self.put({"piece": {"which": which, "text": text}})
+
     async def get(self) -> wire.Message | None:
         """The next; None at the end."""
         if not self._messages:
             self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         return self._messages.popleft()
 
 
@@ -140,14 +159,19 @@ class EngineProcess:
                 return part
         raise Gone("the engine gave no answer")
 
-    async def stream(self, do: str, **arguments: Any) -> AsyncIterator[tuple[Literal["piece", "end"], dict[str, Any]]]:
-        """The parts of an answer. Leaving the iterator, or being cancelled, ends the work. Raises Refused, Gone."""
+    async def stream(
+        self, do: str, tap: Tap | None = None, **arguments: Any
+    ) -> AsyncIterator[tuple[Literal["piece", "end"], dict[str, Any]]]:
+        """The parts of an answer. Leaving the iterator, or being cancelled, ends the work. Raises Refused, Gone.
+
+        A piece that is a text alone goes to `tap` while the iterator is waited for; what it returns False for comes from there.
+        """
         self.used = time.monotonic()
         if self.rests and self.state != "ready":
             await self._wake()
         if self._writer is None or self.state != "ready":
             raise Gone(self.broke or "the model is being loaded; ask again later")
-        id, inbox = next(self._ids), Inbox()
+        id, inbox = next(self._ids), Inbox(tap)
         self._waiting[id] = inbox
         over = False
         try:
@@ -242,6 +266,11 @@ class EngineProcess:
     async def _read(self, reader: asyncio.StreamReader) -> None:
         while (messages := await wire.read(reader)) is not None:
             for message in messages:
+                if isinstance(message, list):
+                    id, which, text = message
+                    if id in self._waiting:
+                        self._waiting[id].put_text(which, text)
+                    continue
                 if "said" in message:
                     self._tell(message["said"])
                     continue

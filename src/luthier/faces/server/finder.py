@@ -54,8 +54,9 @@ class Finder:
         """Leave what waits, and end."""
         self._work.shutdown(cancel_futures=True)
 
-    def do(self, message: dict[str, Any]) -> Parts:
-        """The parts of the answer to a message. Raises ConfigError for what there is no name for."""
+    def do(self, message: dict[str, Any], tell: object = None) -> Parts:
+        """The parts of the answer to a message; no text comes piece by piece, to `tell`. Raises ConfigError for what there is
+        no name for."""
         name = message["do"]
         if name not in DOINGS:
             raise ConfigError(f"an index cannot {name}")

@@ -24,7 +24,7 @@ from luthier.engine.native import let_go
 from luthier.engine.pooler import Embedding, Pooler
 from luthier.engine.readers import kept_bytes
 from luthier.engine.sampling import Execution, Sampling
-from luthier.engine.streaming import Answer
+from luthier.engine.streaming import Answer, Piece
 from luthier.faces.server.labelled import label
 from luthier.faces.server.readings import classify, embed, relate
 from luthier.faces.server.searching import search
@@ -111,9 +111,12 @@ class Hands:
         """Let the texts that are written go, and end."""
         self.door.close(drain=False)
 
-    def do(self, message: dict[str, Any]) -> Parts:
-        """The parts of the answer to a message. Raises ConfigError for what there is no name for."""
+    def do(self, message: dict[str, Any], tell: Callable[[int, str], bool] = lambda which, text: False) -> Parts:
+        """The parts of the answer to a message; texts that came and nothing else go to `tell` in their place, unless it returns
+        False. Raises ConfigError for what there is no name for."""
         name = message["do"]
+        if name == "write":
+            return self.write(message, tell)
         if name not in DOINGS:
             raise ConfigError(f"{self.model.spec.source} cannot {name}")
         return DOINGS[name](self, message)
@@ -132,7 +135,7 @@ class Hands:
             return self.within(text)
         return self.within(self.model.renderer.framed_ids(text))
 
-    async def write(self, message: dict[str, Any]) -> Parts:
+    async def write(self, message: dict[str, Any], tell: Callable[[int, str], bool]) -> Parts:
         """Answers to a prompt: `messages` (with `tools`, `choice` and `parallel`), `text` or `ids`; in pieces where `stream`."""
         ids, sampling = self.prompt(message), Sampling.make(message["sampling"], where="sampling")
         if message.get("tools") and message.get("choice") != "none":
@@ -152,14 +155,23 @@ class Hands:
                     found["prompt_logs"] = self._prompt_logs(ids, whole)
                 yield {"end": found}
                 return
-            begun, ids_of, text_of = False, defaultdict[int, list[int]](list), defaultdict[int, str](str)
-            async for piece in answer:
-                part: dict[str, Any] = {"which": piece.which, "text": piece.text, "tokens": len(piece.ids)}
-                if not begun:
-                    part["usage"], begun = _usage(len(ids), answer), True
+            ids_of, text_of = defaultdict[int, list[int]](list), defaultdict[int, str](str)
+
+            def keep(piece: Piece) -> bool:
                 if sampling.stop:
                     ids_of[piece.which] += piece.ids
                     text_of[piece.which] += piece.text
+                return True
+
+            def pass_on(piece: Piece) -> bool:
+                return piece.logprobs is None and tell(piece.which, piece.text) and keep(piece)
+
+            async for piece in answer:
+                part: dict[str, Any] = {"which": piece.which, "text": piece.text}
+                if answer.tap is None:
+                    # The first says what was read.
+                    part["usage"], answer.tap = _usage(len(ids), answer), pass_on
+                keep(piece)
                 if piece.logprobs is not None:
                     part["logs"] = [_log(one) for one in piece.logprobs]
                 if piece.finish is not None:
@@ -323,7 +335,6 @@ def _usage(prompt: int, answer: Answer) -> dict[str, Any]:
 
 
 DOINGS: dict[str, Callable[[Hands, dict[str, Any]], Parts]] = {
-    "write": Hands.write,
     "tokenize": Hands.tokenize,
     "detokenize": Hands.detokenize,
     "render": Hands.render,

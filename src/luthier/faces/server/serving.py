@@ -70,6 +70,7 @@ async def _run(settings: Serve, say: Say) -> int:
     import uvicorn
 
     from luthier.faces.server.app import make_app
+    from luthier.faces.server.direct import Direct
     from luthier.faces.server.keeping import working
     from luthier.faces.server.server import make_server
 
@@ -85,7 +86,7 @@ async def _run(settings: Serve, say: Say) -> int:
             served = await shelf.load(source, name)
             say(_plan(name, served.process.facts))
         config = uvicorn.Config(
-            make_app(server, keys, lambda line: print(line, flush=True)),
+            Direct(make_app(server, keys, lambda line: print(line, flush=True))),
             log_level="warning",
             access_log=False,
             ssl_certfile=settings.certificate,

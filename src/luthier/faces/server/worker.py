@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import LuthierError
 from luthier.faces.server import loops, wire
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # Seconds for which one thread may keep the other from Python.
 SWITCH = 0.0005
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 
 def main(descriptor: int) -> int:
@@ -66,7 +65,7 @@ async def _work(hands: Hands | Finder, reader: asyncio.StreamReader, writer: asy
     going: dict[int, asyncio.Task[None]] = {}
 
     # Who reads slowly gets longer pieces, instead of a queue of short ones.
-    send = Outbox(writer).send
+    out = Outbox(writer)
     while (messages := await wire.read(reader)) is not None:
         for message in messages:
             if "leave" in message:
@@ -74,24 +73,24 @@ async def _work(hands: Hands | Finder, reader: asyncio.StreamReader, writer: asy
                 if task is not None:
                     task.cancel()
                 continue
-            task = asyncio.create_task(_do(hands, message, send))
+            task = asyncio.create_task(_do(hands, message, out))
             going[message["id"]] = task
             task.add_done_callback(lambda _, id=message["id"]: going.pop(id, None))
     for task in list(going.values()):
         task.cancel()
 
 
-async def _do(hands: Hands | Finder, message: Message, send: Send) -> None:
+async def _do(hands: Hands | Finder, message: Message, out: Outbox) -> None:
     id = message["id"]
     try:
-        async for part in hands.do(message):
-            await send({"id": id, **part})
+        async for part in hands.do(message, partial(out.put_text, id)):
+            await out.send({"id": id, **part})
     except asyncio.CancelledError:
         raise
     except ConnectionError:
         return
     except Exception as err:
-        await send({"id": id, **_error(err)})
+        await out.send({"id": id, **_error(err)})
 
 
 def _error(err: Exception) -> Message:

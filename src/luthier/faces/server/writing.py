@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fastapi import Request
 
+from luthier.faces.server.engines import Tap
 from luthier.faces.server.limits import Taken
 from luthier.faces.server.server import key_of, server_of
 from luthier.faces.server.shelf import Served
@@ -31,12 +32,14 @@ async def read(request: Request, served: Served, do: str, asked: dict[str, Any])
 
 
 async def write_pieces(
-    request: Request, served: Served, asked: dict[str, Any]
+    request: Request, served: Served, asked: dict[str, Any], tap: Tap | None = None
 ) -> AsyncIterator[tuple[Literal["piece", "end"], dict[str, Any]]]:
-    """The same, piece by piece."""
+    """The same, piece by piece, with `tap` as in `EngineProcess.stream`."""
     began, texts = time.monotonic(), dict[int, str]()
     keep = server_of(request).settings.log_prompts
-    async for kind, part in served.process.stream("write", **asked, **_beside(served)):
+    # Texts that are kept are all seen here.
+    passed = None if keep else tap
+    async for kind, part in served.process.stream("write", passed, **asked, **_beside(served)):
         if kind == "end":
             _note(request, served, asked, part["usage"], began, list(texts.values()))
         elif keep:

@@ -66,6 +66,28 @@ def test_a_stream_adds_up(client):
     assert "".join(log.token for log in logs) == whole.choices[0].message.content
 
 
+@pytest.mark.parametrize("more", [{}, {"n": 3}, {"stop": ["e"], "n": 2}])
+def test_streams_without_more_than_text_are_the_whole_answers(client, more):
+    asked = {"model": "mini", "max_tokens": 40, "temperature": 1.0, "seed": 7, **more}
+    chats, texts = client.chat.completions, client.completions
+    whole = {
+        one.index: (one.message.content, one.finish_reason) for one in chats.create(messages=TURNS, **asked).choices
+    }
+    streamed = {}
+    for chunk in chats.create(messages=TURNS, stream=True, **asked):
+        for one in chunk.choices:
+            text, finish = streamed.get(one.index, ("", None))
+            assert finish is None
+            streamed[one.index] = text + (one.delta.content or ""), one.finish_reason
+    assert streamed == whole
+    whole = {one.index: (one.text, one.finish_reason) for one in texts.create(prompt="Once upon", **asked).choices}
+    streamed = {}
+    for chunk in texts.create(prompt="Once upon", stream=True, **asked):
+        for one in chunk.choices:
+            streamed[one.index] = streamed.get(one.index, ("", None))[0] + one.text, one.finish_reason
+    assert streamed == whole
+
+
 def test_several_answers_are_drawn(client):
     asked = {"model": "mini", "messages": TURNS, "max_tokens": 8, "n": 3, "seed": 5, "temperature": 1.5}
     found, again = (client.chat.completions.create(**asked) for _ in range(2))
