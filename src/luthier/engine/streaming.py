@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -84,7 +84,7 @@ class Awaited:
     @property
     def usage(self) -> Usage:
         """What the answers took so far."""
-        asked = self._writing.requests
+        asked: Sequence[Any] = self._writing.requests
         return Usage(
             sum(len(one.written) for one in asked),
             sum(one.reused for one in asked[:1]),

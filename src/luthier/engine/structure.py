@@ -95,7 +95,7 @@ class Matcher:
         self._state, self._stop_ids, self._ahead, self._digits = state, stop_ids, ahead, digits
         self.mask: Mask = (ctypes.c_int32 * -(-width // 32))()
         self._place = ctypes.addressof(self.mask), ctypes.sizeof(self.mask)
-        self.bits = np.frombuffer(self.mask, dtype=np.int32)
+        self.bits = np.frombuffer(memoryview(self.mask), dtype=np.int32)
         """A bit for each token, set where it may come next."""
         self.ready = False
         """Whether they are those of the place where it is."""
