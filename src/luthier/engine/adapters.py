@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from luthier.core.errors import ConfigError, ModelError, did_you_mean
 from luthier.core.events import Events
+from luthier.engine.paged import Paged
 from luthier.engine.reader import Reader
 from luthier.engine.request import Request
 from luthier.models.adapters.additions import Additions, Line, read_additions
@@ -86,17 +87,23 @@ class Adapters:
         """Put one beside the base. Raises ConfigError for a name that is taken, ModelError as `read_additions` does."""
         if not name:
             raise ConfigError("an adapter needs a name of one character at least")
+        reader = self._reader
+        if not isinstance(reader, Cached | Paged):
+            raise ModelError(
+                f"{self._model.spec.source}: an encoder-decoder is written with no adapter beside it; merge the adapter, and "
+                "load the merged model"
+            )
         if name in self._named:
             raise ConfigError(f"an adapter called {name!r} is there already; unload it first, or choose another name")
-        if isinstance(self._reader, Cached):
-            _take_out_left(self._reader.packed)
+        if isinstance(reader, Cached):
+            _take_out_left(reader.packed)
         read = source if isinstance(source, Additions) else read_additions(self._model, source)
         try:
             # A reader takes what adds to the products it makes, or to the layers it calls.
-            if isinstance(self._reader, Cached):
-                slot = self._reader.put_adapter(lows_of(self._model, read.layers))
+            if isinstance(reader, Cached):
+                slot = reader.put_adapter(lows_of(self._model, read.layers))
             else:
-                slot = self._reader.put_adapter(read.layers)
+                slot = reader.put_adapter(read.layers)
         except (Unlike, ValueError) as why:
             if isinstance(why, ModelError):
                 raise
@@ -145,7 +152,8 @@ class Adapters:
         gone = [one for one in self._leaving if one.slot not in held]
         for one in gone:
             self._leaving.remove(one)
-            self._reader.drop_adapter(one.slot)
+            if isinstance(self._reader, Cached | Paged):
+                self._reader.drop_adapter(one.slot)
             self._slots.discard(one.slot)
         return gone
 

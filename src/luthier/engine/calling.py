@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from luthier.core.errors import ConfigError, did_you_mean
+from luthier.engine.marked import cut_of, marked_rules, moved, regex_of, said_of
 from luthier.engine.schemas import prepare
 from luthier.engine.structure import WAYS, Structure
 from luthier.text.calls import CallForm
@@ -35,33 +36,33 @@ def structure_of_calls(
     if not functions:
         raise ConfigError("tools: there is none to call; name one, or leave tools out")
     calls = " | ".join(f"call_{at}" for at in range(len(functions)))
-    rules = [f"call_{at}: %json {json.dumps(_schema(form, one))}" for at, one in enumerate(functions)]
+    rules = [rule for at, one in enumerate(functions) for rule in _call(form, at, one)]
     rules.append(f"call: {calls}")
     many = parallel and bool(form.between)
-    rules.append(f"calls: call{f' ({_said(form, form.between)} call)*' if many else ''} {_said(form, form.after)}")
+    rules.append(f"calls: call{f' ({said_of(form, form.between)} call)*' if many else ''} {said_of(form, form.after)}")
     bare = form.before.lstrip("\n")
-    head, mark, _ = _cut(form, form.before)
+    head, mark, _ = cut_of(form, form.before)
     if choice != "auto":
-        rules.append(f"start: {_said(form, form.opening)} calls")
+        rules.append(f"start: {said_of(form, form.opening)} calls")
     elif mark is not None:
         # A special token ends the text, which does not spell it either.
-        marked, spelled = form.before[len(head) :], f"~/(.|\\n)*{_regex(mark[0])}(.|\\n)*/"
+        marked, spelled = form.before[len(head) :], f"~/(.|\\n)*{regex_of(mark[0])}(.|\\n)*/"
         rules += [
-            f"start: TEXT | {_said(form, bare)} calls | SAID {_said(form, marked)} calls",
+            f"start: TEXT | {said_of(form, bare)} calls | SAID {said_of(form, marked)} calls",
             f"TEXT: /(.|\\n)*/ & {spelled}",
-            f"SAID: /(.|\\n)+{_regex(head)}/ & {spelled}",
+            f"SAID: /(.|\\n)+{regex_of(head)}/ & {spelled}",
         ]
     elif not form.before:
         rules += ["start: TEXT | calls", r"TEXT: /([^{ \n\t](.|\n)*)?/"]
     else:
         # Text with the mark of a call in it is no plain text.
-        pattern = _regex(bare)
+        pattern = regex_of(bare)
         rules += [
             "start: TEXT | said calls",
             f"TEXT: /(.|\\n)*/ & ~/(.|\\n)*{pattern}(.|\\n)*/",
             f"said[suffix={json.dumps(bare)}]: /(.|\\n)*/",
         ]
-    return Structure(grammar="\n".join(rules))
+    return Structure(grammar="\n".join(rules)).with_calls(form, functions)
 
 
 def _function(tool: dict[str, Any], at: int) -> dict[str, Any]:
@@ -71,8 +72,21 @@ def _function(tool: dict[str, Any], at: int) -> dict[str, Any]:
     return found
 
 
-def _schema(form: CallForm, function: dict[str, Any]) -> dict[str, Any]:
-    """Of a whole call. What its parameters point to within themselves is moved along."""
+def _call(form: CallForm, at: int, function: dict[str, Any]) -> list[str]:
+    """The rules of a call of a function, which is `call_{at}`."""
+    parameters, name = _parameters(function), json.dumps(function["name"])
+    if form.kind == "marked":
+        return [f"call_{at}: {name} begin_{at}_0", *marked_rules(form, at, parameters, f"tools: {function['name']!r}")]
+    if form.kind == "object":
+        return [f"call_{at}: %json {json.dumps(_schema(form, function['name'], parameters))}"]
+    said = said_of(form, form.joined[0])
+    if form.numbered:
+        said += f" /[a-zA-Z0-9]{{9}}/ {said_of(form, form.joined[1])}"
+    return [f"call_{at}: {name} {said} %json {json.dumps({**parameters, 'x-guidance': WAYS})}"]
+
+
+def _parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a function's arguments, made ready."""
     asked = function.get("parameters") or {"type": "object", "properties": {}}
     try:
         parameters = prepare(asked)
@@ -80,34 +94,20 @@ def _schema(form: CallForm, function: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"tools: the parameters of {function['name']!r}: {err}") from None
     if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
         raise ConfigError(f"tools: the parameters of {function['name']!r} are no object; wrap them in one")
-    where = f"#/properties/{form.arguments}"
-    moved = json.loads(json.dumps({"type": "object", **parameters}).replace('"$ref": "#', f'"$ref": "{where}'))
+    return {"type": "object", **parameters}
+
+
+def _schema(form: CallForm, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Of a whole call that is an object. What its parameters point to within themselves is moved along."""
     numbered = {"id": {"type": "string", "pattern": "^[a-zA-Z0-9]{9}$"}} if form.numbered else {}
     return {
         "type": "object",
-        "properties": {"name": {"const": function["name"]}, form.arguments: moved, **numbered},
+        "properties": {
+            "name": {"const": name},
+            form.arguments: moved(parameters, f"#/properties/{form.arguments}"),
+            **numbered,
+        },
         "required": ["name", form.arguments, *numbered],
         "additionalProperties": False,
         "x-guidance": WAYS,
     }
-
-
-def _said(form: CallForm, text: str) -> str:
-    """`text` itself: its letters, and its special tokens by their ids."""
-    head, mark, rest = _cut(form, text)
-    said = json.dumps(head, ensure_ascii=False) if head else ""
-    return said if mark is None else f"{said} <[{mark[1]}]> {_said(form, rest)}"
-
-
-def _cut(form: CallForm, text: str) -> tuple[str, tuple[str, int] | None, str]:
-    """What stands before the first special token in a text, the token, and what follows it."""
-    found = [(text.index(spelled), -len(spelled), spelled, id) for spelled, id in form.marks if spelled in text]
-    if not found:
-        return text, None, ""
-    at, _, spelled, id = min(found)
-    return text[:at], (spelled, id), text[at + len(spelled) :]
-
-
-def _regex(text: str) -> str:
-    """`text` itself as a regular expression between slashes."""
-    return "".join(f"\\{one}" if one in r"\.+*?()|[]{}^$/" else "\\n" if one == "\n" else one for one in text)

@@ -8,7 +8,7 @@ import socket
 import ssl
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -69,7 +69,7 @@ class Client:
                 tries += 1
                 self._retry(again, tries, patient)
 
-    def stream(self, path: str, body: dict[str, Any]) -> Iterator[Any]:
+    def stream(self, path: str, body: dict[str, Any]) -> Generator[Any]:
         """The events of the server's answer up to [DONE], each read as JSON. An answer of which something was handed on is
         not asked for again."""
         tries = 0
@@ -152,7 +152,7 @@ class Client:
             ) from None
         finally:
             with self._lock:
-                self._sockets.discard(held)  # type: ignore[arg-type]
+                self._sockets.discard(held)
             if response is not None:
                 response.close()
             made.close()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+from copy import copy
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+
+from luthier.text.called import CallReader
 
 # Digits one after the other, beyond which no more may come where something else may: twice what a float64 tells apart.
 MOST = 34
@@ -80,3 +84,25 @@ class Digits:
             left = bits & self._vocabulary.no_digit
             if left.any():
                 bits[:] = left
+
+
+class CallDigits(Digits):
+    """How many digits stand at the end of an answer with calls, inside of these and outside of their texts."""
+
+    def __init__(self, vocabulary: Vocabulary, reader: CallReader):
+        super().__init__(vocabulary)
+        # Each answer is read by a reader of its own, which holds nothing but texts and numbers.
+        self._reader = copy(reader)
+        self._letters = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def copy(self) -> CallDigits:
+        """One at the same place."""
+        made = CallDigits(self._vocabulary, self._reader)
+        made._letters.setstate(self._letters.getstate())
+        made._run = self._run
+        return made
+
+    def take(self, token: int) -> None:
+        """Go on by a token."""
+        self._reader.feed(self._letters.decode(self._vocabulary.bytes_of(token)))
+        self._run = self._reader.digits

@@ -232,7 +232,7 @@ class Door:
 
     def _abort(self, writing: Writing, _: BaseException | None = None) -> None:
         for request in writing.requests:
-            self._engine.abort(request)
+            self._engine.abort(request)  # type: ignore[arg-type]
             self._open.pop(request, None)
 
     def _hand_out(self, found: Iterable[Work]) -> None:

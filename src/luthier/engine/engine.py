@@ -171,8 +171,8 @@ class Engine:
         for request in [*self.schedule.running, *self.schedule.waiting] if now else []:
             if request.adapter == gone.slot:
                 self._fail(request, error)
-        for reading in self._pooler.waiting if now and self._pooler is not None else []:
-            if reading.adapter == gone.slot:
+        if now and self._pooler is not None:
+            for reading in [one for one in self._pooler.waiting if one.adapter == gone.slot]:
                 self._pooler.fail(reading, error)
                 self._failed.append(reading)
         if now:

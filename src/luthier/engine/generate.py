@@ -18,14 +18,14 @@ from luthier.engine.draft_model import check_draft
 from luthier.engine.drafts import remember
 from luthier.engine.engine import STREAMS, Engine
 from luthier.engine.logs import logs_of
-from luthier.engine.native import Execution, let_go, prepare, refuse
+from luthier.engine.native import let_go, prepare, refuse
 from luthier.engine.numbers import numbers_of
 from luthier.engine.padded import refuse_logprobs, write, write_on
 from luthier.engine.pieces import complete, pieces
 from luthier.engine.pooler import Reading
 from luthier.engine.readers import writes_side_by_side
 from luthier.engine.request import Request
-from luthier.engine.sampling import Sampling
+from luthier.engine.sampling import Execution, Sampling
 from luthier.models.load import load_model
 from luthier.models.memory import shown
 from luthier.models.pages import BLOCK

@@ -101,4 +101,5 @@ def ask_for(labels: Sequence[str]) -> str:
 def _shares(logs_NC: NDArray[np.float64]) -> NDArray[np.float64]:
     """[N, C]: the softmax of each row."""
     shares_NC = np.exp(logs_NC - logs_NC.max(1, keepdims=True))
-    return shares_NC / shares_NC.sum(1, keepdims=True)
+    whole_NC: NDArray[np.float64] = shares_NC / shares_NC.sum(1, keepdims=True)
+    return whole_NC

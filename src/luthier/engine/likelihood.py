@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,7 +44,9 @@ def score(
 
     def keep(part: list[int], scored: Scored) -> None:
         nll_N, weights_N, sizes = scored
-        for at, nll_T, weights_T in zip(part, nll_N.cpu().split(sizes), weights_N.double().cpu().split(sizes)):
+        nll: Any = nll_N.cpu()
+        weights: Any = weights_N.double().cpu()
+        for at, nll_T, weights_T in zip(part, nll.split(sizes), weights.split(sizes)):
             found[at] = (float((nll_T.double() * weights_T).sum()), float(weights_T.sum()))
             if math.isnan(found[at][0]):
                 raise not_numbers()

@@ -44,7 +44,8 @@ def logs_of(model: LoadedModel, request: Request, stop: int, start: int = 0) -> 
     for at, (tokens, raw, processed) in enumerate(request.logs[start:stop], start):
         before = request.written[max(0, at - BEFORE) : at]
         chosen, *top = [
-            TokenLog(token, added(model, before, token), *shares) for token, *shares in zip(tokens, raw, processed)
+            TokenLog(token, added(model, before, token), one, other)
+            for token, one, other in zip(tokens, raw, processed)
         ]
         found.append(TokenLog(chosen.id, chosen.text, chosen.raw, chosen.processed, tuple(top)))
     return tuple(found)

@@ -115,8 +115,8 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
         return
     packed, quality = chosen
     model.native = packed
-    why = f"{quality}; {packed.nbytes / 1e6:,.0f} MB of weights; keys and values in {packed.kept}"
-    events.choose("engine", f"native {packed.form}", why)
+    how = f"{quality}; {packed.nbytes / 1e6:,.0f} MB of weights; keys and values in {packed.kept}"
+    events.choose("engine", f"native {packed.form}", how)
 
 
 def refuse(execution: Execution, draft: str | None = None) -> None:
@@ -187,7 +187,7 @@ def packed_bytes(model: LoadedModel, tokens: int) -> int:
     inside += sum(one.out_features * one.in_features for _, one in quantised_layers(network))
     tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
     # The table of embeddings is read where it is, the head is packed.
-    return 2 * (inside if tied else inside - network.get_input_embeddings().weight.numel())
+    return int(2 * (inside if tied else inside - network.get_input_embeddings().weight.numel()))
 
 
 def tell_packed(model: LoadedModel, tokens: int, events: Events) -> None:

@@ -33,5 +33,5 @@ def naive_order(values_N: Tensor) -> Tensor:
     return values_N.sort(stable=True).indices
 
 
-def _sorted(ranks: np.ndarray, places: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+def _sorted(ranks: np.ndarray, places: np.ndarray) -> Tensor:
     return torch.from_numpy(np.sort((ranks << 32) | places) & PLACES)

@@ -51,7 +51,8 @@ def write(
     # What an encoder-decoder is made to begin with is no part of the answer.
     begun = 0 if left else max(0, len(opening_of(model)) - 1)
     start = width if left else 1 + begun
-    training, own = module.training, module.generation_config
+    training = module.training
+    own: Any = module.generation_config
     forced, ending = own.forced_eos_token_id, own.eos_token_id
     module.eval()
     # BART and Marian write their end token wherever max_tokens cuts: an answer that was cut would look finished. And where
@@ -59,10 +60,10 @@ def write(
     own.forced_eos_token_id = own.eos_token_id = None
     try:
         with quiet():
-            out = module.generate(
+            out = module.generate(  # type: ignore[operator]
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                generation_config=GenerationConfig(**_settings(model, sampling, room, begun, pad)),
+                generation_config=GenerationConfig(**_settings(model, sampling, room, begun, pad)),  # type: ignore[no-untyped-call]
                 stopping_criteria=StoppingCriteriaList(_stops(model, sampling, start)),
                 logits_processor=LogitsProcessorList(
                     [*_processors(model, sampling, start), *([processor] if processor else [])]

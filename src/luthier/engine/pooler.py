@@ -106,7 +106,7 @@ class Pooler:
         if embedding is None and spec.task not in ("classify", "regress"):
             raise ModelError(f"{spec.source}: this model is made to {spec.task}, not to classify or to give numbers")
         if embedding is not None:
-            check_embedding(self.model, embedding)
+            check_embedding(self.model, embedding, self._events)
         if not ids:
             raise DataError("a text needs one token at least")
         if len(ids) > spec.max_length:
@@ -235,7 +235,7 @@ class Pooler:
                 return hidden_states(self.model, batch.ids_N, batch.lengths)
         # Where texts are padded side by side, rows are not theirs alone.
         found = []
-        for ids_T, adapter in zip(batch.ids_N.split(list(batch.lengths)), adapters):
+        for ids_T, adapter in zip(torch.split(batch.ids_N, list(batch.lengths)), adapters):
             with reader.adding_to_all(adapter):
                 found.append(hidden_states(self.model, ids_T, (len(ids_T),)))
         return torch.cat(found)
@@ -243,12 +243,14 @@ class Pooler:
     def _vectors(self, readings: Sequence[Reading], batch: Batch) -> list[Tensor]:
         hidden_NE = self._hidden_states(batch, [one.adapter for one in readings])
         asked = [one.embedding or Embedding() for one in readings]
-        ways: list[Pooling] = [manner_of(self.model).pooling if one.pooling == "auto" else one.pooling for one in asked]
+        ways: list[Pooling] = [
+            manner_of(self.model, self._events).pooling if one.pooling == "auto" else one.pooling for one in asked
+        ]
         pooled = {way: pool_flat(hidden_NE, batch.lengths, way) for way in dict.fromkeys(ways)}
         found = []
         for at, (one, way) in enumerate(zip(asked, ways)):
             vector_E = pooled[way][at, : one.dimensions]
-            normalise = manner_of(self.model).normalised if one.normalise is None else one.normalise
+            normalise = manner_of(self.model, self._events).normalised if one.normalise is None else one.normalise
             found.append(torch.nn.functional.normalize(vector_E, dim=0) if normalise else vector_E)
         return found
 
@@ -264,11 +266,11 @@ def score_batch(model: LoadedModel, batch: Batch) -> Tensor:
     return model.module.score(hidden_NE, batch.lengths)  # type: ignore[operator,no-any-return]
 
 
-def check_embedding(model: LoadedModel, embedding: Embedding) -> None:
+def check_embedding(model: LoadedModel, embedding: Embedding, events: Events | None = None) -> None:
     """Raises ConfigError for settings that this model cannot follow, and ModelError for files that ask for what is not done
     here."""
     width = width_of(model.network.config)
     if embedding.dimensions is not None and embedding.dimensions > width:
         raise ConfigError(f"dimensions: {embedding.dimensions} are asked for, and this model's vectors have {width}")
     if embedding.pooling == "auto" or embedding.normalise is None:
-        manner_of(model)
+        manner_of(model, events)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -203,7 +203,7 @@ def _find_card(client: Client, model: LoadedModel) -> dict[str, Any]:
     return dict(card)
 
 
-def _choices(client: Client, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _choices(client: Client, body: dict[str, Any]) -> Generator[dict[str, Any]]:
     """The pieces of the one answer that is streamed."""
     finish = None
     with closing(client.stream(COMPLETIONS, body)) as events:
@@ -238,7 +238,7 @@ def _answer(model: LoadedModel, prompt: Sequence[int], sampling: Sampling, choic
     text = choice.get("text")
     if not isinstance(text, str):
         raise _strange(server.client, "an answer without text")
-    finish = choice.get("finish_reason")
+    finish: Any = choice.get("finish_reason")
     _check_finish(server.client, finish)
     ids = _ids_of(model, choice)
     if ids is None:

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -87,7 +87,7 @@ class Awaited:
     @property
     def usage(self) -> Usage:
         """What the answers took so far."""
-        asked = self._writing.requests
+        asked: Sequence[Any] = self._writing.requests
         return Usage(
             sum(len(one.written) for one in asked),
             sum(one.reused for one in asked[:1]),

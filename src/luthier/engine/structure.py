@@ -15,15 +15,17 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from pydantic import field_validator, model_validator
+from pydantic import PrivateAttr, field_validator, model_validator
 from torch import Tensor
 
 from luthier.core.config import Config
 from luthier.core.errors import ConfigError, MissingExtra, ModelError
-from luthier.engine.digits import Digits, Vocabulary
+from luthier.engine.digits import CallDigits, Digits, Vocabulary
 from luthier.engine.schemas import blame, prepare, read_schema
 from luthier.models.spec import LoadedModel
 from luthier.native.masks import Mask, mask_rows_
+from luthier.text.called import CallReader
+from luthier.text.calls import CallForm
 
 if TYPE_CHECKING:
     from luthier.engine.request import Request
@@ -51,6 +53,18 @@ class Structure(Config):
     """The texts among which the answer is one."""
     grammar: str | None = None
     """A grammar in llguidance's form of Lark, with a rule `start`."""
+    _reader: CallReader | None = PrivateAttr(None)
+
+    def with_calls(self, form: CallForm, tools: Sequence[dict[str, Any]]) -> Structure:
+        """This structure, whose answers hold calls of that form: the digits of their numbers are bounded as elsewhere."""
+        self._reader = CallReader(form, tools)
+        return self
+
+    def digits(self, vocabulary: Vocabulary) -> Digits | None:
+        """What bounds the digits of an answer; None where nothing tells a number from a text."""
+        if self._reader is not None:
+            return CallDigits(vocabulary, self._reader)
+        return None if self.json_schema is None else Digits(vocabulary)
 
     @field_validator("json_schema", mode="after")
     @classmethod
@@ -81,7 +95,7 @@ class Matcher:
         self._state, self._stop_ids, self._ahead, self._digits = state, stop_ids, ahead, digits
         self.mask: Mask = (ctypes.c_int32 * -(-width // 32))()
         self._place = ctypes.addressof(self.mask), ctypes.sizeof(self.mask)
-        self.bits = np.frombuffer(self.mask, dtype=np.int32)
+        self.bits = np.frombuffer(memoryview(self.mask), dtype=np.int32)
         """A bit for each token, set where it may come next."""
         self.ready = False
         """Whether they are those of the place where it is."""
@@ -131,7 +145,7 @@ def matcher_for(model: LoadedModel, structure: Structure) -> Matcher:
     # Where the model's own threads take every core, one more for masks would only stand in their way.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ahead = model.device.type == "cpu" and torch.get_num_threads() >= cores
-    digits = None if structure.json_schema is None else Digits(vocabulary)
+    digits = structure.digits(vocabulary)
     state, width = states(source_of(structure)).deep_copy(), vocabulary.tokens.vocab_size
     return Matcher(state, model.spec.stop_ids, width, ahead, digits)
 

@@ -29,7 +29,7 @@ def to_int4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     A scale's sign lets the group's largest number be the 0 that has no opposite; of a few sizes the one with the least
     squared error is kept.
     """
-    groups_NGK = weight_NK.float().unflatten(1, (-1, GROUP))
+    groups_NGK = weight_NK.float().unflatten(1, (-1, GROUP))  # type: ignore[no-untyped-call]
     at_NG1 = groups_NGK.abs().argmax(-1, keepdim=True)
     largest_NG1 = groups_NGK.gather(-1, at_NG1)
     best_NG1 = torch.full_like(largest_NG1, torch.inf)
@@ -64,5 +64,6 @@ def rounded(weight_NK: Tensor, form: Form) -> Tensor:
         made_NK = numbers_NK.float() * scale_N[:, None]
     else:
         numbers_NK, scale_NG = to_int4(whole_NK)
-        made_NK = ((numbers_NK.float() - 8).unflatten(1, (-1, GROUP)) * scale_NG.float()[..., None]).flatten(1)
+        groups_NGK = (numbers_NK.float() - 8).unflatten(1, (-1, GROUP))  # type: ignore[no-untyped-call]
+        made_NK = (groups_NGK * scale_NG.float()[..., None]).flatten(1)
     return made_NK[:n, :k]

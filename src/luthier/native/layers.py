@@ -159,7 +159,7 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         grad_NHD = grads[0].contiguous() if not grads[0].is_contiguous() else grads[0].clone()
-        _rotate(grad_NHD, *ctx.saved_tensors, -1.0)
+        _rotate(grad_NHD, *ctx.saved_tensors, -1.0)  # type: ignore[call-arg]
         return grad_NHD, None, None
 
 

@@ -34,7 +34,7 @@ def mask_rows_(logits_RV: Tensor, rows: Sequence[int], masks: Sequence[Mask]) ->
 def naive_mask_rows_(logits_RV: Tensor, rows: Sequence[int], masks: Sequence[Mask]) -> None:
     """The same, by a boolean for every token of every row."""
     width, device = logits_RV.shape[1], logits_RV.device
-    words_SW = torch.from_numpy(np.stack([np.frombuffer(one, dtype=np.int32) for one in masks])).to(device)
+    words_SW = torch.from_numpy(np.stack([np.frombuffer(memoryview(one), dtype=np.int32) for one in masks])).to(device)
     unset_SN = (words_SW[:, :, None] >> torch.arange(32, device=device) & 1).flatten(1)[:, :width] == 0
     unset_SV = F.pad(unset_SN, (0, width - unset_SN.shape[1]), value=True)
     places = torch.tensor(rows, device=device)

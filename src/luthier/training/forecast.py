@@ -116,7 +116,6 @@ def foresee(
     time, which is left out, as is what lies outside the layers. Rows must not need a draw (see `Objective.stand_in`). May
     raise whatever the model's code raises on tensors without values.
     """
-    process = held_memory(model.device)
     trainable = sum(one.numel() for one in parameters)
     wide = sum(one.numel() for one in parameters if one.dtype != torch.float32)
     weights = sum(one.nbytes for one in (*model.module.parameters(), *model.module.buffers()))
@@ -125,19 +124,21 @@ def foresee(
     with ExitStack() as entered:
         for one in models:
             entered.enter_context(as_it_is(one, continued=continued))
+        # Only now: weights that lie in a mapped file are held from when they are first looked at.
+        process = held_memory(model.device)
         with rehearse([one.module for one in models], model.device) as ledger:
             stand_ins = [ledger.stand_ins[id(one)] for one in parameters]
             masters = Masters([(str(at), one) for at, one in enumerate(stand_ins)])  # type: ignore[misc]
             if several:
-                for _, one in masters.parameters:
-                    one.grad = torch.empty_like(one)
+                for _, stand_in in masters.parameters:
+                    stand_in.grad = torch.empty_like(stand_in)
             before = ledger.held
             ledger.mark()
             model.module.train()
             batch = objective.batch(rows, model, (0, 0)).to(META)
             with noisy_inputs(model, batch, noise, (0, 0)):
                 loss, _ = objective.measure(model, batch)
-                loss.sum.backward()
+                loss.sum.backward()  # type: ignore[no-untyped-call]
             learned = sum(one.grad.nbytes for _, one in masters.parameters if one.grad is not None)
             peak = ledger.peak - before
             activations = peak if several else max(peak - learned, 0)

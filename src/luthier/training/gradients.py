@@ -48,5 +48,6 @@ def _buckets(parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:
 
 def _take_back(bucket: list[Parameter], flat: Tensor, work: Any) -> None:
     work.wait()
-    for parameter, piece in zip(bucket, flat.split([one.numel() for one in bucket])):
+    pieces = flat.split([one.numel() for one in bucket])  # type: ignore[no-untyped-call]
+    for parameter, piece in zip(bucket, pieces):
         parameter.grad.copy_(piece.view_as(parameter))  # type: ignore[union-attr]

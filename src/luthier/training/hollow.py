@@ -70,9 +70,9 @@ def fill(module: nn.Module, world: World, device: torch.device, *, given: bool) 
         new[id(one)] = Parameter(value.to(device), requires_grad=one.requires_grad)
         vars(new[id(one)]).update(vars(one))
     for inner in module.modules():
-        for name, one in inner._parameters.items():
-            if one is not None and id(one) in new:
-                inner._parameters[name] = new[id(one)]
+        for name, held in inner._parameters.items():
+            if held is not None and id(held) in new:
+                inner._parameters[name] = new[id(held)]
 
 
 def fill_buffers(module: nn.Module, world: World, device: torch.device, *, given: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -83,7 +83,8 @@ class Learner:
     @property
     def averages(self) -> Averages | None:
         """What holds the weights to look at and to save, when these are not the weights that learn."""
-        return self.ema or (self.engine if hasattr(self.engine, "eval") else None)
+        engine: Any = self.engine
+        return self.ema or (engine if hasattr(engine, "eval") else None)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

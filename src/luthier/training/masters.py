@@ -27,7 +27,7 @@ class Masters:
             master = Parameter(weight.detach().float())
             self.parameters.append((name, master))
             self._pairs.append((weight, master))
-            self._hooks.append(weight.register_post_accumulate_grad_hook(_collector(master)))
+            self._hooks.append(weight.register_post_accumulate_grad_hook(_collector(master)))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -13,8 +13,8 @@ from luthier.training.world import PATIENCE, World
 
 def host_world(size: int, check: Callable[[], None]) -> tuple[World, int]:
     """A world of `size` processes of this machine, led by this one, and the port at which the others find its store."""
-    store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)
-    return World(0, size, local_size=size, store=dist.PrefixStore("luthier/1", store), check=check), store.port
+    store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    return World(0, size, local_size=size, store=dist.PrefixStore("luthier/1", store), check=check), store.port  # type: ignore[attr-defined]
 
 
 def find_world() -> World | None:
@@ -36,7 +36,7 @@ def find_world() -> World | None:
         local_rank=int(os.environ.get("LOCAL_RANK", rank)),
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", size)),
         node=os.environ.get("GROUP_RANK") or os.environ.get("NODE_RANK") or "0",
-        store=dist.PrefixStore(f"luthier/{_Tunings.count}", store),
+        store=dist.PrefixStore(f"luthier/{_Tunings.count}", store),  # type: ignore[attr-defined]
         formed=formed,
     )
 
@@ -50,5 +50,5 @@ class _Tunings:
 
 def _meet(rank: int, size: int) -> Any:
     if _Tunings.store is None:
-        _Tunings.store = next(iter(dist.rendezvous("env://", rank, size, timeout=PATIENCE)))[0]
+        _Tunings.store = next(iter(dist.rendezvous("env://", rank, size, timeout=PATIENCE)))[0]  # type: ignore[attr-defined]
     return _Tunings.store

@@ -46,7 +46,7 @@ def noisy_inputs(model: LoadedModel, batch: Batch, alpha: float, seed: tuple[int
         if layout is None:
             return None
         met = True
-        pieces = batch.ids_N.split(list(batch.lengths))
+        pieces = batch.ids_N.split(list(batch.lengths))  # type: ignore[no-untyped-call]
         drawn = [draw_noise(piece, states.shape[-1], alpha, seed) for piece in pieces]
         texts = [torch.cat([drawn[at] for at in text]) for text in layout]
         noise = pad(torch.cat(texts), [len(text) for text in texts], 0.0) if len(ids) > 1 else torch.cat(texts)[None]
@@ -74,7 +74,7 @@ def draw_noise(ids_L: Tensor, width: int, alpha: float, seed: tuple[int, ...]) -
 
 def _layout(batch: Batch, ids: Tensor) -> list[list[int]] | None:
     """Which segments make up each text of a call with `ids` [rows, T]; None when it is a call with other tokens."""
-    pieces = batch.ids_N.split(list(batch.lengths))
+    pieces = batch.ids_N.split(list(batch.lengths))  # type: ignore[no-untyped-call]
     layouts = [[[at] for at in range(len(pieces))]]
     if batch.parents:
         layouts.append([[up, at] if up >= 0 else [at] for at, up in enumerate(batch.parents)])

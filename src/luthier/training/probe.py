@@ -44,7 +44,7 @@ def probe(learner: Learner, plan: Plan, events: Events, *, watched: bool = True)
         batch = objective.batch(plan.rows, model, (0, 0)).to(device)
         with noisy_inputs(model, batch, learner.settings.noise, (0, 0)):
             loss, _ = objective.measure(model, batch)
-            (loss.sum * 0).backward()
+            (loss.sum * 0).backward()  # type: ignore[no-untyped-call]
         float(loss.sum.detach())
         seconds = time.perf_counter() - started
         if plan.held_out:

@@ -67,7 +67,8 @@ def log_probs(
         return log_N
 
     def keep(part: list[int], log_N: Tensor) -> None:
-        for at, one in zip(part, log_N.cpu().split([len(rows[at].ids) for at in part])):
+        pieces = log_N.cpu().split([len(rows[at].ids) for at in part])  # type: ignore[no-untyped-call]
+        for at, one in zip(part, pieces):
             found[at] = one.double().numpy()
 
     run_rows(model, rows, compute, keep)

@@ -100,7 +100,8 @@ class _Rows:
         self._pieces: dict[str, list[tuple[int, Any]]] = {}
         for path in files:
             file = safe_open(path, "pt")
-            for key, start in json.loads(file.metadata()["starts"]).items():
+            told: dict[str, Any] = file.metadata()  # type: ignore[no-untyped-call]
+            for key, start in json.loads(told["starts"]).items():
                 self._pieces.setdefault(key, []).append((start, file))
 
     def read(self, key: str, start: int, stop: int) -> Tensor:

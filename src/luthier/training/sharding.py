@@ -185,4 +185,4 @@ def _without_weights(module: nn.Module) -> nn.Module:
         id(one): Parameter(torch.empty_like(one, device="meta"), requires_grad=one.requires_grad)
         for one in module.parameters()
     }
-    return copy.deepcopy(module, empty)  # type: ignore[arg-type]
+    return copy.deepcopy(module, empty)

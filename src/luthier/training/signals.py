@@ -28,5 +28,5 @@ def watch_signals() -> Iterator[Callable[[], bool]]:
     try:
         yield lambda: bool(caught)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught_before, handler in before.items():
+            signal.signal(caught_before, handler)

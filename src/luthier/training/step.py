@@ -110,7 +110,7 @@ def _add_up(
                 loss, seen = learner.measure(batch)
                 share = loss.sum if at < counted else loss.sum * 0
                 # Sharded gradients come back as means over the processes; the others are added up later.
-                (share * (1 if learner.sharded is None else world.size) / weight).backward()
+                (share * (1 if learner.sharded is None else world.size) / weight).backward()  # type: ignore[no-untyped-call]
             if seen is not None and at < counted:
                 tallies.append(learner.objective.observe(seen.detach()))
             value = float(share.detach())

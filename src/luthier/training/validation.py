@@ -119,7 +119,10 @@ def validate(
     summed = world.sum(*(number for pair in totals.values() for number in pair))
     totals = dict(zip(sources, zip(summed[::2], summed[1::2])))
     both = [pair for pairs in world.gather(list(zip(scores, gold))) for pair in pairs]
-    extra = objective.metrics(*(torch.cat(side) for side in zip(*both)), model) if both else {}
+    extra: dict[str, float] = {}
+    if both:
+        found_S, gold_S = (torch.cat(side) for side in zip(*both))
+        extra = objective.metrics(found_S, gold_S, model)
     total, weight = (sum(parts) for parts in zip(*totals.values()))
     named = {f"loss/{name}": part / held for name, (part, held) in totals.items() if name and held}
     # One process speaks for all: they must agree on which weights are the best.

@@ -49,7 +49,7 @@ class World:
         local_rank: int = 0,
         local_size: int = 1,
         node: str = "0",
-        store: dist.Store | None = None,
+        store: Any = None,
         formed: bool = False,
         check: Callable[[], None] = lambda: None,
     ):
@@ -96,7 +96,7 @@ class World:
             if failure is not None:
                 raise failure
             self._check()
-        return self._store.get(key).decode()
+        return str(self._store.get(key).decode())
 
     def await_all(self, what: str) -> None:
         """Wait until every process has come this far."""
@@ -118,7 +118,7 @@ class World:
         assert self._store is not None
         dist.init_process_group(
             "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl",
-            store=dist.PrefixStore("group", self._store),
+            store=dist.PrefixStore("group", self._store),  # type: ignore[attr-defined]
             rank=self.rank,
             world_size=self.size,
             timeout=PATIENCE if device.type == "cpu" else DEVICE_PATIENCE,
@@ -142,7 +142,7 @@ class World:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self._host)
-        return total.tolist()  # type: ignore[no-any-return]
+        return total.tolist()
 
     def most(self, value: int) -> int:
         """The largest `value` of any process."""

@@ -42,12 +42,13 @@ def seen_of(work: Work) -> str:
     return f" from the first {LOOKED} steps" if work.settings.steps > LOOKED else ""
 
 
-def largest_part(
+def largest_parts(
     steps: Sequence[Sequence[Encoded]], settings: Settings, processes: int
-) -> tuple[Sequence[Encoded], bool]:
-    """The rows of the largest micro-batch of `steps`, and whether its step has others."""
-    largest: Sequence[Encoded] = []
-    several, weight = False, (-1, -1)
+) -> tuple[list[Sequence[Encoded]], bool]:
+    """The rows of the largest micro-batch of `steps`, and whether its step has others. Rows with a source and an answer are
+    padded to the longest of each, so that others may be larger: the most padded tokens, and the most pairs of them."""
+    largest: dict[str, tuple[tuple[int, ...], Sequence[Encoded]]] = {}
+    several = False
     for rows in steps:
         sizes = lengths_of(rows)
         for hand in deal(sizes, processes):
@@ -57,10 +58,23 @@ def largest_part(
             parts = split_step(range(len(hand)), held, -(-settings.accumulate // processes), settings.micro_tokens)
             several = several or len(parts) > 1
             for part in parts:
-                found = (sum(held[at] for at in part), sum(held[at] ** 2 for at in part))
-                if found > weight:
-                    weight, largest = found, [rows[hand[at]] for at in part]
-    return largest, several
+                found = [rows[hand[at]] for at in part]
+                for name, weight in _weights(found).items():
+                    if name not in largest or weight > largest[name][0]:
+                        largest[name] = weight, found
+    chosen = [found for _, found in largest.values()]
+    return [one for at, one in enumerate(chosen) if one not in chosen[:at]] or [[]], several
+
+
+def _weights(rows: Sequence[Encoded]) -> dict[str, tuple[int, ...]]:
+    """How large a micro-batch is, by what may be largest of it."""
+    sizes = [len(row.ids) + len(row.target) for row in rows]
+    found: dict[str, tuple[int, ...]] = {"tokens": (sum(sizes), sum(size**2 for size in sizes))}
+    if any(row.target for row in rows):
+        source, answer = max(len(row.ids) for row in rows), max(len(row.target) for row in rows)
+        found["padded"] = (len(rows) * (source + answer),)
+        found["pairs"] = (len(rows) * (source**2 + answer**2 + source * answer),)
+    return found
 
 
 def largest_held_out(work: Work, tokens: int) -> Sequence[Encoded]:

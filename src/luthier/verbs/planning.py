@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from luthier.core.errors import ConfigError
 from luthier.core.types import Encoded
 from luthier.data.cache import lengths_of
-from luthier.verbs.largest import answers_of, large_steps, largest_held_out, largest_part, largest_writing, seen_of
+from luthier.verbs.largest import answers_of, large_steps, largest_held_out, largest_parts, largest_writing, seen_of
 
 if TYPE_CHECKING:
     from luthier.models.checkpointing import Checkpointing
@@ -135,25 +135,29 @@ def _lay_out(
     from luthier.training.forecast import Plan, foresee
 
     settings = replace(work.settings, micro_tokens=tokens)
-    rows, several = largest_part(steps, settings, work.world.size)
+    parts, several = largest_parts(steps, settings, work.world.size)
     held_out = largest_held_out(work, tokens)
     try:
-        forecast = foresee(
-            work.model,
-            work.objective,
-            [parameter for _, parameter in work.parameters],
-            work.config.optimizer,
-            rows,
-            held_out,
-            several=several,
-            averages=bool(work.config.ema),
-            noise=work.config.noise,
-            shards=work.world.size if work.shards else 1,
-            writing=largest_writing(work),
-        )
+        forecasts = [
+            foresee(
+                work.model,
+                work.objective,
+                [parameter for _, parameter in work.parameters],
+                work.config.optimizer,
+                rows,
+                held_out,
+                several=several,
+                averages=bool(work.config.ema),
+                noise=work.config.noise,
+                shards=work.world.size if work.shards else 1,
+                writing=largest_writing(work),
+            )
+            for rows in parts
+        ]
     except Exception as err:
         work.events.choose("memory", "not predicted", why_not(err))
-        return Plan(settings, how, rows, held_out, None, limit)
+        return Plan(settings, how, parts[0], held_out, None, limit)
+    forecast, rows = max(zip(forecasts, parts), key=lambda one: one[0].total)
     seconds = None
     # How long the rows of a stream are nobody knows, nor how long those that are written between steps.
     if work.dataset.stream is None and not work.objective.draws:

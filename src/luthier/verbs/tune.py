@@ -14,6 +14,7 @@ from luthier.core.errors import ConfigError, LuthierError, RunError
 from luthier.core.events import Events, Sink
 from luthier.core.record import Record, now
 from luthier.core.run import Run, discard, find_run
+from luthier.core.sizes import Gigabytes
 from luthier.data.load import Data
 from luthier.data.plans import Order
 from luthier.models.adapters import ADAPTERS
@@ -68,8 +69,8 @@ class Tune(Config):
     checkpointing: Literal["auto", "none", "layers", "offload"] = "auto"
     """Of a layer keep all that is computed (none), its input and compute the rest again (layers), or its input on the host
     (offload, for a GPU); auto: none if that fits."""
-    memory: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Memory that may be filled, in GB; auto: what is free."""
+    memory: Gigabytes = "auto"
+    """Memory that may be filled, in GB or with a unit (0.5GB, 500MiB); auto: what is free."""
     clip: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 leaves gradients alone."""
     layer_decay: float = Field(1.0, gt=0, le=1)

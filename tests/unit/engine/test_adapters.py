@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from crossed import crossed
 from decoders import decoder_model
 from luthier.core.errors import ConfigError, ModelError
 from luthier.core.events import Events
@@ -494,3 +495,8 @@ def test_an_engine_that_is_dropped_leaves_nothing_in_the_packed_weights():
     assert len(model.native.adapters) == 2
     Engine(model, 256)
     assert model.native.adapters == []
+
+
+def test_an_encoder_decoder_takes_no_adapter_beside_it():
+    with pytest.raises(ModelError, match="an encoder-decoder is written with no adapter beside it; merge"):
+        Engine(crossed("bart"), 200).load_adapter("a", tiny_model("bart"))

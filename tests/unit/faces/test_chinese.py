@@ -27,6 +27,8 @@ TABLE = dict(read_table())
 # Texts that stay English, and why.
 EXEMPT_FILES = {
     "engine/calling.py": "answers over HTTP, for the tools of a request",
+    "engine/marked.py": "answers over HTTP, for the tools of a request",
+    "engine/formats.py": "answers over HTTP, for the tools of a request",
     "reporting/": "the page of a run",
     "faces/server/store.py": "SQL, and answers over HTTP",
     **{

@@ -3,13 +3,19 @@
 import json
 import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import AutoModel, AutoTokenizer
 
 from luthier.core.errors import ModelError
 from luthier.core.events import Events
+from luthier.engine.pooled import embed
+from luthier.engine.pooler import Embedding
+from luthier.models.embedding import Manner, manner_of, read_part
+from luthier.models.load import load_model
 from luthier.retrieval.embed import load_encoder
 from tiny import tiny_model
 
@@ -64,11 +70,75 @@ def test_pooling_length_and_prompts_as_the_files_say(tmp_path):
     assert encoder.fingerprint != plain.fingerprint, "vectors of other prompts must not be compared"
 
 
+TYPES = "sentence_transformers.models."
+MODULES = [
+    {"path": "", "type": f"{TYPES}Transformer"},
+    {"path": "own", "type": f"{TYPES}Pooling"},
+    {"path": "2", "type": f"{TYPES}Normalize"},
+]
+FIRST = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+
+
+@pytest.mark.parametrize(
+    ("files", "manner"),
+    [
+        ({}, ("mean", False)),
+        ({"1_Pooling__config": FIRST}, ("first", False)),
+        ({"1_Pooling__config": {"pooling_mode": "cls"}}, ("first", False)),
+        ({"1_Pooling__config": {"pooling_mode": "lasttoken"}}, ("last", False)),
+        ({"1_Pooling__config": {"pooling_mode_lasttoken": True}}, ("last", False)),
+        ({"modules": MODULES, "own__config": FIRST, "1_Pooling__config": {"pooling_mode": "max"}}, ("first", True)),
+        ({"modules": MODULES[:2], "own__config": {"pooling_mode": "lasttoken"}}, ("last", False)),
+        ({"1_Pooling__config": {}}, "config.json asks for nothing"),
+        ({"1_Pooling__config": {"pooling_mode": "max"}}, "config.json asks for max"),
+        ({"modules": MODULES, "1_Pooling__config": FIRST}, "own/config.json asks for nothing"),
+        ({"modules": MODULES[::2], "1_Pooling__config": FIRST}, "modules.json asks for no pooling"),
+        ({"modules": {"a": 1}}, "modules.json asks for no pooling"),
+    ],
+)
+def test_a_folder_is_read_the_same_for_searching_and_for_vectors(tmp_path, files, manner):
+    folder = with_files(tiny_model("bert"), tmp_path / "one", **files)
+    if isinstance(manner, str):
+        with pytest.raises(ModelError, match=manner):
+            load_encoder(str(folder))
+        with pytest.raises(ModelError, match=manner):
+            embed(load_model(str(folder)), TEXTS)
+        return
+    encoder, model = load_encoder(str(folder)), load_model(str(folder))
+    pooling, normalised = manner
+    assert encoder.pooling == pooling and manner_of(model) == manner_of(encoder.model) == Manner(pooling, normalised)
+    assert np.allclose(encoder.embed(TEXTS), naive(folder, pooling), atol=1e-5)
+    vectors = embed(model, TEXTS, Embedding(normalise=True)).numpy()
+    assert np.allclose(vectors, encoder.embed(TEXTS), atol=1e-5)
+
+
+def test_what_the_hub_does_not_hold_is_told_from_what_it_cannot_say(monkeypatch):
+    why = dict[str, Exception]()
+
+    def fetch(place, name):
+        raise why["it"]
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda place, name: why.get("cache"))
+    events = Events()
+    why["it"] = EntryNotFoundError("404")
+    assert read_part("some/model", "modules.json", events) is None and not events.warnings
+    why["it"] = LocalEntryNotFoundError("offline")
+    why["cache"] = huggingface_hub._CACHED_NO_EXIST
+    assert read_part("some/model", "modules.json", events) is None and not events.warnings
+    del why["cache"]
+    assert read_part("some/model", "modules.json", events) is None
+    assert "modules.json is not in the local cache" in next(iter(events.warnings))
+    why["it"] = OSError("no disk")
+    with pytest.raises(ModelError, match=r"modules\.json cannot be fetched \(OSError\)"):
+        read_part("some/model", "modules.json", events)
+
+
 @pytest.mark.parametrize(
     ("files", "part"),
     [
-        ({"1_Pooling__config": {"pooling_mode_max_tokens": True}}, "pools by pooling_mode_max_tokens"),
-        ({"modules": [{"type": "sentence_transformers.models.Dense"}]}, "has a layer Dense"),
+        ({"1_Pooling__config": {"pooling_mode_max_tokens": True}}, "asks for pooling_mode_max_tokens"),
+        ({"modules": [{"type": "sentence_transformers.models.Dense"}]}, "asks for Dense"),
     ],
 )
 def test_what_is_not_computed_is_refused(tmp_path, files, part):

@@ -29,7 +29,8 @@ from luthier.faces.server.logprobs import ChatLogs, chat_logs
 from luthier.faces.server.refusals import RESPONSES, STREAMED
 from luthier.faces.server.server import TheKey, TheServer, server_of
 from luthier.faces.server.shelf import Served
-from luthier.text.calls import CallForm, CallReader, Part, read_calls
+from luthier.text.called import CallReader, Part, read_calls
+from luthier.text.calls import CallForm
 
 routes = APIRouter(tags=["chat"], responses=RESPONSES)
 # What a turn of the assistant holds beside its text, as it was answered.
@@ -208,7 +209,8 @@ async def complete_chat(
     if body.stream:
         return await stream_events(request, _chunks(request, served, body, asked, form, ground), seconds)
     found = await while_here(request, write_grounded(request, served, asked, ground), seconds)
-    choices = [_choice(at, one, form) for at, one in enumerate(found["answers"])]
+    tools = asked.get("tools", ())
+    choices = [_choice(at, one, form, tools) for at, one in enumerate(found["answers"])]
     if ground is not None:
         for choice in choices:
             _cite(choice.message, Citing(request, served, ground), ground)
@@ -264,8 +266,8 @@ def call_id(form: CallForm | None) -> str:
     return secrets.token_hex(5)[:9] if form is not None and form.numbered else new_id("call")
 
 
-def _choice(at: int, one: dict[str, Any], form: CallForm | None) -> Choice:
-    text, calls = read_calls(form, one["text"])
+def _choice(at: int, one: dict[str, Any], form: CallForm | None, tools: Sequence[dict[str, Any]]) -> Choice:
+    text, calls = read_calls(form, one["text"], tools)
     made = [AnsweredCall(id=call_id(form), function=CalledFunction(**call)) for call in calls]
     return Choice(
         index=at,
@@ -296,7 +298,7 @@ async def _chunks(
         "model": served.name,
     }
     with_usage = body.stream_options is not None and body.stream_options.include_usage
-    readers = [CallReader(form) if form is not None else None for _ in range(body.n)]
+    readers = [CallReader(form, asked.get("tools", ())) if form is not None else None for _ in range(body.n)]
     citings = [Citing(request, served, ground) if ground is not None else None for _ in range(body.n)]
 
     def chunk(at: int, delta: dict[str, Any], finish: str | None = None, logs: Any = None) -> bytes:

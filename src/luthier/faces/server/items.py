@@ -9,7 +9,7 @@ from pydantic import BaseModel, JsonValue
 
 from luthier.faces.server.answering import new_id
 from luthier.faces.server.citing import Annotation, Citation
-from luthier.text.calls import Part
+from luthier.text.called import Part
 
 
 class OutputText(BaseModel):

@@ -17,7 +17,8 @@ from luthier.faces.server.refusals import MESSAGES_RESPONSES, STREAMED
 from luthier.faces.server.server import TheKey, TheServer
 from luthier.faces.server.shelf import Served
 from luthier.faces.server.writing import write, write_pieces
-from luthier.text.calls import CallForm, CallReader, Part, read_calls
+from luthier.text.called import CallReader, Part, read_calls
+from luthier.text.calls import CallForm
 
 routes = APIRouter(tags=["messages"], responses=MESSAGES_RESPONSES)
 
@@ -77,7 +78,7 @@ async def answer_messages(
         return await stream_events(request, _events(request, served, asked, form), server.settings.timeout)
     found = await while_here(request, write(request, served, asked), server.settings.timeout)
     (answer,) = found["answers"]
-    text, calls = read_calls(form, answer["text"])
+    text, calls = read_calls(form, answer["text"], asked.get("tools", ()))
     content: list[SaidText | MadeCall] = [SaidText(text=text)] if text else []
     for at, call in enumerate(calls):
         # The last one may be cut where the tokens were at their end.
@@ -120,7 +121,7 @@ async def _events(
     request: Request, served: Served, asked: dict[str, Any], form: CallForm | None
 ) -> AsyncIterator[bytes]:
     """Server-sent events of an answer."""
-    reader, blocks = CallReader(form) if form is not None else None, _Blocks()
+    reader, blocks = CallReader(form, asked.get("tools", ())) if form is not None else None, _Blocks()
     begun, stop = False, dict[str, Any]()
     async for kind, part in write_pieces(request, served, asked):
         if kind == "end":

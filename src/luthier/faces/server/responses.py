@@ -38,7 +38,8 @@ from luthier.faces.server.refusals import RESPONSES, STREAMED, Refusal, body_of,
 from luthier.faces.server.response import Incomplete, InputDetails, ResponseBody, ResponseError, ResponseUsage
 from luthier.faces.server.server import TheKey, TheServer, key_of, server_of
 from luthier.faces.server.shelf import Served
-from luthier.text.calls import CallForm, CallReader, Part, read_calls
+from luthier.text.called import CallReader, Part, read_calls
+from luthier.text.calls import CallForm
 
 routes = APIRouter(tags=["responses"], responses=RESPONSES)
 
@@ -61,7 +62,7 @@ async def respond(body: ResponsesRequest, request: Request, server: TheServer, k
         return await stream_events(request, _events(request, served, asked, form, empty, body, ground), seconds)
     found = await while_here(request, write_grounded(request, served, asked, ground), seconds)
     answer = found["answers"][0]
-    text, calls = read_calls(form, answer["text"])
+    text, calls = read_calls(form, answer["text"], asked.get("tools", ()))
     status = status_of(answer["finish"])
     output: list[Output] = []
     said = OutputText(text=text)
@@ -153,7 +154,7 @@ async def _events(
     body: ResponsesRequest,
     ground: Ground | None,
 ) -> AsyncIterator[bytes]:
-    reader = CallReader(form) if form is not None else None
+    reader = CallReader(form, asked.get("tools", ())) if form is not None else None
     citing = Citing(request, served, ground) if ground is not None else None
     items, number = Items(partial(call_id, form)), 0
 

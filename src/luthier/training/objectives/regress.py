@@ -70,7 +70,7 @@ class Regress(Objective):
 
     def measure(self, model: LoadedModel, batch: Batch) -> tuple[Loss, Tensor | None]:
         scores_S1 = score_batch(model, batch)
-        assert isinstance(self.loss, RowLoss) and batch.row_weights_S is not None
+        assert isinstance(self.loss, RowLoss) and batch.row_weights_S is not None and batch.gold is not None
         return Loss((self.loss.rows(scores_S1, batch.gold) * batch.row_weights_S).sum(), batch.weight), scores_S1
 
     def metrics(self, scores: Tensor, gold: Tensor, model: LoadedModel) -> dict[str, float]:

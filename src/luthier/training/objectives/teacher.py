@@ -44,7 +44,7 @@ def load_teacher(name: str, student: LoadedModel, device: torch.device, events: 
     """The teacher for a student of the same task, frozen, in the student's precision, on `device`; its size is said."""
     task: Literal["causal", "seq2seq"] | None = None
     if student.spec.task in ("causal", "seq2seq"):
-        task = student.spec.task  # type: ignore[assignment]
+        task = student.spec.task
     teacher = load_model(
         name,
         task=task,

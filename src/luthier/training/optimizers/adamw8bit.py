@@ -75,8 +75,8 @@ class AdamW8bitEngine(Engine):
         (beta1, beta2), step = group["betas"], state["step"]
         flat_N = parameter.view(-1) if parameter.is_contiguous() else parameter.reshape(-1)
         parts = zip(
-            flat_N.split(AT_ONCE),
-            gradient.reshape(-1).split(AT_ONCE),
+            flat_N.split(AT_ONCE),  # type: ignore[no-untyped-call]
+            gradient.reshape(-1).split(AT_ONCE),  # type: ignore[no-untyped-call]
             *(state[name].split(AT_ONCE) for name in ("mean_codes", "square_codes")),
             *(state[name].split(AT_ONCE // BLOCK) for name in ("mean_peaks", "square_peaks")),
         )

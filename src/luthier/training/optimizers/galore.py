@@ -67,4 +67,5 @@ def largest_directions(matrix_MN: Tensor, rank: int) -> Tensor:
     """[M, rank]: the left singular vectors of the largest singular values, in no order."""
     _, vectors_MM = torch.linalg.eigh(matrix_MN @ matrix_MN.T)
     # Eigenvalues rise, so the largest are last. A copy, for a view would keep (and save) all of them.
-    return vectors_MM[:, -rank:].clone()
+    kept_MR: Tensor = vectors_MM[:, -rank:].clone()
+    return kept_MR

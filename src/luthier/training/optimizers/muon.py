@@ -75,4 +75,5 @@ def orthogonalize(matrix: Tensor, iterations: int, dtype: torch.dtype = torch.fl
     for _ in range(iterations):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return x.T if tall else x
+    made: Tensor = x.T if tall else x
+    return made

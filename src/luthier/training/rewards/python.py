@@ -93,4 +93,4 @@ def load_function(where: str, setting: str) -> Callable[..., Any]:
         known = [one for one, value in vars(module).items() if inspect.isfunction(value)]
         hint = did_you_mean(name, known) if known else "it holds none"
         raise ConfigError(f"{setting}: {file} holds no function {name!r}; {hint}")
-    return function
+    return function  # type: ignore[no-any-return]

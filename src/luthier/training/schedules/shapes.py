@@ -40,7 +40,7 @@ class Polynomial(Linear):
     """Exponent."""
 
     def after(self, step: int, steps: int) -> float:
-        return self.floor + (1 - self.floor) * (1 - step / steps) ** self.power
+        return float(self.floor + (1 - self.floor) * (1 - step / steps) ** self.power)
 
 
 class Cosine(Schedule):

@@ -16,21 +16,22 @@ PARAMETERS = {
     "additionalProperties": False,
 }
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": PARAMETERS}}]
+NAMES = ("list", "tags", "named", "ids", "marked", "keys")
 TURNS = [{"role": "user", "content": "How is the weather?"}]
 
 
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
     folder = tmp_path_factory.mktemp("marked")
-    for name in ("list", "tags"):
+    for name in NAMES:
         save_model(marked_model(name), folder / name)
-    running = Running(*(f"{name}={folder / name}" for name in ("list", "tags")), runs=folder / "runs")
+    running = Running(*(f"{name}={folder / name}" for name in NAMES), runs=folder / "runs")
     with openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as made:
         yield made
     assert running.stop() == 0
 
 
-@pytest.mark.parametrize("name", ["list", "tags"])
+@pytest.mark.parametrize("name", NAMES)
 def test_calls_are_made_streamed_and_sent_back(client, name):
     asked = {
         "model": name,
