@@ -114,9 +114,26 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
         events.warn(SHORT, 1)
         return
     packed, quality = chosen
+    packed.quality = quality
     model.native = packed
-    how = f"{quality}; {packed.nbytes / 1e6:,.0f} MB of weights; keys and values in {packed.kept}"
-    events.choose("engine", f"native {packed.form}", how)
+    say_packed(packed, events)
+
+
+def say_packed(packed: Packed, events: Events) -> None:
+    """In which form a model is read, and what that changes."""
+    why = f"{packed.quality}; {packed.nbytes / 1e6:,.0f} MB of weights; keys and values in {packed.kept}"
+    events.choose("engine", f"native {packed.form}", why)
+
+
+def limits() -> list[float]:
+    """By what it is decided how a model is read."""
+    return [SMALL, MOST_KL, MOST_PERPLEXITY, MOST_APART]
+
+
+def calibration_ids(model: LoadedModel) -> list[int]:
+    """The tokens on which forms are compared."""
+    text = (files("luthier") / "assets" / "calibration.txt").read_text(encoding="utf-8")
+    return list(model.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])[: model.spec.max_length]
 
 
 def refuse(execution: Execution, draft: str | None = None) -> None:
@@ -134,9 +151,11 @@ def refuse(execution: Execution, draft: str | None = None) -> None:
 
 def let_go(model: LoadedModel) -> None:
     """Give the memory of a packed model's own layers back: it only writes from here on."""
-    if model.native is not None:
+    if model.native is not None and model.has_module:
         # What an adapter for it was tuned on is asked later.
         base_fingerprint(model)
+        # To sample all weights is to read them all.
+        letting_go(model.network)()
         for module in model.network.base_model.modules():
             weight = module._parameters.get("weight")
             if weight is not None and weight.dim() == 2 and module is not model.network.get_input_embeddings():
@@ -235,8 +254,7 @@ def _own(model: LoadedModel) -> Own:
     """What the model itself says of the calibration text."""
     training = model.module.training
     model.module.eval()
-    text = (files("luthier") / "assets" / "calibration.txt").read_text(encoding="utf-8")
-    ids = list(model.tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"])[: model.spec.max_length]
+    ids = calibration_ids(model)
     let_go = letting_go(model.network)
     let_go()
     hooks = [layer.register_forward_hook(lambda *_: let_go()) for layer in find_layers(model)[1]]

@@ -36,7 +36,7 @@ def banned_of(model: LoadedModel, sampling: Sampling) -> tuple[tuple[int, ...], 
 
 def check_terms(model: LoadedModel, sampling: Sampling) -> None:
     """Raises ConfigError for token ids that the model does not have."""
-    vocabulary = model.network.get_input_embeddings().weight.shape[0]
+    vocabulary = model.vocabulary
     for name, ids in (("stop_ids", sampling.stop_ids), ("logit_bias", sampling.logit_bias)):
         strange = [token for token in ids if token >= vocabulary]
         if strange:

@@ -71,7 +71,7 @@ def _describe(model: LoadedModel, apart: bool) -> Decoder:
         gated=_gated(mlp),
         embedding_VE=_table(embedding),
         last=_norm(_part(base, "norm", "final_layernorm", "ln_f", "final_layer_norm")),
-        head=Linear(partial(_head_weight, model), head.bias_V),
+        head=Linear(partial(_head_weight, model), head.bias_V, parts=lambda: [_head_weight(model)]),
         softcap=rules[0].softcap,
         parallel=_parallel(layers[0]),
         residual=float(getattr(layers[0], "residual_multiplier", 1.0)),
@@ -222,7 +222,11 @@ def _linear(modules: Sequence[Any], apart: bool) -> Linear:
             [torch.zeros(width) if one is None else one.detach().float() for width, one in zip(widths, biases)]
         )
     lows = partial(_lows, modules, widths) if apart else tuple
-    return Linear(lambda: torch.cat([_weight(module, apart) for module in modules]), bias_N, lows)
+
+    def parts() -> list[Tensor]:
+        return [_weight(module, apart) for module in modules]
+
+    return Linear(lambda: torch.cat(parts()), bias_N, lows, parts)
 
 
 def _lows(modules: Sequence[Any], widths: Sequence[int]) -> list[Low]:
@@ -314,7 +318,10 @@ def _turns(base: Any, longest: int) -> Callable[[Any], Turns | None]:
             far, near = _rotate(rotary, own, [0, 1, longest - 1]), _rotate(rotary, own, [0, 1])
             if not all(torch.allclose(one[:2], other, atol=1e-5) for one, other in zip(far, near)):
                 raise Unlike("makes other rotary positions for long texts")
-            kinds[own] = Turns(partial(_tables, rotary, own), longest)
+            start = "" if own is None else f"{own}_"
+            speeds = getattr(rotary, f"{start}inv_freq", None), getattr(rotary, f"{start}attention_scaling", None)
+            known = isinstance(speeds[0], Tensor) and isinstance(speeds[1], int | float)
+            kinds[own] = Turns(partial(_tables, rotary, own), longest, speeds if known else None)
             kinds[own].tables(2)
         return kinds[own]
 

@@ -7,36 +7,77 @@ read of them stays resident; a process that is done with them for now gives thos
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 MADV_DONTNEED = 4
 MAPS = Path("/proc/self/smaps")
 
 
-def find_mapped(network: Any) -> list[tuple[int, int]]:
-    """(address, bytes) of the mapped files in which weights of `network` lie, none of whose pages was written to since: what
-    was would be lost. Empty where the system does not tell."""
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Where a part of a file lies in memory, and whether none of its pages was written to since."""
+
+    start: int
+    end: int
+    offset: int
+    path: str
+    whole: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A tensor's numbers in a file: how many bytes before them, and its shape and strides."""
+
+    path: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def read_regions() -> list[Region]:
+    """The files that are mapped into this process. Empty where the system does not tell."""
     if not sys.platform.startswith("linux"):
         return []
     try:
         text = MAPS.read_text()
     except OSError:
         return []
-    weights = sorted(one.data_ptr() for one in network.parameters())
-    found, start, end = [], 0, 0
+    return list(_regions(text))
+
+
+def _regions(text: str) -> Iterator[Region]:
+    start, end, offset, path = 0, 0, 0, ""
     for line in text.splitlines():
         name, *rest = line.split()
         if not name.endswith(":"):
             first, _, last = name.partition("-")
             # Address, rights, offset, device, inode, path: memory of no file has the inode 0.
-            start, end = (int(first, 16), int(last, 16)) if rest[3] != "0" else (0, 0)
-        elif name == "Anonymous:" and rest[0] == "0" and end and any(start <= one < end for one in weights):
-            found.append((start, end - start))
-    return found
+            held = rest[3] != "0"
+            start, end = (int(first, 16), int(last, 16)) if held else (0, 0)
+            offset, path = int(rest[1], 16), line.split(maxsplit=5)[5] if held and len(rest) > 4 else ""
+        elif name == "Anonymous:" and end:
+            yield Region(start, end, offset, path, rest[0] == "0")
+
+
+def find_mapped(network: Any) -> list[tuple[int, int]]:
+    """(address, bytes) of the mapped files in which weights of `network` lie, none of whose pages was written to since: what
+    was would be lost. Empty where the system does not tell."""
+    weights = sorted(one.data_ptr() for one in network.parameters())
+    return [
+        (one.start, one.end - one.start)
+        for one in read_regions()
+        if one.whole and any(one.start <= weight < one.end for weight in weights)
+    ]
 
 
 def letting_go(network: Any) -> Callable[[], None]:
@@ -48,6 +89,40 @@ def letting_go(network: Any) -> Callable[[], None]:
             _library().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_DONTNEED)
 
     return let_go
+
+
+def place_of(tensor: Tensor, regions: list[Region]) -> Place | None:
+    """Where the numbers of `tensor` lie in a file; None where they lie in none, or were written to."""
+    at, size = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    for one in regions:
+        if one.whole and one.start <= at and at + min(size, tensor.numel() * tensor.element_size()) <= one.end:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            return Place(one.path, at - one.start + one.offset, dtype, tuple(tensor.shape), tensor.stride())
+    return None
+
+
+class Files:
+    """Files mapped into memory anew, for tensors whose places in them are known."""
+
+    def __init__(self) -> None:
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def tensor(self, place: Place) -> Tensor:
+        """The tensor at a place. Raises OSError for a file that is not there, and ValueError for one that is too short."""
+        if place.path not in self._maps:
+            with open(place.path, "rb") as file:
+                # Pages of one's own, were they written to: torch would warn of others.
+                self._maps[place.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        count = 1 + sum((size - 1) * step for size, step in zip(place.shape, place.strides))
+        flat = torch.frombuffer(
+            self._maps[place.path], dtype=getattr(torch, place.dtype), count=count, offset=place.offset
+        )
+        return flat.as_strided(place.shape, place.strides)
+
+    def let_go(self) -> None:
+        """Give back the pages that were read."""
+        for one in self._maps.values():
+            one.madvise(MADV_DONTNEED)
 
 
 @cache

@@ -124,6 +124,16 @@ class LoadedModel:
         """The transformers model inside: the module itself, or the backbone under a pooling head."""
         return getattr(self.module, "backbone", self.module)
 
+    @property
+    def has_module(self) -> bool:
+        """Whether its module is in memory: it may be loaded only where something asks for it."""
+        return True
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it embeds."""
+        return int(self.network.get_input_embeddings().weight.shape[0])
+
 
 def read_spec(directory: Path) -> ModelSpec | None:
     """The spec saved in `directory`; None where there is none. Raises ModelError when it cannot be understood."""

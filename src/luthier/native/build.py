@@ -28,22 +28,31 @@ class NoLibrary(Exception):
 @cache
 def load_library(name: str = "kernels") -> ctypes.CDLL:
     """The library of that name, compiled if need be. Raises NoLibrary: switched off, no compiler, or it failed."""
-    if os.environ.get("LUTHIER_NATIVE") == "off":
-        raise NoLibrary("switched off by LUTHIER_NATIVE=off")
-    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
-    if compiler is None or shutil.which(compiler) is None:
-        raise NoLibrary("there is no C compiler; install gcc or clang")
-    flags = (*FLAGS, *MORE[name])
-    digest = hashlib.sha256(" ".join((compiler, *flags, _processor())).encode())
-    for source in sorted([HERE / f"{name}.c", *HERE.glob("*.h")]):
-        digest.update(source.read_bytes())
-    path = cache_directory() / f"{name}-{digest.hexdigest()[:16]}.so"
+    path = library_path(name)
     if not path.exists():
-        _compile([compiler, *flags, str(HERE / f"{name}.c")], path)
+        _compile([_compiler(), *FLAGS, *MORE[name], str(HERE / f"{name}.c")], path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as err:
         raise NoLibrary(f"{path} cannot be loaded ({err})") from None
+
+
+def library_path(name: str) -> Path:
+    """Where the library of that name is, or will be: named by its sources, the compiler and the processor. Raises NoLibrary."""
+    if os.environ.get("LUTHIER_NATIVE") == "off":
+        raise NoLibrary("switched off by LUTHIER_NATIVE=off")
+    compiler = _compiler()
+    digest = hashlib.sha256(" ".join((compiler, *FLAGS, *MORE[name], _processor())).encode())
+    for source in sorted([HERE / f"{name}.c", *HERE.glob("*.h")]):
+        digest.update(source.read_bytes())
+    return cache_directory() / f"{name}-{digest.hexdigest()[:16]}.so"
+
+
+def _compiler() -> str:
+    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if compiler is None or shutil.which(compiler) is None:
+        raise NoLibrary("there is no C compiler; install gcc or clang")
+    return compiler
 
 
 def cache_directory() -> Path:

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include "lanes.h"
 #include "products.h"
+#include "packing.h"
 #include "lowrank.h"
 #include "rowwise.h"
 #include "cached.h"

@@ -21,9 +21,9 @@ from luthier.native.shape import ACTIVATIONS, PRODUCTS, Decoder, Linear, Low, No
 # Tokens of a block of keys and values, and the numbers that are worked on at once (TOKENS, LANE in the C files).
 TOKENS, LANE = 32, 16
 # Rows of a weight that are packed at once, so that what is between takes little; whole tiles.
-AT_ONCE = 4096
+AT_ONCE = 1024
 # Bytes of weights that are asked for at once.
-CHUNK = 2**24
+CHUNK = 2**23
 LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 Kept: TypeAlias = Literal["bfloat16", "int8"]
 NORMS = {None: 0, "rms": 1, "layer": 2}
@@ -82,6 +82,7 @@ def _library() -> Any:
     library.give_pages.argtypes = (POINTER, ctypes.c_size_t)
     for name in ("pack_halves", "pack_bytes", "pack_nibbles"):
         getattr(library, name).argtypes = (POINTER, POINTER, LONG, LONG)
+    library.pack_rounded.argtypes = (POINTER, POINTER, POINTER, *(LONG,) * 5)
     library.decoder_step.argtypes = (ctypes.POINTER(CDecoder), ctypes.POINTER(CStep))
     return library
 
@@ -99,6 +100,18 @@ def _pack(weight_NK: Tensor, form: Form, to: int) -> Tensor | None:
     # Held by a name until it is packed: an address keeps no tensor.
     made_NK = made_NK.contiguous()
     pack(made_NK.data_ptr(), to, n, k)
+    return scale
+
+
+def _round(weight_NK: Tensor, to: int, k: int) -> Tensor:
+    """Write rows in bf16 as whole tiles of bytes to an address, filled up to `k` columns, without anything between; their
+    scales."""
+    rows, given = weight_NK.shape
+    scale = torch.empty(rows + -rows % LANE)
+    if _library().pack_rounded(
+        weight_NK.data_ptr(), to, scale.data_ptr(), rows, given, weight_NK.stride(0), len(scale), k
+    ):
+        raise MemoryError("no memory for the rows that are packed")
     return scale
 
 
@@ -128,6 +141,9 @@ class Packed:
         self.decoder, self.form = decoder, form
         self.kept: Kept = "int8" if form == "int8" else "bfloat16"
         self.nbytes = 0
+        self._let_go, self._unasked = let_go, 0
+        # What it changes of the model's predictions, once that was measured (`engine.native.Quality`).
+        self.quality: Any = None
         self._held: list[Any] = []
         self._chunk, self._left = 0, 0
         # By their numbers in a step; None where one was taken out.
@@ -179,6 +195,13 @@ class Packed:
         self.nbytes += size
         return self._chunk - size
 
+    def _ask(self, size: int) -> None:
+        """So many bytes of a weight were read: those of a file need not all be in memory at once."""
+        self._unasked += size
+        if self._unasked >= CHUNK:
+            self._unasked = 0
+            self._let_go()
+
     def _norm(self, norm: Norm | None) -> CNorm:
         if norm is None:
             return CNorm()
@@ -187,17 +210,25 @@ class Packed:
         return CNorm(NORMS[norm.kind], norm.eps, weight_E.data_ptr(), None if bias_E is None else bias_E.data_ptr())
 
     def _product(self, linear: Linear, form: Form, end: bool = False) -> CProduct:
-        weight_NK = linear.weight()
-        rows, bits = weight_NK.shape[0], BITS[form]
+        parts = list(linear.parts())
+        if not parts or any(len(part_NK) % LANE for part_NK in parts[:-1]):
+            parts = [linear.weight()]
+        rows, bits = sum(map(len, parts)), BITS[form]
         if end:
             self.vocabulary = rows
-        n, k = rows + -rows % LANE, filled(weight_NK[:1], form).shape[1]
-        made, scales = self._take(n * k * bits // 8), []
-        for start in range(0, rows, AT_ONCE):
-            part_NK = filled(weight_NK[start : start + AT_ONCE], form)
-            scale = _pack(part_NK, form, made + start * k * bits // 8)
-            if scale is not None:
-                scales.append(scale)
+        n, k = rows + -rows % LANE, filled(parts[0][:1], form).shape[1]
+        made, scales, done = self._take(n * k * bits // 8), [], 0
+        for weight_NK in parts:
+            for some_NK in torch.split(weight_NK, AT_ONCE):
+                at = made + done * k * bits // 8
+                if form == "int8" and some_NK.dtype == torch.bfloat16 and some_NK.stride(1) == 1:
+                    scales.append(_round(some_NK, at, k))
+                else:
+                    scale = _pack(filled(some_NK, form), form, at)
+                    if scale is not None:
+                        scales.append(scale)
+                done += len(some_NK)
+                self._ask(some_NK.nbytes)
         scale = self._hold(torch.cat(scales)) if scales else None
         bias = None
         if linear.bias_N is not None or (end and n > rows):

@@ -301,33 +301,3 @@ static void multiply(const Product *p, const Rows *rows, int64_t count, float *o
     else if (p->bits == 8) multiply_bytes(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
     else multiply_nibbles(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
 }
-
-/* Weights as they come, row after row, to tiles: [n, k] halves; bytes, signed; nibbles 0 to 15, one a byte. */
-void pack_halves(const uint16_t *from, uint16_t *to, int64_t n, int64_t k) {
-#pragma omp parallel for schedule(static)
-    for (int64_t tile = 0; tile < n / LANE; tile++)
-        for (int64_t at = 0; at < k / 2; at++)
-            for (int64_t i = 0; i < LANE; i++)
-                memcpy(to + tile * k * LANE + (at * LANE + i) * 2, from + (tile * LANE + i) * k + at * 2, 4);
-}
-
-void pack_bytes(const int8_t *from, uint8_t *to, int64_t n, int64_t k) {
-#pragma omp parallel for schedule(static)
-    for (int64_t tile = 0; tile < n / LANE; tile++)
-        for (int64_t at = 0; at < k / 4; at++)
-            for (int64_t i = 0; i < LANE; i++)
-                for (int64_t j = 0; j < 4; j++)
-                    to[tile * k * LANE + (at * LANE + i) * 4 + j] = (uint8_t)(from[(tile * LANE + i) * k + at * 4 + j] + 128);
-}
-
-void pack_nibbles(const uint8_t *from, uint8_t *to, int64_t n, int64_t k) {
-#pragma omp parallel for schedule(static)
-    for (int64_t tile = 0; tile < n / LANE; tile++)
-        for (int64_t g = 0; g < k / GROUP; g++)
-            for (int64_t at = 0; at < 8; at++)
-                for (int64_t i = 0; i < LANE; i++)
-                    for (int64_t j = 0; j < 4; j++) {
-                        const uint8_t *row = from + (tile * LANE + i) * k + g * GROUP + at * 4 + j;
-                        to[tile * k * LANE / 2 + g * 512 + at * 64 + i * 4 + j] = (uint8_t)(row[0] | row[32] << 4);
-                    }
-}

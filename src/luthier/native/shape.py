@@ -36,19 +36,24 @@ class Low:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
-    """y = x W.T + b; `weight` gives W [out, in] when it is asked for, and `lows` what an adapter adds that is kept apart."""
+    """y = x W.T + b; `weight` gives W [out, in] when it is asked for, and `lows` what an adapter adds that is kept apart.
+    `parts`: what W is put together from, one below the other, without copying any of it; none where that is not known."""
 
     weight: Callable[[], Tensor]
     bias_N: Tensor | None = None
     lows: Callable[[], Sequence[Low]] = tuple
+    parts: Callable[[], Sequence[Tensor]] = tuple
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Turns:
-    """Rotary positions: cosine and sine [P, turned / 2] of the first P places, of which there are `longest` at most."""
+    """Rotary positions: cosine and sine [P, turned / 2] of the first P places, of which there are `longest` at most.
+    `speeds`: by what a place is multiplied for its angles [turned / 2], and what cosine and sine are multiplied by; None where
+    they may be made otherwise."""
 
     tables: Callable[[int], tuple[Tensor, Tensor]]
     longest: int = 0
+    speeds: tuple[Tensor, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -201,6 +201,7 @@ def _load(config: Generate, events: Events) -> LoadedModel:
     """The model, ready to write if it can, here or by a server."""
     from luthier.engine.generate import choose_engine, take_draft, uses_engine
     from luthier.engine.native import let_go, prepare, refuse
+    from luthier.engine.recalled import keep, recall
     from luthier.engine.remote import load_served
     from luthier.models.load import load_model
 
@@ -208,9 +209,14 @@ def _load(config: Generate, events: Events) -> LoadedModel:
     if config.backend is not None:
         return load_served(config.model, config.backend, **lengths, events=events)
     as_stored = config.execution != "model" and not config.labels
-    model = load_model(config.model, **lengths, device=config.device, as_stored=as_stored, events=events)
+    recalls = as_stored and config.device in ("auto", "cpu") and (config.device == "cpu" or not _has_gpu())
+    model: LoadedModel | None = recall(config.model, config.execution, events, **lengths) if recalls else None
+    if model is None:
+        model = load_model(config.model, **lengths, device=config.device, as_stored=as_stored, events=events)
     if writes(model) and not config.labels:
         choose_engine(model, config.sampling, config.execution, events)
+        if recalls:
+            keep(model, config.model, config.execution, max_length=config.max_length)
         let_go(model)
         if config.draft is not None:
             take_draft(model, config.draft, config.execution, events)
@@ -220,6 +226,12 @@ def _load(config: Generate, events: Events) -> LoadedModel:
     else:
         refuse(config.execution, config.draft)
     return model
+
+
+def _has_gpu() -> bool:
+    from luthier.models.load import find_device
+
+    return find_device("auto").type == "cuda"
 
 
 def _grows(sampling: Sampling) -> bool:

@@ -1,0 +1,169 @@
+"""Models that were packed before: recalled straight from their files, or read anew where anything is not what it was."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save, save_file
+
+import luthier.engine.native as native
+import luthier.engine.recalled as recalled
+from decoders import decoder_model
+from luthier.core.events import Events
+from luthier.engine.engine import Engine
+from luthier.engine.numbers import numbers_of
+from luthier.engine.recalled import STALE, Recalled
+from luthier.engine.sampling import Sampling
+from luthier.models.precision import cast_weights
+from luthier.models.save import save_model
+from luthier.native.decoder import why_no_decoder
+from luthier.verbs.generate import Generate, _load
+
+pytestmark = [
+    pytest.mark.skipif(why_no_decoder() is not None, reason=str(why_no_decoder())),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="packed weights are the processor's"),
+]
+
+
+@pytest.fixture(autouse=True)
+def places(monkeypatch, tmp_path):
+    """None is too small, and nothing is kept yet; what is compiled stays where it lies."""
+    monkeypatch.setattr(native, "SMALL", 0)
+    monkeypatch.setattr(recalled, "cache_directory", lambda: tmp_path / "cache")
+
+
+def stored(tmp_path, family="llama"):
+    model = decoder_model(family)
+    cast_weights(model, "bfloat16")
+    save_model(model, tmp_path / family)
+    (tmp_path / family / "luthier.json").unlink()
+    return tmp_path / family
+
+
+def loaded(place, execution="int8", **settings):
+    said = []
+    model = _load(Generate(model=str(place), execution=execution, **settings), Events(sinks=[said.append]))
+    return model, [{name: one[name] for name in one if name != "time"} for one in said]
+
+
+def written(model, **settings):
+    engine, prompts = Engine(model, 512), [[5, 9, 17], list(range(20, 60)), [7] * 33]
+    requests = [
+        engine.add(one, Sampling(max_tokens=8, **settings), draw=numbers_of(3, at)) for at, one in enumerate(prompts)
+    ]
+    engine.run()
+    return [one.written for one in requests]
+
+
+def kept():
+    return list((recalled.cache_directory() / "packed").glob("*"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gemma2", "phi", "gpt2"])
+@pytest.mark.parametrize("execution", ["int8", "bfloat16", "int4"])
+def test_a_second_loading_builds_no_module_and_writes_the_same(family, execution, tmp_path):
+    place = stored(tmp_path, family)
+    first, said = loaded(place, execution)
+    assert not isinstance(first, Recalled) and len(kept()) == 1
+    again, said_again = loaded(place, execution)
+    assert isinstance(again, Recalled) and said_again == said
+    assert again.spec == first.spec and again.native.kept == first.native.kept
+    assert written(again) == written(first)
+    assert written(again, temperature=1.0, repetition_penalty=1.2) == written(
+        first, temperature=1.0, repetition_penalty=1.2
+    )
+    assert not again.has_module and again.fingerprint == first.fingerprint
+
+
+def test_a_module_is_loaded_where_something_asks_for_it(tmp_path):
+    place = stored(tmp_path)
+    loaded(place)
+    model, _ = loaded(place)
+    assert model.vocabulary == model.network.get_input_embeddings().weight.shape[0] and model.has_module
+
+
+@pytest.mark.parametrize("change", ["weights", "settings", "limits", "another form", "max_length"])
+def test_what_was_found_of_others_is_not_taken(change, tmp_path, monkeypatch):
+    place, settings = stored(tmp_path), {}
+    loaded(place)
+    if change == "weights":
+        path = place / "model.safetensors"
+        tensors = load_file(path)
+        save_file({name: one * 1.5 for name, one in tensors.items()}, path, {"format": "pt"})
+    elif change == "settings":
+        path = place / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 0.1}))
+    elif change == "limits":
+        monkeypatch.setattr(native, "MOST_KL", 0.5)
+    else:
+        settings = {"execution": "bfloat16"} if change == "another form" else {"max_length": 32}
+    model, said = loaded(place, **settings)
+    assert not isinstance(model, Recalled) and not any(one["event"] == "warning" for one in said)
+
+
+def test_other_weights_behind_the_same_name_size_and_date_are_found_out(tmp_path):
+    place = stored(tmp_path)
+    loaded(place)
+    path = place / "model.safetensors"
+    tensors, date = load_file(path), path.stat()
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name][3, 5] += 1.0
+    with open(path, "r+b") as file:
+        file.write(save(tensors, {"format": "pt"}))
+    os.utime(path, ns=(date.st_atime_ns, date.st_mtime_ns))
+    assert path.stat().st_size == date.st_size
+    model, said = loaded(place)
+    assert not isinstance(model, Recalled) and {"event": "warning", "message": STALE, "count": 1} in said
+    # What was measured anew is kept in its place.
+    again, said = loaded(place)
+    assert isinstance(again, Recalled) and not any(one["event"] == "warning" for one in said)
+    assert written(again) == written(model)
+
+
+def test_a_description_that_is_not_the_models_is_found_out(tmp_path):
+    place = stored(tmp_path)
+    loaded(place)
+    held, tensors = recalled._read(kept()[0])
+    held["decoder"]["scale"] *= 1.01
+    recalled._write(kept()[0], held, tensors)
+    model, said = loaded(place)
+    assert not isinstance(model, Recalled) and any(one.get("message") == STALE for one in said)
+
+
+def test_what_is_cut_off_is_read_anew_with_a_warning(tmp_path):
+    place = stored(tmp_path)
+    loaded(place)
+    path: Path = kept()[0]
+    path.write_bytes(path.read_bytes()[:-100])
+    model, said = loaded(place)
+    assert not isinstance(model, Recalled) and any(one.get("message") == STALE for one in said)
+
+
+def test_weights_that_lie_in_no_file_as_they_are_read_are_not_recalled(tmp_path):
+    place = stored(tmp_path)
+    path = place / "model.safetensors"
+    tensors = load_file(path)
+    save_file({name: one.float() for name, one in tensors.items()}, path, {"format": "pt"})
+    loaded(place)
+    assert not kept()
+
+
+def test_only_the_newest_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(recalled, "MODELS", 2)
+    places = [stored(tmp_path, family) for family in ("llama", "qwen2", "qwen3")]
+    for at, place in enumerate(places):
+        loaded(place)
+        newest = max(kept(), key=lambda one: one.stat().st_mtime_ns)
+        os.utime(newest, (at, at))
+    assert len(kept()) == 2
+    assert [isinstance(loaded(place)[0], Recalled) for place in places[1:]] == [True, True]
+
+
+def test_where_nothing_can_be_written_a_model_answers_all_the_same(tmp_path, monkeypatch):
+    place = stored(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(recalled, "cache_directory", lambda: tmp_path / "file")
+    for _ in range(2):
+        assert not isinstance(loaded(place)[0], Recalled)
