@@ -57,7 +57,7 @@ class Recalled(LoadedModel):
         super().__init__(module=nn.Module(), **known)
 
     @property
-    def module(self) -> nn.Module:  # type: ignore[override]
+    def module(self) -> nn.Module:
         """Loaded when it is first asked for."""
         if self._loaded is None:
             self._loaded = self._load().module
