@@ -205,16 +205,26 @@ def _typical(shares_K: Tensor, mass: float) -> Tensor:
 
 def _draw(scores_RV: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> list[int | Exception]:
     """The token on which the draw of each request falls in its row of settled scores, or why there is none."""
-    fast = [at for at, one in enumerate(requests) if one.sampling.typical_p in (None, 1)] if can_draw(scores_RV) else []
-    tokens = dict(zip(fast, draw_rows(scores_RV, [rows[at] for at in fast], [_how(requests[at]) for at in fast])))
+    found: dict[int, int | Exception] = {}
+    asked: dict[int, Draw] = {}
+    fast = can_draw(scores_RV)
     for at, (row, one) in enumerate(zip(rows, requests)):
-        if at not in tokens:
-            tokens[at] = drawn_from(*shares_of(scores_RV[row], one), _number(one))
-    return [_judged(tokens[at], one) for at, one in enumerate(requests)]
+        try:
+            if fast and one.sampling.typical_p in (None, 1):
+                asked[at] = _how(one)
+            else:
+                found[at] = drawn_from(*shares_of(scores_RV[row], one), _number(one))
+        except Exception as err:
+            found[at] = err
+    if asked:
+        found |= dict(zip(asked, draw_rows(scores_RV, [rows[at] for at in asked], list(asked.values()))))
+    return [_judged(found[at], one) for at, one in enumerate(requests)]
 
 
-def _judged(token: int, request: Request) -> int | Exception:
+def _judged(token: int | Exception, request: Request) -> int | Exception:
     """The token, or why none was found, where it is below 0."""
+    if isinstance(token, Exception):
+        return token
     if request.matcher is not None and request.matcher.error is not None:
         return request.matcher.error
     return token if token >= 0 else _nothing(request)

@@ -244,7 +244,7 @@ def test_beams_share_and_copy_blocks_of_the_native_decoder(execution, monkeypatc
         ]
 
     monkeypatch.setattr(beams, "TOKENS", 10**6)  # all of a search are read anew in one step
-    monkeypatch.setattr(beams._Search, "fork", read_anew)
+    monkeypatch.setattr(beams.Search, "fork", read_anew)
     monkeypatch.setattr(Cached, "copy", None)
     assert beams.search(model, prompts(), sampling, 4) == found
 

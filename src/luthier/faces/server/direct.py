@@ -41,7 +41,13 @@ def _writer(send: Any) -> Write | None:
     cycle = getattr(send, "__self__", None)
     if not isinstance(cycle, RequestResponseCycle):
         return None
-    transport, flow = cycle.transport, cycle.flow
+    try:
+        transport, flow = cycle.transport, cycle.flow
+        # Unset until headers are sent, but there.
+        _ = cycle.chunked_encoding, cycle.response_complete, cycle.disconnected, flow.write_paused
+    except AttributeError:
+        # Another version names them otherwise.
+        return None
 
     def write(body: bytes) -> bool:
         # Headers that say another length, or a question for the head alone, are left to uvicorn.
