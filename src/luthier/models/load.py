@@ -82,6 +82,8 @@ def load_model(
     beyond the context) and MissingExtra.
     """
     events = events or Events()
+    if source == "run:last":
+        source = lasting_name(source)
     origin = find_origin(source)
     place, saved, adapter = origin.place, origin.saved, origin.adapter
     base, base_name, hub, config, kind = origin.base, origin.base_name, origin.hub, origin.config, origin.kind

@@ -13,6 +13,8 @@ from luthier.core.run import find_run
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 KNOCK_SECONDS = 10
+# Where a run keeps its model.
+MODEL = Path("artefacts") / "model"
 
 
 def shipped_models() -> list[str]:
@@ -28,10 +30,10 @@ def resolve_source(source: str) -> Path | str:
     """
     if source.startswith("run:"):
         try:
-            run = find_run(source)
+            run = find_run(source, _holds_model)
         except RunError as err:
             raise ModelError(str(err)) from None
-        path = run / "artefacts" / "model"
+        path = run / MODEL
         if not path.is_dir():
             raise ModelError(f"{source}: the run holds no model ({path} is missing); only a finished `tune` leaves one")
         return path
@@ -48,8 +50,15 @@ def resolve_source(source: str) -> Path | str:
     return source
 
 
+def _holds_model(run: Path) -> bool:
+    return (run / MODEL).is_dir()
+
+
 def lasting_name(source: str) -> str:
-    """`source` in a form that still holds elsewhere: a local directory becomes absolute."""
+    """`source` in a form that still holds elsewhere and later: a local directory becomes absolute, run:last the newest run that
+    holds a model."""
+    if source == "run:last":
+        return f"run:{resolve_source(source).parents[1].name}"  # type: ignore[union-attr]
     if source.startswith("run:") or source in shipped_models():
         return source
     path = Path(source).expanduser()

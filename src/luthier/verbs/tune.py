@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,11 +14,12 @@ from luthier.core.config import Config, Resolved, resolve
 from luthier.core.errors import ConfigError, LuthierError, RunError
 from luthier.core.events import Events, Sink
 from luthier.core.record import Record, now
-from luthier.core.run import Run, discard, find_run
+from luthier.core.run import Run, discard, find_run, read_record
 from luthier.core.sizes import Gigabytes
 from luthier.data.load import Data
 from luthier.data.plans import Order
 from luthier.models.adapters import ADAPTERS
+from luthier.models.sources import lasting_name
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.optimizers import OPTIMIZERS
 from luthier.training.schedules import SCHEDULES
@@ -142,6 +144,8 @@ def tune(
     process makes the same call; the record of all but the first holds no results. Raises LuthierError (ConfigError,
     DataError, ModelError, RunError, TrainingError); KeyboardInterrupt after a checkpoint when it is told to stop.
     """
+    if resume == "run:last":
+        resume = str(find_run(resume, _tunes))
     return tune_model(_as_resolved(asked, resume, settings), sinks=sinks, resume=resume)[0]
 
 
@@ -176,6 +180,9 @@ def tune_model(
     asked: Resolved[Tune], *, sinks: Sequence[Sink] = (), resume: str | None = None, model: LoadedModel | None = None
 ) -> tuple[Record, LoadedModel]:
     """Tune, and return the record and the tuned model. `model` is used as it stands instead of loading one."""
+    if model is None and asked.config.model == "run:last":
+        # What it is now: the run may go on when another one is the last.
+        asked = replace(asked, config=asked.config.model_copy(update={"model": lasting_name("run:last")}))
     with join_world(asked, resume=resume, given=model is not None) as world, world.guard():
         if not world.leads:
             return _follow(asked, world, resume, model)
@@ -313,6 +320,10 @@ def fine_tune(
     for name, value in (("luthier", tuned), ("luthier_record", record)):
         setattr(tuned.module, name, value)
     return tuned.module
+
+
+def _tunes(path: Path) -> bool:
+    return read_record(path).verb == "tune"
 
 
 def _as_resolved(

@@ -111,3 +111,20 @@ def test_what_the_hub_takes_for_no_name_is_no_model(source):
 def test_what_can_be_no_path_is_no_model(source):
     with pytest.raises(ModelError, match=r"no such (directory|run)"):
         resolve_source(source)
+
+
+def test_the_last_run_is_the_newest_that_holds_a_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path))
+    with pytest.raises(ModelError, match="no runs yet"):
+        resolve_source("run:last")
+    for at, (name, verb) in enumerate((("old", "tune"), ("new", "tune"), ("judged", "evaluate"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(
+            f'{{"id": "{name}", "verb": "{verb}", "created": "2026-01-0{at + 1}"}}'
+        )
+    with pytest.raises(ModelError, match="none of the runs holds what is asked for"):
+        resolve_source("run:last")
+    for name in ("old", "new"):
+        (tmp_path / name / "artefacts" / "model").mkdir(parents=True)
+    assert resolve_source("run:last") == tmp_path / "new" / "artefacts" / "model"
+    assert lasting_name("run:last") == "run:new"
