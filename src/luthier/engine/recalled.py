@@ -32,7 +32,7 @@ from luthier.models.facts import base_fingerprint
 from luthier.models.mapped import Files, Place, place_of, read_regions
 from luthier.models.purpose import make_renderer
 from luthier.models.rendering import check_rendering
-from luthier.models.sources import lasting_name, resolve_source
+from luthier.models.sources import resolve_source, settle
 from luthier.models.spec import LoadedModel, ModelSpec, read_spec
 from luthier.native.build import NoLibrary, cache_directory, library_path
 from luthier.native.decoder import TOKENS, Cached, Packed
@@ -88,8 +88,7 @@ def recall(
 ) -> Recalled | None:
     """The model at `source`, packed as it was before; None where nothing is kept of it, or not of these files. Raises as
     `load_model` does where its tokenizer or its texts are not what they were."""
-    if source == "run:last":
-        source = lasting_name(source)
+    source = settle(source)
     found = _find(source, execution, max_length)
     if found is None:
         return None

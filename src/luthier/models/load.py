@@ -31,7 +31,7 @@ from luthier.models.purpose import add_head, check_task, choose_length, choose_p
 from luthier.models.quantised.linear import Form
 from luthier.models.quantised.network import quantise
 from luthier.models.rendering import check_rendering
-from luthier.models.sources import knock, lasting_name, resolve_source
+from luthier.models.sources import knock, lasting_name, resolve_source, settle
 from luthier.models.spec import HEAD_FILE, NATURAL_TASK, Kind, LoadedModel, ModelSpec, read_spec
 from luthier.models.stored import fits_bfloat16
 
@@ -82,8 +82,7 @@ def load_model(
     beyond the context) and MissingExtra.
     """
     events = events or Events()
-    if source == "run:last":
-        source = lasting_name(source)
+    source = settle(source)
     origin = find_origin(source)
     place, saved, adapter = origin.place, origin.saved, origin.adapter
     base, base_name, hub, config, kind = origin.base, origin.base_name, origin.hub, origin.config, origin.kind

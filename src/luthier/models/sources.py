@@ -54,11 +54,17 @@ def _holds_model(run: Path) -> bool:
     return (run / MODEL).is_dir()
 
 
+def settle(source: str) -> str:
+    """run:last as the run that it is now, by its own name; anything else as it is. Raises ModelError where none holds a model."""
+    if source != "run:last":
+        return source
+    path = resolve_source(source)
+    assert isinstance(path, Path)
+    return f"run:{path.parents[1].name}"
+
+
 def lasting_name(source: str) -> str:
-    """`source` in a form that still holds elsewhere and later: a local directory becomes absolute, run:last the newest run that
-    holds a model."""
-    if source == "run:last":
-        return f"run:{resolve_source(source).parents[1].name}"  # type: ignore[union-attr]
+    """`source` in a form that still holds elsewhere: a local directory becomes absolute."""
     if source.startswith("run:") or source in shipped_models():
         return source
     path = Path(source).expanduser()

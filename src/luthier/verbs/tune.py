@@ -19,7 +19,7 @@ from luthier.core.sizes import Gigabytes
 from luthier.data.load import Data
 from luthier.data.plans import Order
 from luthier.models.adapters import ADAPTERS
-from luthier.models.sources import lasting_name
+from luthier.models.sources import settle
 from luthier.training.objectives import OBJECTIVES
 from luthier.training.optimizers import OPTIMIZERS
 from luthier.training.schedules import SCHEDULES
@@ -180,9 +180,9 @@ def tune_model(
     asked: Resolved[Tune], *, sinks: Sequence[Sink] = (), resume: str | None = None, model: LoadedModel | None = None
 ) -> tuple[Record, LoadedModel]:
     """Tune, and return the record and the tuned model. `model` is used as it stands instead of loading one."""
-    if model is None and asked.config.model == "run:last":
-        # What it is now: the run may go on when another one is the last.
-        asked = replace(asked, config=asked.config.model_copy(update={"model": lasting_name("run:last")}))
+    if model is None:
+        # The run may go on when another one is the last.
+        asked = replace(asked, config=asked.config.model_copy(update={"model": settle(asked.config.model)}))
     with join_world(asked, resume=resume, given=model is not None) as world, world.guard():
         if not world.leads:
             return _follow(asked, world, resume, model)

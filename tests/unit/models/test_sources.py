@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from luthier.core.errors import ModelError
 from luthier.models.load import load_model
-from luthier.models.sources import lasting_name, resolve_source, shipped_models
+from luthier.models.sources import lasting_name, resolve_source, settle, shipped_models
 from tiny import tiny_model
 
 
@@ -127,4 +127,4 @@ def test_the_last_run_is_the_newest_that_holds_a_model(tmp_path, monkeypatch):
     for name in ("old", "new"):
         (tmp_path / name / "artefacts" / "model").mkdir(parents=True)
     assert resolve_source("run:last") == tmp_path / "new" / "artefacts" / "model"
-    assert lasting_name("run:last") == "run:new"
+    assert settle("run:last") == "run:new" and settle("run:old") == "run:old" and settle("mini") == "mini"

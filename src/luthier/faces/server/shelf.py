@@ -14,6 +14,7 @@ from luthier.faces.server.beside import base_of, same_model
 from luthier.faces.server.engines import EngineProcess, Gone, Refused
 from luthier.faces.server.refusals import Refusal, unknown
 from luthier.faces.server.settings import Serve
+from luthier.models.sources import settle
 
 # Models that may rest of which so many, those asked last, stay loaded.
 AWAKE = 2
@@ -59,7 +60,8 @@ class Shelf:
         One that `rests` stays loaded while it is among the last AWAKE such models that were asked; with `facts`, what an
         earlier loading found, it is loaded when it is first asked.
         """
-        name = name or source
+        # An engine that is started again loads what it was, whatever was tuned since.
+        name, source = name or source, settle(source)
         async with self._lock:
             if name in self.models:
                 raise Refusal(409, f"a model is served as {name!r} already; unload it first, or choose another name")
