@@ -30,6 +30,8 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
     parent: str | None = None
     """The name of the base beside which it is an adapter."""
+    parameters: int = 0
+    """Of that adapter."""
 
 
 class Shelf:
@@ -88,14 +90,14 @@ class Shelf:
         for one in self.models.values():
             if one.parent is None and one.process.state == "ready" and same_model(one.source, base):
                 try:
-                    await one.process.ask("load_adapter", name=name, source=source)
+                    found = await one.process.ask("load_adapter", name=name, source=source)
                 except Refused as why:
                     self._tell(
                         {"event": "warning", "message": f"{name}: {why}; it gets a process of its own", "count": 1}
                     )
                     return None
                 one.process.order["adapters"][name] = source
-                return Served(name, source, one.process, parent=one.name)
+                return Served(name, source, one.process, parent=one.name, parameters=found["parameters"])
         return None
 
     def _let_rest(self) -> None:
