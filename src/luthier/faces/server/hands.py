@@ -114,8 +114,12 @@ class Hands:
         if name == "write":
             return self.write(message, tell)
         if name not in DOINGS:
-            raise ConfigError(f"{self.model.spec.source} cannot {name}")
+            raise ConfigError(f"{self.called(message)} cannot {name}")
         return DOINGS[name](self, message)
+
+    def called(self, message: dict[str, Any]) -> str:
+        """The name under which the model of a message is asked for."""
+        return str(message.get("model", self.model.spec.source))
 
     def within(self, ids: Sequence[int]) -> Sequence[int]:
         """Those ids. Raises TooLong."""
@@ -275,7 +279,7 @@ class Hands:
         renderer = self.model.renderer
         if self.model.spec.task not in ("causal", "seq2seq"):
             raise ConfigError(
-                f"model: {self.model.spec.source} is made to {self.model.spec.task} and writes no text; choose another model"
+                f"model: {self.called(message)} is made to {self.model.spec.task} and writes no text; choose another model"
             )
         if "messages" in message and renderer.kind == "encoder-decoder":
             return renderer.framed_ids("\n".join(turn.content for turn in self._turns(message)))

@@ -29,7 +29,7 @@ async def label(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[str
     model = hands.model
     if model.spec.task == "classify":
         raise ConfigError(
-            f"labels: {model.spec.source} was tuned to classify, and has labels of its own; leave labels out"
+            f"labels: {hands.called(message)} was tuned to classify, and has labels of its own; leave labels out"
         )
     labelling = Labelling.make(message["labelling"], where="labelling")
     shots = [(text, of) for text, of in message["shots"]]

@@ -95,7 +95,7 @@ async def count_tokens(body: CountRequest, server: TheServer) -> Count:
     """How many tokens the model would read of this, and nothing is written."""
     asked = question_of(body)
     wanted = {name: asked[name] for name in ("messages", "tools") if name in asked}
-    found = await server.shelf.find(body.model).process.ask("tokenize", **wanted)
+    found = await server.shelf.find(body.model).ask("tokenize", **wanted)
     return Count(input_tokens=len(found["ids"]))
 
 

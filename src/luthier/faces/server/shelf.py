@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from luthier.core.errors import LuthierError
 from luthier.faces.server.beside import base_of, same_model
-from luthier.faces.server.engines import EngineProcess, Gone, Refused
+from luthier.faces.server.engines import EngineProcess, Gone, Refused, Tap
 from luthier.faces.server.refusals import Refusal, unknown
 from luthier.faces.server.settings import Serve
 from luthier.models.sources import settle
@@ -32,6 +32,19 @@ class Served:
     """The name of the base beside which it is an adapter."""
     parameters: int = 0
     """Of that adapter."""
+
+    async def ask(self, do: str, **asked: Any) -> dict[str, Any]:
+        """As `EngineProcess.ask`, by its own name and with its adapter."""
+        return await self.process.ask(do, **asked, **self._names())
+
+    def stream(
+        self, do: str, tap: Tap | None = None, **asked: Any
+    ) -> AsyncIterator[tuple[Literal["piece", "end"], dict[str, Any]]]:
+        """As `EngineProcess.stream`, by its own name and with its adapter."""
+        return self.process.stream(do, tap, **asked, **self._names())
+
+    def _names(self) -> dict[str, str]:
+        return {"model": self.name, **({"adapter": self.name} if self.parent is not None else {})}
 
 
 class Shelf:
