@@ -22,8 +22,8 @@ from luthier.native.likely import log_shares
 
 # Tokens of a step, and logits that are made in one: with more it takes memory, and is no faster.
 TOKENS, LOGITS = 512, 2**24
-# Hands of all prompts together, where one has several.
-HANDS = 64
+# Hands of all prompts together, where one has several; and blocks that they hold beside those of the first one of each.
+HANDS, BESIDE = 64, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,8 @@ class Lanes:
         for one in planted:
             branches = sum(one.forks(chain) for chain in one.chains())
             wide = -(-(tail + max(one.depths()) + 1) // BLOCK)
-            found.append((wide, max(1, min(branches, HANDS // len(planted)))))
+            more = BESIDE // len(planted) // max(1, wide - (tail + one.stem) // BLOCK)
+            found.append((wide, max(1, min(branches, HANDS // len(planted), 1 + more))))
         return found
 
     def _needs(self, planted: Sequence[Planted], trunk: int) -> int:
@@ -171,6 +172,12 @@ class Lanes:
     def _drop(self, blocks: Sequence[int]) -> None:
         for block in reversed(blocks):
             self._blocks.drop(block)
+
+
+def blocks_held(context: int, prompts: int, tokens: int) -> int:
+    """Blocks of keys and values that lanes hold at most, of so many prompts at once with so many tokens in all, or of one that is
+    longer: the trunk, what each prompt begins and ends in the middle of, what they are longer by, and further hands."""
+    return -(-context // BLOCK) + 2 * prompts + -(-min(max(tokens, context), prompts * context) // BLOCK) + BESIDE
 
 
 def _walks(planted: Sequence[Planted], hands: Sequence[Sequence[list[int]]], before: int) -> list[list[_Piece]]:

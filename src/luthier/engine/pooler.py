@@ -255,6 +255,12 @@ class Pooler:
         return found
 
 
+def blocks_held(context: int, texts: int, tokens: int) -> int:
+    """Blocks of keys and values that a step takes at most where weights are packed, of so many texts with so many tokens in all,
+    or of one that is longer."""
+    return max(-(-context // BLOCK), (tokens + min(texts, tokens) * (BLOCK - 1)) // BLOCK)
+
+
 def is_packed(model: LoadedModel) -> bool:
     """Whether the packed weights are all that is left of a model, their own form being let go."""
     return model.native is not None and any(not one.numel() for one in model.network.parameters())

@@ -119,7 +119,7 @@ class Scorer:
                 found[at] = [Score(sum(logs[step] for step in path), len(path)) for path in planted[at].paths]
                 if any(math.isnan(one.log_prob) for one in found[at]):
                     # Nothing that was read beside it is kept.
-                    self._trunk, self._lanes = Trunk(), None
+                    self.let_go()
                     raise not_numbers()
             done += len(part)
             if on_progress is not None:
@@ -127,6 +127,10 @@ class Scorer:
 
         each_part(sizes, tokens, run, self.model.device, events)
         return found
+
+    def let_go(self) -> None:
+        """Keep nothing of what was read."""
+        self._trunk, self._lanes = Trunk(), None
 
     def _check(self, prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> None:
         if not prompt or not all(continuations):

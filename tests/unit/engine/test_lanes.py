@@ -145,6 +145,26 @@ def test_blocks_are_given_back():
     assert scorer._lanes._blocks.used == used
 
 
+def test_no_more_blocks_are_held_than_are_planned():
+    model, draw = packed(), random.Random(3)
+    context, held = model.spec.max_length, 0
+    one = lambda size: [draw.randrange(5, 390) for _ in range(size)]  # noqa: E731
+    most = lanes.blocks_held(context, 8, 4096)
+    scorer = Scorer(model)
+    for start, size, prompts, labels, length in (
+        (1, 1, 8, 200, context // 2),
+        (context // 2, context // 4, 8, 64, context // 4),
+        (33, 9, 1, 100, context - 42),
+        (1, context - 3, 8, 2, 2),
+        (5, 31, 8, 3, 1),
+    ):
+        head, answers = one(start), [one(length) for _ in range(labels)]
+        scorer.score([(head + one(size), answers) for _ in range(prompts)])
+        held = max(held, scorer._lanes._cached.blocks)
+        assert scorer._lanes._cached.blocks <= most, (start, size, prompts, labels, length)
+    assert held > most / 4, "the plan is not far from what is held"
+
+
 def test_chains_follow_what_the_one_before_left():
     planted = plant((5, 6), ANSWERS)
     depths, standing = planted.depths(), list(range(2))

@@ -45,6 +45,7 @@ EXEMPT_FILES = {
             "engines",
             "finder",
             "hands",
+            "holding",
             "indexes",
             "inputs",
             "items",

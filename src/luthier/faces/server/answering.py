@@ -87,13 +87,15 @@ def event(content: dict[str, Any] | BaseModel, name: str | None = None) -> bytes
 
 
 class TextEvents:
-    """Events that are alike but for one text, which is the string HERE in `content`: all around it is written once."""
+    """Events that are alike but for one text, which is the string HERE in `content`, and a number after it where there is
+    NUMBER: all around them is written once."""
 
-    HERE = "\0"
+    HERE, NUMBER = "\0", "\1"
 
-    def __init__(self, content: dict[str, Any]):
-        self._head, self._tail = event(content).decode().split(ENCODE(self.HERE))
+    def __init__(self, content: dict[str, Any], name: str | None = None):
+        self._head, rest = event(content, name).decode().split(ENCODE(self.HERE))
+        self._middle, _, self._tail = rest.partition(ENCODE(self.NUMBER))
 
-    def tell(self, text: str) -> bytes:
-        """The event with this text, as `event` writes it."""
-        return f"{self._head}{encode_basestring(text)}{self._tail}".encode("utf-8", "replace")
+    def tell(self, text: str, number: int | str = "") -> bytes:
+        """The event with this text, and this number, as `event` writes it."""
+        return f"{self._head}{encode_basestring(text)}{self._middle}{number}{self._tail}".encode("utf-8", "replace")

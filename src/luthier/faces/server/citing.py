@@ -95,7 +95,7 @@ async def find_ground(request: Request, served: Served, asked: dict[str, Any], n
     limit = served.process.facts["context"] - (asked["sampling"].get("max_tokens") or ROOM)
     for text, sources in offer_prompts(question, ground.sources):
         messages = [*asked["messages"][:-1], {"role": "user", "content": text}]
-        prompt = await served.process.ask("tokenize", messages=messages)
+        prompt = await served.ask("tokenize", messages=messages)
         if len(prompt["ids"]) <= limit:
             asked["messages"] = messages
             request.state.facts["passages"] = len(sources)

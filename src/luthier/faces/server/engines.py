@@ -170,7 +170,9 @@ class EngineProcess:
         if self.rests and self.state != "ready":
             await self._wake()
         if self._writer is None or self.state != "ready":
-            raise Gone(self.broke or "the model is being loaded; ask again later")
+            why, name = self.broke or "the model is being loaded; ask again later", arguments.get("model", self.source)
+            # An adapter beside its base, or a model by another name.
+            raise Gone(why if name == self.source else f"{name}: {why}")
         id, inbox = next(self._ids), Inbox(tap)
         self._waiting[id] = inbox
         over = False
@@ -183,7 +185,10 @@ class EngineProcess:
                     raise Gone("the engine ended while this was written, and is started again; ask again")
                 if "error" in message:
                     over = True
-                    raise Refused(**message["error"])
+                    kind, text = message["error"]["kind"], message["error"]["message"]
+                    if "model" in arguments and text.startswith(f"{self.source}: "):
+                        text = arguments["model"] + text[len(self.source) :]
+                    raise Refused(kind, text)
                 if "end" in message:
                     over = True
                     yield "end", message["end"]

@@ -22,9 +22,9 @@ from luthier.engine.generate import choose_engine, uses_engine
 from luthier.engine.logs import BEFORE, added
 from luthier.engine.native import let_go
 from luthier.engine.pooler import Embedding, Pooler
-from luthier.engine.readers import kept_bytes
 from luthier.engine.sampling import Execution, Sampling
 from luthier.engine.streaming import Answer, Piece
+from luthier.faces.server.holding import plan_memory, room_for
 from luthier.faces.server.labelled import label
 from luthier.faces.server.readings import classify, embed, relate
 from luthier.faces.server.searching import search
@@ -67,7 +67,7 @@ class Hands:
 
     def __init__(self, model: LoadedModel, order: Order, events: Events):
         self.model, self.form = model, None
-        room = (model.spec.max_length + 64) * order.streams
+        room = room_for(model, order.streams)
         engine: Engine | Pooler
         if model.spec.task in ("causal", "seq2seq"):
             if not uses_engine(model):
@@ -87,19 +87,15 @@ class Hands:
         else:
             engine = Pooler(model, events=events)
             events.choose("engine", "pooled", "each text is read once, beside others")
-        # What a search may come to hold is kept from all others.
-        self.searching = asyncio.Semaphore(1)
+        # What a search may come to hold is kept from all others; and a scorer of an adapter holds what was planned for one.
+        self.searching, self.lending = asyncio.Semaphore(1), asyncio.Semaphore(1)
         self.door = Door(engine, waiting=order.waiting, waiting_tokens=room)
-        writes = isinstance(engine, Engine)
         self.facts: dict[str, Any] = {
             "task": model.spec.task,
             "family": model.spec.family,
             "context": model.spec.max_length,
             "streams": order.streams,
-            "kept_tokens": room if writes else 0,
-            "kept_bytes": kept_bytes(model) * room if writes else 0,
-            "weight_bytes": sum(one.nbytes for one in model.network.parameters())
-            + (model.native.nbytes if model.native is not None else 0),
+            **plan_memory(model, order.streams, order.waiting, writes=isinstance(engine, Engine)),
             "engine": events.choices.get("engine", ""),
             "template": None if model.renderer.template is None else model.renderer.template.name,
             "labels": list(model.spec.labels),
@@ -118,8 +114,12 @@ class Hands:
         if name == "write":
             return self.write(message, tell)
         if name not in DOINGS:
-            raise ConfigError(f"{self.model.spec.source} cannot {name}")
+            raise ConfigError(f"{self.called(message)} cannot {name}")
         return DOINGS[name](self, message)
+
+    def called(self, message: dict[str, Any]) -> str:
+        """The name under which the model of a message is asked for."""
+        return str(message.get("model", self.model.spec.source))
 
     def within(self, ids: Sequence[int]) -> Sequence[int]:
         """Those ids. Raises TooLong."""
@@ -279,7 +279,7 @@ class Hands:
         renderer = self.model.renderer
         if self.model.spec.task not in ("causal", "seq2seq"):
             raise ConfigError(
-                f"model: {self.model.spec.source} is made to {self.model.spec.task} and writes no text; choose another model"
+                f"model: {self.called(message)} is made to {self.model.spec.task} and writes no text; choose another model"
             )
         if "messages" in message and renderer.kind == "encoder-decoder":
             return renderer.framed_ids("\n".join(turn.content for turn in self._turns(message)))

@@ -87,6 +87,21 @@ class Items:
         """Whether there is more than what was searched."""
         return any(not isinstance(one, SearchCall) for one in self.output)
 
+    @property
+    def speaks(self) -> bool:
+        """Whether a text is open."""
+        return bool(self.output) and isinstance(self.output[-1], OutputMessage)
+
+    def say(self, text: str) -> None:
+        """More of the text that is open, without an event."""
+        last = self.output[-1]
+        assert isinstance(last, OutputMessage)
+        last.content[0].text += text
+
+    def text_delta(self, text: str) -> dict[str, Any]:
+        """The event of more of the text that is open."""
+        return self._event("response.output_text.delta", content_index=0, delta=text, logprobs=[])
+
     def search(self, call: SearchCall) -> list[dict[str, Any]]:
         """Events of a search, which is over before anything is written."""
         self.output.append(
@@ -117,13 +132,10 @@ class Items:
 
     def take(self, part: Part) -> list[dict[str, Any]]:
         """Events of a part of the answer."""
-        last = self.output[-1] if self.output else None
         if part.kind == "text":
-            found = [] if isinstance(last, OutputMessage) else self._open_text()
-            last = self.output[-1]
-            assert isinstance(last, OutputMessage)
-            last.content[0].text += part.text
-            return [*found, self._event("response.output_text.delta", content_index=0, delta=part.text, logprobs=[])]
+            found = [] if self.speaks else self._open_text()
+            self.say(part.text)
+            return [*found, self.text_delta(part.text)]
         if part.kind == "name":
             found = self.close("completed")
             made = OutputCall(
@@ -131,6 +143,7 @@ class Items:
             )
             self.output.append(made)
             return [*found, self._item("response.output_item.added")]
+        last = self.output[-1]
         assert isinstance(last, OutputCall)
         last.arguments += part.text
         return [self._event("response.function_call_arguments.delta", delta=part.text)]

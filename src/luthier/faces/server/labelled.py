@@ -4,6 +4,7 @@ engine's steps, nothing written."""
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from luthier.data.turns import read_messages
 from luthier.engine.judging import Judge, Judging
 from luthier.engine.labelling import Labelling
 from luthier.engine.labels import Labeller
+from luthier.engine.scoring import Scorer
 
 if TYPE_CHECKING:
     from luthier.faces.server.hands import Hands
@@ -27,16 +29,16 @@ async def label(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[str
     model = hands.model
     if model.spec.task == "classify":
         raise ConfigError(
-            f"labels: {model.spec.source} was tuned to classify, and has labels of its own; leave labels out"
+            f"labels: {hands.called(message)} was tuned to classify, and has labels of its own; leave labels out"
         )
     labelling = Labelling.make(message["labelling"], where="labelling")
     shots = [(text, of) for text, of in message["shots"]]
-    scorer = await hands.door.ask(lambda engine: engine.scorer(message.get("adapter", "")))
-    labeller = Labeller(model, message["labels"], labelling, shots=shots, raw=message["raw"], scorer=scorer)
     items = [(f"input.{at}", _item(one)) for at, one in enumerate(message["inputs"])]
     found: list[Prediction] = []
-    for start in range(0, len(items), AT_ONCE):
-        found += await hands.door.ask(partial(_predict, labeller, items[start : start + AT_ONCE]))
+    async with _scorer(hands, message.get("adapter", "")) as scorer:
+        labeller = Labeller(model, message["labels"], labelling, shots=shots, raw=message["raw"], scorer=scorer)
+        for start in range(0, len(items), AT_ONCE):
+            found += await hands.door.ask(partial(_predict, labeller, items[start : start + AT_ONCE]))
     answers = [{"output": one.output, "probabilities": one.probabilities} for one in found]
     usage = {"prompt": labeller.read, "written": 0, "reused": 0, "drafted": 0, "accepted": 0}
     yield {"end": {"answers": answers, "usage": usage}}
@@ -48,12 +50,29 @@ def _predict(labeller: Labeller, items: Sequence[tuple[str, str | Sequence[Messa
 
 async def judge(hands: Hands, message: dict[str, Any], judging: Judging) -> tuple[list[float], int]:
     """The score of each of `pairs`, and how many tokens were read."""
-    scorer = await hands.door.ask(lambda engine: engine.scorer(message.get("adapter", "")))
+    pairs = [(one, other) for one, other in message["pairs"]]
     found: list[float] = []
-    made, pairs = Judge(hands.model, judging, scorer), [(one, other) for one, other in message["pairs"]]
-    for start in range(0, len(pairs), AT_ONCE):
-        found += await hands.door.ask(partial(_judge, made, pairs[start : start + AT_ONCE]))
+    async with _scorer(hands, message.get("adapter", "")) as scorer:
+        made = Judge(hands.model, judging, scorer)
+        for start in range(0, len(pairs), AT_ONCE):
+            found += await hands.door.ask(partial(_judge, made, pairs[start : start + AT_ONCE]))
     return found, made.read
+
+
+@asynccontextmanager
+async def _scorer(hands: Hands, adapter: str) -> AsyncIterator[Scorer]:
+    """The model's own, which goes on with what it has read; or one of an adapter, one of all requests at a time, which keeps
+    nothing."""
+    if not adapter:
+        yield await hands.door.ask(lambda engine: engine.scorer())
+        return
+    async with hands.lending:
+        scorer = await hands.door.ask(lambda engine: engine.scorer(adapter))
+        try:
+            yield scorer
+        finally:
+            # After all that the engine's thread was asked to do with it, and before what the next one asks.
+            hands.door.tell(lambda _: scorer.let_go())
 
 
 def _judge(judge: Judge, pairs: Sequence[tuple[str, str]], _: object) -> list[float]:

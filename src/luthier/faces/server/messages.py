@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, JsonValue
 
-from luthier.faces.server.answering import event, new_id, stream_events, while_here
+from luthier.faces.server.answering import TextEvents, event, new_id, stream_events, while_here
 from luthier.faces.server.blocks import CountRequest, MessagesRequest, question_of
 from luthier.faces.server.chat import form_of
+from luthier.faces.server.direct import writer_of
 from luthier.faces.server.refusals import MESSAGES_RESPONSES, STREAMED
 from luthier.faces.server.server import TheKey, TheServer
 from luthier.faces.server.shelf import Served
@@ -94,7 +95,7 @@ async def count_tokens(body: CountRequest, server: TheServer) -> Count:
     """How many tokens the model would read of this, and nothing is written."""
     asked = question_of(body)
     wanted = {name: asked[name] for name in ("messages", "tools") if name in asked}
-    found = await server.shelf.find(body.model).process.ask("tokenize", **wanted)
+    found = await server.shelf.find(body.model).ask("tokenize", **wanted)
     return Count(input_tokens=len(found["ids"]))
 
 
@@ -123,7 +124,12 @@ async def _events(
     """Server-sent events of an answer."""
     reader, blocks = CallReader(form, asked.get("tools", ())) if form is not None else None, _Blocks()
     begun, stop = False, dict[str, Any]()
-    async for kind, part in write_pieces(request, served, asked):
+    write = writer_of(request)
+
+    def pass_on(_: int, text: str) -> bool:
+        return write is not None and bool(text) and blocks.speaks and write(PLAIN.tell(text))
+
+    async for kind, part in write_pieces(request, served, asked, pass_on if reader is None else None):
         if kind == "end":
             for one in blocks.end():
                 yield _tell(one)
@@ -154,6 +160,11 @@ class _Blocks:
     def __init__(self) -> None:
         self._count, self._open = 0, ""
 
+    @property
+    def speaks(self) -> bool:
+        """Whether a block of text is open."""
+        return self._open == "text"
+
     def take(self, part: Part) -> list[dict[str, Any]]:
         """What a part comes to."""
         if part.kind == "name":
@@ -161,8 +172,8 @@ class _Blocks:
             return [*self.end(), self._begin("call", call)]
         if part.kind == "arguments":
             return [self._more({"type": "input_json_delta", "partial_json": part.text})]
-        begun = [] if self._open == "text" else [*self.end(), self._begin("text", {"type": "text", "text": ""})]
-        return [*begun, self._more({"type": "text_delta", "text": part.text})]
+        begun = [] if self.speaks else [*self.end(), self._begin("text", {"type": "text", "text": ""})]
+        return [*begun, self._more(_said(part.text))]
 
     def end(self) -> list[dict[str, Any]]:
         """The block that is open ends."""
@@ -176,8 +187,20 @@ class _Blocks:
         return {"type": "content_block_start", "index": self._count - 1, "content_block": block}
 
     def _more(self, delta: dict[str, Any]) -> dict[str, Any]:
-        return {"type": "content_block_delta", "index": self._count - 1, "delta": delta}
+        return _delta(self._count - 1, delta)
+
+
+def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "content_block_delta", "index": index, "delta": delta}
+
+
+def _said(text: str) -> dict[str, Any]:
+    return {"type": "text_delta", "text": text}
 
 
 def _tell(content: dict[str, Any]) -> bytes:
     return event(content, content["type"])
+
+
+# Where no call may come, all is one block of text.
+PLAIN = TextEvents(_delta(0, _said(TextEvents.HERE)), "content_block_delta")

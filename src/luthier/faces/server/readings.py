@@ -56,7 +56,7 @@ async def relate(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[st
         scores = [float(one.output) for one in found]  # type: ignore[arg-type]
     elif task == "classify" and not by_vectors:
         raise ConfigError(
-            f"model: {hands.model.spec.source} gives classes and no number; use one that gives numbers for pairs, or vectors"
+            f"model: {hands.called(message)} gives classes and no number; use one that gives numbers for pairs, or vectors"
         )
     else:
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
@@ -73,8 +73,8 @@ def _way_of(hands: Hands, message: dict[str, Any]) -> tuple[Judging | None, bool
     if model.spec.task != "causal":
         if asked is not None:
             raise ConfigError(
-                f"{next(iter(asked))}: {model.spec.source} is made to {model.spec.task} and says no words, so it is not asked "
-                "for labels; leave it out"
+                f"{next(iter(asked))}: {hands.called(message)} is made to {model.spec.task} and says no words, so it is not "
+                "asked for labels; leave it out"
             )
         return None, by_vectors
     if by_vectors:
@@ -84,8 +84,8 @@ def _way_of(hands: Hands, message: dict[str, Any]) -> tuple[Judging | None, bool
         if made_for_vectors(model):
             return None, True
         raise ConfigError(
-            f"model: {model.spec.source} is a language model, and nothing says what its score of a pair is: give labels, such "
-            'as ["yes", "no"], for the probability of the first, or by: vectors for the cosine of vectors'
+            f"model: {hands.called(message)} is a language model, and nothing says what its score of a pair is: give labels, "
+            'such as ["yes", "no"], for the probability of the first, or by: vectors for the cosine of vectors'
         )
     if asked is not None and "labels" not in asked and labels is None:
         raise ConfigError(f'labels: {next(iter(asked))} goes with labels, such as ["yes", "no"]; name them')
@@ -98,7 +98,7 @@ async def _predict(
     model = hands.model
     if model.spec.task not in ("classify", "regress"):
         raise ConfigError(
-            f"model: {model.spec.source} is made to {model.spec.task}, not to classify or to give numbers; choose another"
+            f"model: {hands.called(message)} is made to {model.spec.task}, not to classify or to give numbers; choose another"
             + (", or name the labels that it chooses among" if model.spec.task == "causal" else "")
         )
     second = [item[1] is not None for item in items]

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from luthier.core.errors import LuthierError
-from luthier.faces.server.answering import event, new_id, stream_events, while_here
+from luthier.faces.server.answering import TextEvents, event, new_id, stream_events, while_here
 from luthier.faces.server.chat import call_id, form_of
 from luthier.faces.server.citing import (
     Citing,
@@ -21,6 +21,7 @@ from luthier.faces.server.citing import (
     write_grounded,
     write_grounded_pieces,
 )  # fmt: skip
+from luthier.faces.server.direct import writer_of
 from luthier.faces.server.drawing import Body
 from luthier.faces.server.inputs import NamedFunction, ResponsesRequest, turns_of
 from luthier.faces.server.items import (
@@ -163,9 +164,24 @@ async def _events(
         number += 1
         return event({**content, "sequence_number": number - 1}, content["type"])
 
-    finish = "stop"
+    write, plain = writer_of(request), None
+
+    def pass_on(_: int, text: str) -> bool:
+        nonlocal number, plain
+        if write is None or not text or not items.speaks:
+            return False
+        if plain is None:
+            content = items.text_delta(TextEvents.HERE)
+            plain = TextEvents({**content, "sequence_number": TextEvents.NUMBER}, content["type"])
+        if not write(plain.tell(text, number)):
+            return False
+        items.say(text)
+        number += 1
+        return True
+
+    finish, tap = "stop", pass_on if reader is None and citing is None else None
     try:
-        async for kind, part in write_grounded_pieces(request, served, asked, ground):
+        async for kind, part in write_grounded_pieces(request, served, asked, ground, tap):
             if number == 0:
                 yield tell({"type": "response.created", "response": empty.model_dump()})
                 yield tell({"type": "response.in_progress", "response": empty.model_dump()})

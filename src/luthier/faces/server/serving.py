@@ -13,7 +13,7 @@ from luthier.core.errors import ConfigError, MissingExtra
 from luthier.faces.server import loops
 from luthier.faces.server.keys import read_keys
 from luthier.faces.server.settings import Serve
-from luthier.faces.server.shelf import names_of
+from luthier.faces.server.shelf import Served, names_of
 
 Say = Callable[[str], None]
 
@@ -84,7 +84,7 @@ async def _run(settings: Serve, say: Say) -> int:
             say(_holds(name, facts))
         for name, source in names_of(settings.models):
             served = await shelf.load(source, name)
-            say(_plan(name, served.process.facts))
+            say(_plan(served))
         config = uvicorn.Config(
             Direct(make_app(server, keys, lambda line: print(line, flush=True))),
             log_level="warning",
@@ -158,14 +158,23 @@ def _tell(event: dict[str, Any], say: Say) -> None:
         say(f"warning: {event['message']}")
 
 
-def _plan(name: str, facts: dict[str, Any]) -> str:
+def _plan(served: Served) -> str:
     """What a model takes, and how it is read."""
-    weights, kept = facts["weight_bytes"] / 1e6, facts["kept_bytes"] / 1e6
-    return (
-        f"{name}: {facts['family']}, {facts['engine']}\n"
-        f"  {weights:,.0f} MB of weights; up to {kept:,.0f} MB for {facts['kept_tokens']:,} tokens of keys and values: "
-        f"{facts['streams']} texts at once, a context of {facts['context']:,}"
-    )
+    name, facts = served.name, served.process.facts
+    if served.parent is not None:
+        return f"{name}: an adapter beside {served.parent}, in its process: {served.parameters:,} weights more"
+    weights, kept, beside = (facts[part] / 1e6 for part in ("weight_bytes", "kept_bytes", "beside_bytes"))
+    lines = [f"{name}: {facts['family']}, {facts['engine']}"]
+    if facts["kept_tokens"]:
+        lines.append(
+            f"  {weights:,.0f} MB of weights; up to {kept:,.0f} MB for {facts['kept_tokens']:,} tokens of keys and values: "
+            f"{facts['streams']} texts at once, a context of {facts['context']:,}"
+        )
+    else:
+        lines.append(f"  {weights:,.0f} MB of weights; nothing is kept of a text; a context of {facts['context']:,}")
+    if beside:
+        lines.append(f"  up to {beside:,.0f} MB more where labels and pairs are scored or vectors are made")
+    return "\n".join(lines)
 
 
 def _holds(name: str, facts: dict[str, Any]) -> str:

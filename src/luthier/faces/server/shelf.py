@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from luthier.core.errors import LuthierError
 from luthier.faces.server.beside import base_of, same_model
-from luthier.faces.server.engines import EngineProcess, Gone, Refused
+from luthier.faces.server.engines import EngineProcess, Gone, Refused, Tap
 from luthier.faces.server.refusals import Refusal, unknown
 from luthier.faces.server.settings import Serve
 from luthier.models.sources import settle
@@ -30,6 +30,21 @@ class Served:
     created: int = field(default_factory=lambda: int(time.time()))
     parent: str | None = None
     """The name of the base beside which it is an adapter."""
+    parameters: int = 0
+    """Of that adapter."""
+
+    async def ask(self, do: str, **asked: Any) -> dict[str, Any]:
+        """As `EngineProcess.ask`, by its own name and with its adapter."""
+        return await self.process.ask(do, **asked, **self._names())
+
+    def stream(
+        self, do: str, tap: Tap | None = None, **asked: Any
+    ) -> AsyncIterator[tuple[Literal["piece", "end"], dict[str, Any]]]:
+        """As `EngineProcess.stream`, by its own name and with its adapter."""
+        return self.process.stream(do, tap, **asked, **self._names())
+
+    def _names(self) -> dict[str, str]:
+        return {"model": self.name, **({"adapter": self.name} if self.parent is not None else {})}
 
 
 class Shelf:
@@ -88,14 +103,14 @@ class Shelf:
         for one in self.models.values():
             if one.parent is None and one.process.state == "ready" and same_model(one.source, base):
                 try:
-                    await one.process.ask("load_adapter", name=name, source=source)
+                    found = await one.process.ask("load_adapter", name=name, source=source)
                 except Refused as why:
                     self._tell(
                         {"event": "warning", "message": f"{name}: {why}; it gets a process of its own", "count": 1}
                     )
                     return None
                 one.process.order["adapters"][name] = source
-                return Served(name, source, one.process, parent=one.name)
+                return Served(name, source, one.process, parent=one.name, parameters=found["parameters"])
         return None
 
     def _let_rest(self) -> None:

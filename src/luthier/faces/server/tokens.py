@@ -61,7 +61,7 @@ async def tokenize(body: TokenizeRequest, server: TheServer) -> Tokens:
     if body.messages is not None:
         asked = {"messages": [turn.model_dump(exclude_none=True) for turn in body.messages]}
         asked["tools"] = [one.model_dump(exclude_none=True) for one in body.tools or ()]
-    found = await server.shelf.find(body.model).process.ask("tokenize", **asked)
+    found = await server.shelf.find(body.model).ask("tokenize", **asked)
     return Tokens(
         tokens=found["ids"], token_strs=found["texts"], count=len(found["ids"]), max_model_len=found["context"]
     )
@@ -70,7 +70,7 @@ async def tokenize(body: TokenizeRequest, server: TheServer) -> Tokens:
 @routes.post("/detokenize", response_model=Detokenized)
 async def detokenize(body: DetokenizeRequest, server: TheServer) -> Detokenized:
     """The text of tokens."""
-    found = await server.shelf.find(body.model).process.ask("detokenize", ids=body.tokens)
+    found = await server.shelf.find(body.model).ask("detokenize", ids=body.tokens)
     return Detokenized(prompt=found["text"])
 
 
@@ -84,5 +84,5 @@ async def render(body: ChatRequest, request: Request, server: TheServer, key: Th
             400, "index: it holds too little about this question, so that the model reads nothing", param="index"
         )
     wanted = {name: asked[name] for name in ("messages", "tools") if name in asked}
-    found = await served.process.ask("render", **wanted)
+    found = await served.ask("render", **wanted)
     return Rendered(prompt=found["text"], tokens=found["ids"], count=len(found["ids"]))

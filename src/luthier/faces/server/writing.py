@@ -18,7 +18,7 @@ async def write(request: Request, served: Served, asked: dict[str, Any]) -> dict
     """The whole answers to a prompt. Raises Refused, Gone."""
     began = time.monotonic()
     do = "search" if asked["sampling"].get("beams", 1) > 1 else "write"
-    found = await served.process.ask(do, **asked, **_beside(served))
+    found = await served.ask(do, **asked)
     _note(request, served, asked, found["usage"], began, [one["text"] for one in found["answers"]])
     return found
 
@@ -26,7 +26,7 @@ async def write(request: Request, served: Served, asked: dict[str, Any]) -> dict
 async def read(request: Request, served: Served, do: str, asked: dict[str, Any]) -> dict[str, Any]:
     """What comes of texts that are read once. Raises Refused, Gone."""
     began = time.monotonic()
-    found = await served.process.ask(do, **asked, **_beside(served))
+    found = await served.ask(do, **asked)
     _note(request, served, {"text": asked.get("inputs", asked.get("pairs"))}, found["usage"], began, [])
     return found
 
@@ -39,17 +39,12 @@ async def write_pieces(
     keep = server_of(request).settings.log_prompts
     # Texts that are kept are all seen here.
     passed = None if keep else tap
-    async for kind, part in served.process.stream("write", passed, **asked, **_beside(served)):
+    async for kind, part in served.stream("write", passed, **asked):
         if kind == "end":
             _note(request, served, asked, part["usage"], began, list(texts.values()))
         elif keep:
             texts[part["which"]] = texts.get(part["which"], "") + part["text"]
         yield kind, part
-
-
-def _beside(served: Served) -> dict[str, Any]:
-    """The adapter that a model is, beside its base."""
-    return {"adapter": served.name} if served.parent is not None else {}
 
 
 def _note(

@@ -62,6 +62,13 @@ def test_adapters_are_models_beside_their_base(places, tmp_path):
 
             assert len(children(running.process.pid)) == 1
             plain = say("mini")
+            # A mistake is told of the model that was asked for, not of the base.
+            for path, body, why in (
+                ("/v1/classify", {"input": "a"}, "model: red is made to causal, not to classify"),
+                ("/v1/score", {"text_1": "a", "text_2": "b"}, "model: red is a language model, and nothing says"),
+            ):
+                wrong = httpx.post(running.url + path, json={"model": "red", **body}, timeout=60)
+                assert wrong.status_code == 400 and wrong.json()["error"]["message"].startswith(why), wrong.text
             own = {name: generate(load_model(str(place)), ["Once upon a time"], Sampling(max_tokens=24))[0].text
                    for name, place in (("red", red), ("blue", blue))}  # fmt: skip
             assert say("red") == own["red"] != plain
@@ -80,6 +87,10 @@ def test_adapters_are_models_beside_their_base(places, tmp_path):
             # An engine that is started again has them again.
             (killed,) = children(running.process.pid)
             os.kill(killed, signal.SIGKILL)
+            while children(running.process.pid) == [killed]:
+                assert httpx.get(f"{running.url}/health/live", timeout=60).status_code == 200
+            with pytest.raises(openai.InternalServerError, match="red: the engine of mini ended"):
+                say("red")
             while children(running.process.pid) in ([], [killed]):
                 assert httpx.get(f"{running.url}/health/live", timeout=60).status_code == 200
             while httpx.get(f"{running.url}/health/ready", timeout=60).status_code != 200:
