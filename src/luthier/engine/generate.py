@@ -14,11 +14,10 @@ from luthier.core.types import Completion, Message
 from luthier.engine import remote
 from luthier.engine.beams import search_each
 from luthier.engine.crossed import why_padded
-from luthier.engine.draft_model import check_draft
 from luthier.engine.drafts import remember
 from luthier.engine.engine import STREAMS, Engine
 from luthier.engine.logs import logs_of
-from luthier.engine.native import let_go, prepare, refuse
+from luthier.engine.native import prepare, refuse
 from luthier.engine.numbers import numbers_of
 from luthier.engine.padded import refuse_logprobs, write, write_on
 from luthier.engine.pieces import complete, pieces
@@ -26,7 +25,6 @@ from luthier.engine.pooler import Reading
 from luthier.engine.readers import writes_side_by_side
 from luthier.engine.request import Request
 from luthier.engine.sampling import Execution, Sampling
-from luthier.models.load import load_model
 from luthier.models.memory import shown
 from luthier.models.pages import BLOCK
 from luthier.models.precision import cast_weights
@@ -132,6 +130,13 @@ def uses_engine(model: LoadedModel, sampling: Sampling | None = None) -> bool:
 
 def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, events: Events) -> None:
     """Make a loaded model ready to write, and say by which way answers come, and why. Raises ConfigError as `prepare` does."""
+    choose_reader(model, execution, events)
+    tell_engine(model, sampling, events)
+
+
+def choose_reader(model: LoadedModel, execution: Execution, events: Events) -> None:
+    """Pack the weights of a loaded model where it can be read so, else bring them to the precision that it computes in by itself.
+    Raises ConfigError as `prepare` does."""
     if model.spec.kind == "decoder" and uses_engine(model):
         prepare(model, execution, events)
         remember(model)
@@ -141,22 +146,6 @@ def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, 
         cast_weights(model, "float32")
         # Its keys and values are twice as wide now.
         model.as_stored, model.pages = False, None
-    tell_engine(model, sampling, events)
-
-
-def take_draft(model: LoadedModel, source: str, execution: Execution, events: Events) -> None:
-    """Let a smaller model guess what this one writes, and say so. Raises ConfigError where it cannot, and as `load_model`
-    does."""
-    if not uses_engine(model):
-        refuse("auto", source)
-    draft = load_model(source, device=str(model.device), as_stored=execution != "model")
-    check_draft(draft, model)
-    # How it is read is no matter of what is written.
-    choose_engine(draft, Sampling(), "model" if execution == "model" else "auto", Events())
-    let_go(draft)
-    model.draft = draft
-    form = "by itself" if draft.native is None else f"natively in {draft.native.form}"
-    events.choose("draft", source, f"guesses what comes next, read {form}; what is written stays the same")
 
 
 def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:

@@ -151,7 +151,7 @@ def refuse(execution: Execution, draft: str | None = None) -> None:
 
 def let_go(model: LoadedModel) -> None:
     """Give the memory of a packed model's own layers back: it only writes from here on."""
-    if model.native is not None and model.has_module:
+    if model.native is not None and not model.packed_only:
         # What an adapter for it was tuned on is asked later.
         base_fingerprint(model)
         # To sample all weights is to read them all.
@@ -160,6 +160,7 @@ def let_go(model: LoadedModel) -> None:
             weight = module._parameters.get("weight")
             if weight is not None and weight.dim() == 2 and module is not model.network.get_input_embeddings():
                 weight.data = weight.data.new_empty(0)
+        model.packed_only = True
 
 
 @contextmanager

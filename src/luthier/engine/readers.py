@@ -29,6 +29,13 @@ def kept_bytes(model: LoadedModel) -> int:
     return int(model.pages or 0) if model.native is None else model.native.kept_bytes
 
 
+def weight_bytes(model: LoadedModel) -> int:
+    """Bytes of the weights that it is read with: its own, or those that are packed and the table of embeddings."""
+    if model.native is None:
+        return sum(one.nbytes for one in model.network.parameters())
+    return int(model.native.nbytes + model.native.decoder.embedding_VE.nbytes)
+
+
 def schedule_for(reader: Reader, blocks: Blocks, streams: int, tokens: int) -> Schedule | Seats:
     """What plans the steps of a reader."""
     if isinstance(reader, Crossed):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,14 +34,28 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
+class Twin:
+    """Where a weight lies in memory that is, number for number, what a file holds in another precision."""
+
+    start: int
+    end: int
+    offset: int
+    path: str
+    dtype: str
+    """Of the file."""
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor's numbers in a file: how many bytes before them, and its shape and strides."""
+    """A tensor's numbers in a file: how many bytes before them, their precision there, its shape and strides, and the precision
+    that they are read in where it is another."""
 
     path: str
     offset: int
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    cast: str | None = None
 
 
 def read_regions() -> list[Region]:
@@ -91,13 +105,19 @@ def letting_go(network: Any) -> Callable[[], None]:
     return let_go
 
 
-def place_of(tensor: Tensor, regions: list[Region]) -> Place | None:
-    """Where the numbers of `tensor` lie in a file; None where they lie in none, or were written to."""
+def place_of(tensor: Tensor, regions: Sequence[Region], twins: Sequence[Twin] = ()) -> Place | None:
+    """Where the numbers of `tensor` lie in a file, or those that they were cast from; None where they lie in none, or were
+    written to."""
     at, size = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    end, dtype = at + min(size, tensor.numel() * tensor.element_size()), str(tensor.dtype).removeprefix("torch.")
     for one in regions:
-        if one.whole and one.start <= at and at + min(size, tensor.numel() * tensor.element_size()) <= one.end:
-            dtype = str(tensor.dtype).removeprefix("torch.")
+        if one.whole and one.start <= at and end <= one.end:
             return Place(one.path, at - one.start + one.offset, dtype, tuple(tensor.shape), tensor.stride())
+    for other in twins:
+        if other.start <= at and end <= other.end:
+            before = (at - other.start) // tensor.element_size() * getattr(torch, other.dtype).itemsize
+            place = other.path, other.offset + before, other.dtype
+            return Place(*place, tuple(tensor.shape), tensor.stride(), dtype)
     return None
 
 
@@ -117,7 +137,8 @@ class Files:
         flat = torch.frombuffer(
             self._maps[place.path], dtype=getattr(torch, place.dtype), count=count, offset=place.offset
         )
-        return flat.as_strided(place.shape, place.strides)
+        found = flat.as_strided(place.shape, place.strides)
+        return found if place.cast is None else found.to(getattr(torch, place.cast))
 
     def let_go(self) -> None:
         """Give back the pages that were read."""
