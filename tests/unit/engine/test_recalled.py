@@ -1,5 +1,6 @@
 """Models that were packed before: recalled straight from their files, or read anew where anything is not what it was."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -8,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
+import luthier
 import luthier.engine.native as native
 import luthier.engine.recalled as recalled
 from decoders import decoder_model
-from luthier.core.errors import DataError
+from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events
 from luthier.engine.drafts import FILE, write_learned
 from luthier.engine.engine import Engine
@@ -22,6 +24,8 @@ from luthier.engine.pooler import Embedding
 from luthier.engine.readers import weight_bytes
 from luthier.engine.recalled import STALE, Recalled
 from luthier.engine.sampling import Sampling
+from luthier.faces.cli.main import main
+from luthier.faces.server.hands import load
 from luthier.models.adapters import ADAPTERS
 from luthier.models.adapters.inject import lora_layers
 from luthier.models.precision import cast_weights
@@ -204,6 +208,68 @@ def test_the_model_that_is_shipped_is_recalled():
     first, _ = loaded("mini", "auto")
     again, _ = loaded("mini", "auto")
     assert isinstance(again, Recalled) and written(again) == written(first)
+
+
+def labelled(place):
+    [one] = luthier.generate(model=str(place), prompt="the fox", labels=["red", "blue"], execution="int8")
+    return one
+
+
+def judged(place, rows, **settings):
+    run = luthier.evaluate(model=str(place), data=str(rows), execution="int8", **settings)
+    path = Path(os.environ["LUTHIER_RUNS"]) / run.id
+    lines = (path / "artefacts" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["output"] for line in lines]
+
+
+def talked(place, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("the fox\n/quit\n"))
+    assert main(["chat", str(place), "--max-tokens", "6", "--temperature", "0", "--execution", "int8"]) == 0
+    return capsys.readouterr().out
+
+
+def served(place):
+    order = {"source": str(place), "execution": "int8", "streams": 2, "waiting": 4}
+    hands = load(order, lambda event: None)
+    try:
+        return hands.model.packed_only, hands.facts
+    finally:
+        hands.close()
+
+
+def test_every_verb_that_writes_recalls_what_another_kept(tmp_path, monkeypatch, capsys):
+    place, rows = stored(tmp_path), tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": one, "completion": "a"}) + "\n" for one in ("the fox", "a dog")))
+    classes = tmp_path / "classes.jsonl"
+    classes.write_text("".join(json.dumps({"text": one, "label": one[0]}) + "\n" for one in ("the fox", "a dog")))
+
+    def all_of_them():
+        written = luthier.generate(model=str(place), prompt="the fox", execution="int8", sampling={"max_tokens": 6})
+        return (
+            written, labelled(place), judged(place, rows, sampling={"max_tokens": 6}), judged(place, classes),
+            talked(place, monkeypatch, capsys), served(place),
+        )  # fmt: skip
+
+    with monkeypatch.context() as held:
+        # As before anything was kept.
+        held.setattr(recalled, "_write", lambda *_: None)
+        first = all_of_them()
+    assert not kept()
+    loaded(place)
+
+    def never(*_, **__):
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr("luthier.models.load.load_network", never)
+    assert all_of_them() == first
+    # What is judged by likelihood is read by its own weights.
+    with pytest.raises(AssertionError, match="weights are loaded"):
+        judged(place, rows, likelihood=True)
+
+
+def test_labels_need_no_draft(tmp_path):
+    with pytest.raises(ConfigError, match="draft: nothing is written"):
+        luthier.generate(model="mini", prompt="a", labels=["b", "c"], draft="mini")
 
 
 def test_a_draft_is_recalled(tmp_path):
