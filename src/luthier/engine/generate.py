@@ -48,9 +48,9 @@ def generate(
 
     `raw` goes on from the text as it stands, without the chat template; `tools` are what each prompt may call. By the
     engine an answer is that of its prompt alone, and one that is drawn depends on the seed, its key (by default its place
-    among the prompts) and which of the `n` it is. Families that it cannot read, and searches of encoder-decoders, are padded side
-    by side (`engine.padded`): the same greedy answers, slower, and drawn ones repeat for the same batch only. Raises
-    ModelError for models that write no text. A model whose weights a server holds is written with there (`engine.remote`).
+    among the prompts) and which of the `n` it is. Families that it cannot read are padded side by side (`engine.padded`):
+    the same greedy answers, slower, and drawn ones repeat for the same batch only. Raises ModelError for models that write
+    no text. A model whose weights a server holds is written with there (`engine.remote`).
     """
     sampling = sampling or Sampling()
     _check(model)
@@ -58,7 +58,7 @@ def generate(
     encoded = [model.renderer.prompt(prompt, own, raw=raw) for prompt, own in zip(prompts, held, strict=True)]
     if model.server is not None:
         return remote.write(model, encoded, sampling, keys, on_progress)
-    if not uses_engine(model, sampling):
+    if not uses_engine(model):
         return _generate_padded(model, encoded, sampling, batch_size, on_progress)
     if sampling.beams > 1:
         searched = search_each(model, encoded, sampling, max(1, batch_size // sampling.beams), on_progress)
@@ -122,10 +122,9 @@ def why_not_streamed(sampling: Sampling) -> str | None:
     return f"{beyond}: a stream is one text alone; leave it out" if beyond else None
 
 
-def uses_engine(model: LoadedModel, sampling: Sampling | None = None) -> bool:
-    """Whether answers come from the engine, not from transformers' own loop, which searches for an encoder-decoder's."""
-    searched = sampling is not None and sampling.beams > 1 and model.spec.kind == "encoder-decoder"
-    return model.server is None and not searched and writes_side_by_side(model)
+def uses_engine(model: LoadedModel) -> bool:
+    """Whether answers come from the engine, not from transformers' own loop."""
+    return model.server is None and writes_side_by_side(model)
 
 
 def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, events: Events) -> None:
@@ -152,7 +151,7 @@ def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
     """Say by which way answers come, and why."""
     if model.server is not None:  # said when it was found
         return
-    if uses_engine(model, sampling):
+    if uses_engine(model):
         if model.native is not None:  # said when it was chosen
             return
         if model.spec.kind == "encoder-decoder":
@@ -168,7 +167,7 @@ def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
         return
     why = f"{model.spec.family} models do not read texts laid end to end"
     if model.spec.kind == "encoder-decoder":
-        why = why_padded(model) or "a search over the answers of an encoder-decoder goes by transformers' own loop"
+        why = why_padded(model) or why
     events.choose("engine", "padded", f"transformers' own loop, side by side with padding: {why}")
 
 
