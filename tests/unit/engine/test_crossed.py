@@ -150,7 +150,8 @@ def test_a_stream_adds_up_to_the_answer_and_a_stop_text_ends_it():
 TEXTS = ["The quick brown fox", "one", "the lazy dog jumps over it", "two three"]
 SEARCHED = {
     "plain": {}, "length_penalty": {"length_penalty": 2.0}, "min_tokens": {"min_tokens": 6}, "stop": {"stop": ("e", "o")},
-    "repetition": {"repetition_penalty": 1.4}, "bias": {"logit_bias": {9: 3.0, 40: -5.0}}, "banned": {"banned": ("ab", "ay", "=")},
+    "repetition": {"repetition_penalty": 1.4}, "bias": {"logit_bias": {9: 3.0, 40: -5.0}},
+    "banned": {"banned": ("ab", "ay", "=")},
 }  # fmt: skip
 
 
