@@ -9,6 +9,7 @@ from luthier.engine.paged import Paged
 from luthier.engine.reader import Reader
 from luthier.engine.schedule import Schedule
 from luthier.engine.seats import Seats
+from luthier.models.mapped import by_layers
 from luthier.models.pages import writes_by_pages
 from luthier.models.slots import slot_bytes
 from luthier.models.spec import LoadedModel
@@ -47,4 +48,8 @@ def writes_side_by_side(model: LoadedModel) -> bool:
     """Whether a language model's texts can come and go between steps: tried once."""
     if model.spec.task == "seq2seq":
         return why_padded(model) is None
+    if model.pages is None and model.as_stored:
+        # It reads all weights, and so will packing, a part at a time.
+        with by_layers(model.network):
+            return writes_by_pages(model)
     return writes_by_pages(model)

@@ -30,7 +30,7 @@ from luthier.engine.layout import lay_out, rebuild
 from luthier.engine.native import Quality, calibration_ids, limits
 from luthier.models.facts import base_fingerprint
 from luthier.models.lean import Undrawn
-from luthier.models.mapped import Files, read_regions
+from luthier.models.mapped import Files, letting_go, read_regions
 from luthier.models.origin import Origin, read_config, read_tokenizer
 from luthier.models.rendering import checked_renderer
 from luthier.models.sources import cached_snapshot, current_snapshot, resolve_source, settle
@@ -161,7 +161,7 @@ def keep(model: LoadedModel, source: str, execution: str, events: Events, *, max
         "decoder": layout,
         "ids": ids,
         "spec": model.spec.model_dump(mode="json"),
-        "fingerprint": base_fingerprint(model),
+        "fingerprint": base_fingerprint(model, letting_go(model.network)),
         "weights": None if weights is None else weights.split(": ", 1),
         "found": {"packs": model.packs, "pages": model.pages, "shares": model.shares, "as_stored": model.as_stored},
     }

@@ -10,15 +10,18 @@ import ctypes
 import mmap
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MADV_DONTNEED = 4
+# Bytes of weights that layers read before their pages are given back: to read them again takes a while.
+AT_ONCE = 2**25
 MAPS = Path("/proc/self/smaps")
 
 
@@ -103,6 +106,29 @@ def letting_go(network: Any) -> Callable[[], None]:
             _library().madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_DONTNEED)
 
     return let_go
+
+
+@contextmanager
+def by_layers(network: Any) -> Iterator[Callable[[], None]]:
+    """Inside, the pages of weights in a file that layers read are given back after some of them; gives what does that, for all
+    others."""
+    let_go, read = letting_go(network), 0
+
+    def count(layer: Any, *_: Any) -> None:
+        nonlocal read
+        read += sum(one.nbytes for one in layer.parameters())
+        if read >= AT_ONCE:
+            read = 0
+            let_go()
+
+    stacks = [one for one in network.modules() if isinstance(one, nn.ModuleList)]
+    hooks = [layer.register_forward_hook(count) for stack in stacks for layer in stack]
+    try:
+        yield let_go
+    finally:
+        for hook in hooks:
+            hook.remove()
+        let_go()
 
 
 def place_of(tensor: Tensor, regions: Sequence[Region], twins: Sequence[Twin] = ()) -> Place | None:
