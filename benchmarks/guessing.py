@@ -33,7 +33,7 @@ from luthier.core.events import Events
 from luthier.core.types import Message
 from luthier.engine.drafts import remember
 from luthier.engine.engine import Engine
-from luthier.engine.generate import take_draft
+from luthier.engine.loading import take_draft
 from luthier.engine.native import prepare
 from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling

@@ -12,7 +12,7 @@ from torch import Tensor
 from luthier.engine.adapters import NONE
 from luthier.engine.blocks import Blocks
 from luthier.engine.choose import settled
-from luthier.engine.crossed import never_of, opening_of
+from luthier.engine.crossed import early_of, never_of, opening_of
 from luthier.engine.likeliest import not_numbers
 from luthier.engine.native import own_adapter
 from luthier.engine.pieces import stops_here
@@ -113,6 +113,7 @@ class Search:
         self.begun = max(0, len(opening or ()) - 1)
         """Tokens that an answer is made to begin with, which count where answers are compared, as with transformers."""
         self.model, self.beams, self.penalty = model, sampling.beams, sampling.length_penalty
+        self._early = early_of(model) if self.apart else False
         # Nothing is drawn.
         self.texts = [Request(tuple(prompt), sampling, room, 0, float, ends=ends, banned=banned, opening=opening)]
         self.scores = [0.0]
@@ -153,8 +154,11 @@ class Search:
                 self.ended.append((score / divisor, written))
         self.ended = sorted(self.ended, key=lambda one: -one[0])[: self.beams]
         going = going[: self.beams]
-        # A score may rise yet, but transformers' search ends here too (its `early_stopping` False).
-        if not going or (len(self.ended) == self.beams and going[0][0] / divisor <= self.ended[-1][0]):
+        # A score may rise yet, but transformers' search ends here too, unless its `early_stopping` is "never".
+        if self._early == "never" and self.penalty > 0:
+            divisor = (self.begun + self.texts[0].room) ** self.penalty
+        full = len(self.ended) == self.beams
+        if not going or (full and (self._early is True or going[0][0] / divisor <= self.ended[-1][0])):
             return []
         self.scores = [score for score, _, _ in going]
         return [(which, token) for _, which, token in going]

@@ -131,3 +131,10 @@ def never_of(model: LoadedModel) -> tuple[tuple[int, ...], ...]:
         return ()
     own: Any = model.module.generation_config
     return tuple(tuple(form) for form in own.bad_words_ids or ())
+
+
+def early_of(model: LoadedModel) -> bool | str:
+    """When a search ends by a model's own settings, as transformers has it (`early_stopping`): True with as many answers as
+    there are beams, False where no better one is likely to come, "never" where none can."""
+    own: Any = model.module.generation_config
+    return own.early_stopping or False

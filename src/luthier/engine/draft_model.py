@@ -44,7 +44,7 @@ class DraftModel:
     def __init__(self, draft: LoadedModel, model: LoadedModel, blocks: int):
         check_draft(draft, model)
         self.model, self._reader, self._blocks = draft, reader_for(draft, blocks), Blocks(blocks)
-        self._vocabulary = min(_rows(draft), _rows(model))
+        self._vocabulary = min(draft.vocabulary, model.vocabulary)
         self._texts: dict[Request, Followed] = {}
         self._guessed: set[Request] = set()
 
@@ -171,10 +171,6 @@ def check_draft(draft: LoadedModel, model: LoadedModel) -> None:
             f"draft: {name} and {model.spec.source} have different vocabularies, so one cannot guess the tokens of the other; "
             "choose a smaller model of the same family"
         )
-
-
-def _rows(model: LoadedModel) -> int:
-    return int(model.network.get_input_embeddings().weight.shape[0])
 
 
 def _alike(one: Sequence[int], other: Sequence[int]) -> int:

@@ -14,11 +14,10 @@ from luthier.core.types import Completion, Message
 from luthier.engine import remote
 from luthier.engine.beams import search_each
 from luthier.engine.crossed import why_padded
-from luthier.engine.draft_model import check_draft
 from luthier.engine.drafts import remember
 from luthier.engine.engine import STREAMS, Engine
 from luthier.engine.logs import logs_of
-from luthier.engine.native import let_go, prepare, refuse
+from luthier.engine.native import prepare, refuse
 from luthier.engine.numbers import numbers_of
 from luthier.engine.padded import refuse_logprobs, write, write_on
 from luthier.engine.pieces import complete, pieces
@@ -26,7 +25,6 @@ from luthier.engine.pooler import Reading
 from luthier.engine.readers import writes_side_by_side
 from luthier.engine.request import Request
 from luthier.engine.sampling import Execution, Sampling
-from luthier.models.load import load_model
 from luthier.models.memory import shown
 from luthier.models.pages import BLOCK
 from luthier.models.precision import cast_weights
@@ -50,9 +48,9 @@ def generate(
 
     `raw` goes on from the text as it stands, without the chat template; `tools` are what each prompt may call. By the
     engine an answer is that of its prompt alone, and one that is drawn depends on the seed, its key (by default its place
-    among the prompts) and which of the `n` it is. Families that it cannot read, and searches of encoder-decoders, are padded side
-    by side (`engine.padded`): the same greedy answers, slower, and drawn ones repeat for the same batch only. Raises
-    ModelError for models that write no text. A model whose weights a server holds is written with there (`engine.remote`).
+    among the prompts) and which of the `n` it is. Families that it cannot read are padded side by side (`engine.padded`):
+    the same greedy answers, slower, and drawn ones repeat for the same batch only. Raises ModelError for models that write
+    no text. A model whose weights a server holds is written with there (`engine.remote`).
     """
     sampling = sampling or Sampling()
     _check(model)
@@ -60,7 +58,7 @@ def generate(
     encoded = [model.renderer.prompt(prompt, own, raw=raw) for prompt, own in zip(prompts, held, strict=True)]
     if model.server is not None:
         return remote.write(model, encoded, sampling, keys, on_progress)
-    if not uses_engine(model, sampling):
+    if not uses_engine(model):
         return _generate_padded(model, encoded, sampling, batch_size, on_progress)
     if sampling.beams > 1:
         searched = search_each(model, encoded, sampling, max(1, batch_size // sampling.beams), on_progress)
@@ -124,14 +122,20 @@ def why_not_streamed(sampling: Sampling) -> str | None:
     return f"{beyond}: a stream is one text alone; leave it out" if beyond else None
 
 
-def uses_engine(model: LoadedModel, sampling: Sampling | None = None) -> bool:
-    """Whether answers come from the engine, not from transformers' own loop, which searches for an encoder-decoder's."""
-    searched = sampling is not None and sampling.beams > 1 and model.spec.kind == "encoder-decoder"
-    return model.server is None and not searched and writes_side_by_side(model)
+def uses_engine(model: LoadedModel) -> bool:
+    """Whether answers come from the engine, not from transformers' own loop."""
+    return model.server is None and writes_side_by_side(model)
 
 
 def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, events: Events) -> None:
     """Make a loaded model ready to write, and say by which way answers come, and why. Raises ConfigError as `prepare` does."""
+    choose_reader(model, execution, events)
+    tell_engine(model, sampling, events)
+
+
+def choose_reader(model: LoadedModel, execution: Execution, events: Events) -> None:
+    """Pack the weights of a loaded model where it can be read so, else bring them to the precision that it computes in by itself.
+    Raises ConfigError as `prepare` does."""
     if model.spec.kind == "decoder" and uses_engine(model):
         prepare(model, execution, events)
         remember(model)
@@ -141,29 +145,13 @@ def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, 
         cast_weights(model, "float32")
         # Its keys and values are twice as wide now.
         model.as_stored, model.pages = False, None
-    tell_engine(model, sampling, events)
-
-
-def take_draft(model: LoadedModel, source: str, execution: Execution, events: Events) -> None:
-    """Let a smaller model guess what this one writes, and say so. Raises ConfigError where it cannot, and as `load_model`
-    does."""
-    if not uses_engine(model):
-        refuse("auto", source)
-    draft = load_model(source, device=str(model.device), as_stored=execution != "model")
-    check_draft(draft, model)
-    # How it is read is no matter of what is written.
-    choose_engine(draft, Sampling(), "model" if execution == "model" else "auto", Events())
-    let_go(draft)
-    model.draft = draft
-    form = "by itself" if draft.native is None else f"natively in {draft.native.form}"
-    events.choose("draft", source, f"guesses what comes next, read {form}; what is written stays the same")
 
 
 def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
     """Say by which way answers come, and why."""
     if model.server is not None:  # said when it was found
         return
-    if uses_engine(model, sampling):
+    if uses_engine(model):
         if model.native is not None:  # said when it was chosen
             return
         if model.spec.kind == "encoder-decoder":
@@ -179,7 +167,7 @@ def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
         return
     why = f"{model.spec.family} models do not read texts laid end to end"
     if model.spec.kind == "encoder-decoder":
-        why = why_padded(model) or "a search over the answers of an encoder-decoder goes by transformers' own loop"
+        why = why_padded(model) or why
     events.choose("engine", "padded", f"transformers' own loop, side by side with padding: {why}")
 
 

@@ -124,7 +124,7 @@ class Judge:
 def own_labels(model: LoadedModel) -> tuple[str, str] | None:
     """The labels by which a model's config.json says that it judges (`classifier_from_token`, as vLLM reads it: the negative one
     first), the one whose probability is the score first; None where it says nothing. Raises ModelError for anything else."""
-    stated: Any = getattr(model.network.config, "classifier_from_token", None)
+    stated: Any = getattr(model.config, "classifier_from_token", None)
     if stated is None:
         return None
     if (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
@@ -17,12 +17,11 @@ from luthier.core.errors import ConfigError
 from luthier.core.events import Events
 from luthier.engine.adapters import OWN
 from luthier.engine.sampling import Execution
-from luthier.models.adapters.freeze import find_layers
 from luthier.models.decoder import describe
 from luthier.models.facts import base_fingerprint
-from luthier.models.mapped import letting_go
+from luthier.models.mapped import by_layers, letting_go
 from luthier.models.memory import out_of_memory, return_freed_memory, shown
-from luthier.models.output import head_of
+from luthier.models.output import Head, head_of
 from luthier.models.packed import hidden_states
 from luthier.models.quantised.network import quantised_layers
 from luthier.models.rules import Unlike
@@ -38,6 +37,8 @@ WORTH = 1024
 # What a form may change on assets/calibration.txt: nats of KL divergence a token on average, and a share of perplexity.
 MOST_KL, MOST_PERPLEXITY = 0.01, 0.01
 SHORT = "memory ran out while the weights were packed, so the module itself reads, slower"
+# Rows of the head that are multiplied with at once.
+VOCABULARY = 8192
 # What bf16 and int8 change of the logits at most, relative to their size; a model that computes anything else is far beyond.
 MOST_APART = 0.1
 
@@ -49,6 +50,21 @@ class Own:
     ids: list[int]
     states_TE: Tensor
     head: Any
+    let_go: Callable[[], None] = lambda: None
+    """Gives back what the head read of a file."""
+
+    def logits(self, states_TE: Tensor) -> Tensor:
+        """[T, V], by a part of the vocabulary after another: libraries copy a matrix in another order to multiply with it."""
+        head = self.head
+        if not isinstance(head, Head):
+            return head.logits(states_TE)  # type: ignore[no-any-return]
+        parts = []
+        for start in range(0, len(head.weight_VE), VOCABULARY):
+            rows = slice(start, start + VOCABULARY)
+            bias_V = None if head.bias_V is None else head.bias_V[rows]
+            parts.append(replace(head, weight_VE=head.weight_VE[rows], bias_V=bias_V).logits(states_TE))
+            self.let_go()
+        return torch.cat(parts, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +167,15 @@ def refuse(execution: Execution, draft: str | None = None) -> None:
 
 def let_go(model: LoadedModel) -> None:
     """Give the memory of a packed model's own layers back: it only writes from here on."""
-    if model.native is not None and model.has_module:
+    if model.native is not None and not model.packed_only:
         # What an adapter for it was tuned on is asked later.
-        base_fingerprint(model)
-        # To sample all weights is to read them all.
+        base_fingerprint(model, letting_go(model.network))
         letting_go(model.network)()
         for module in model.network.base_model.modules():
             weight = module._parameters.get("weight")
             if weight is not None and weight.dim() == 2 and module is not model.network.get_input_embeddings():
                 weight.data = weight.data.new_empty(0)
+        model.packed_only = True
 
 
 @contextmanager
@@ -242,7 +258,8 @@ def _describe(model: LoadedModel, apart: bool = False) -> Decoder:
     if model.device.type != "cpu":
         raise Unlike(f"the model is on {model.device.type}")
     try:
-        return describe(model, apart=apart)
+        with by_layers(model.network):
+            return describe(model, apart=apart)
     except Unlike as why:
         raise Unlike(f"a {model.spec.family} model {why}") from None
     except (AttributeError, TypeError, KeyError) as err:
@@ -255,14 +272,10 @@ def _own(model: LoadedModel) -> Own:
     training = model.module.training
     model.module.eval()
     ids = calibration_ids(model)
-    let_go = letting_go(model.network)
-    let_go()
-    hooks = [layer.register_forward_hook(lambda *_: let_go()) for layer in find_layers(model)[1]]
     try:
-        return Own(ids, hidden_states(model, torch.tensor(ids), (len(ids),)), head_of(model))
+        with by_layers(model.network) as let_go:
+            return Own(ids, hidden_states(model, torch.tensor(ids), (len(ids),)), head_of(model), let_go)
     finally:
-        for hook in hooks:
-            hook.remove()
         model.module.train(training)
 
 
@@ -310,7 +323,7 @@ def measure(packed: Packed, own: Own) -> Quality:
         ids = own.ids[start : start + TOKENS]
         made_TV = cached.read(ids, [list(range(blocks))], [start], [len(ids)], list(range(len(ids))), adapters=adapters)
         own_TV, made_TV = (
-            one.float().log_softmax(-1) for one in (own.head.logits(own.states_TE[start : start + TOKENS]), made_TV)
+            one.float().log_softmax(-1) for one in (own.logits(own.states_TE[start : start + TOKENS]), made_TV)
         )
         lost_TV = own_TV - made_TV
         kl += float((own_TV.exp() * lost_TV).sum())

@@ -111,7 +111,7 @@ class Pooler:
             raise DataError("a text needs one token at least")
         if len(ids) > spec.max_length:
             raise DataError(f"the text has {len(ids)} tokens, and the context is {spec.max_length}; shorten it")
-        vocabulary = self.model.network.get_input_embeddings().weight.shape[0]
+        vocabulary = self.model.vocabulary
         strange = [token for token in ids if not 0 <= token < vocabulary]
         if strange:
             raise DataError(f"there is no token {strange[0]}; the vocabulary has {vocabulary}, from 0 on")
@@ -187,13 +187,16 @@ class Pooler:
         def run(part: list[int]) -> None:
             self._put_through([planned[at] for at in part])
 
-        training = self.model.module.training
-        self.model.module.eval()
+        module = None if self.model.packed_only else self.model.module
+        training = module is not None and module.training
+        if module is not None:
+            module.eval()
         try:
             with torch.no_grad():
                 left = each_part([one.length for one in planned], self.tokens, run, self.model.device, self._events)
         finally:
-            self.model.module.train(training)
+            if module is not None:
+                module.train(training)
         self.tokens = left
 
     def _put_through(self, readings: Sequence[Reading]) -> None:
@@ -211,7 +214,7 @@ class Pooler:
         """[N, E] in fp32: by the native decoder where only its weights are there, or the adapters beside them."""
         if isinstance(self._reader, Paged) and adapters[0] != NONE:
             return self._states_beside(self._reader, batch, adapters).float()
-        if adapters[0] == NONE and not is_packed(self.model):
+        if adapters[0] == NONE and not self.model.packed_only:
             return hidden_states(self.model, batch.ids_N, batch.lengths).float()
         packed = self.model.native
         assert packed is not None
@@ -261,11 +264,6 @@ def blocks_held(context: int, texts: int, tokens: int) -> int:
     return max(-(-context // BLOCK), (tokens + min(texts, tokens) * (BLOCK - 1)) // BLOCK)
 
 
-def is_packed(model: LoadedModel) -> bool:
-    """Whether the packed weights are all that is left of a model, their own form being let go."""
-    return model.native is not None and any(not one.numel() for one in model.network.parameters())
-
-
 def score_batch(model: LoadedModel, batch: Batch) -> Tensor:
     """Raw scores [S, C] in fp32 of a classifier's or regressor's rows."""
     hidden_NE = hidden_states(model, batch.ids_N, batch.lengths)
@@ -275,7 +273,7 @@ def score_batch(model: LoadedModel, batch: Batch) -> Tensor:
 def check_embedding(model: LoadedModel, embedding: Embedding, events: Events | None = None) -> None:
     """Raises ConfigError for settings that this model cannot follow, and ModelError for files that ask for what is not done
     here."""
-    width = width_of(model.network.config)
+    width = width_of(model.config)
     if embedding.dimensions is not None and embedding.dimensions > width:
         raise ConfigError(f"dimensions: {embedding.dimensions} are asked for, and this model's vectors have {width}")
     if embedding.pooling == "auto" or embedding.normalise is None:

@@ -14,9 +14,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, fields
-from functools import partial
+from dataclasses import asdict
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,18 +26,19 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from luthier.core.events import Events
-from luthier.engine.native import Quality, calibration_ids, limits, say_packed
+from luthier.engine.layout import lay_out, rebuild
+from luthier.engine.native import Quality, calibration_ids, limits
 from luthier.models.facts import base_fingerprint
-from luthier.models.mapped import Files, Place, place_of, read_regions
-from luthier.models.purpose import make_renderer
-from luthier.models.rendering import check_rendering
-from luthier.models.sources import resolve_source, settle
+from luthier.models.lean import Undrawn
+from luthier.models.mapped import Files, letting_go, read_regions
+from luthier.models.origin import Origin, read_config, read_tokenizer
+from luthier.models.rendering import checked_renderer
+from luthier.models.sources import cached_snapshot, current_snapshot, resolve_source, settle
 from luthier.models.spec import LoadedModel, ModelSpec, read_spec
+from luthier.models.stored import find_twins
 from luthier.native.build import NoLibrary, cache_directory, library_path
 from luthier.native.decoder import TOKENS, Cached, Packed
-from luthier.native.shape import PRODUCTS, Block, Decoder, Linear, Norm, Turns
 
-NORMS = ("before_attention", "query", "key", "after_attention", "before_mlp", "after_mlp")
 # Rows of logits that are kept, the last ones, and of each so many numbers.
 ROWS, NUMBERS = 4, 512
 # Models of which something is kept: the newest.
@@ -49,23 +49,29 @@ STALE = "what was kept of this model's packed weights does not fit them, so all 
 
 
 class Recalled(LoadedModel):
-    """A model whose packed weights are there; its module is loaded where something asks for it."""
+    """A model of which there are packed weights alone; what they are called and how large they are is read from its config where
+    something asks for its module."""
 
-    def __init__(self, load: Callable[[], LoadedModel], vocabulary: int, **known: Any):
-        self._load, self._vocabulary = load, vocabulary
-        self._loaded: nn.Module | None = None
-        super().__init__(module=nn.Module(), **known)
+    def __init__(self, place: Path, vocabulary: int, **known: Any):
+        self._place, self._vocabulary = place, vocabulary
+        self._hollow: nn.Module | None = None
+        super().__init__(module=nn.Module(), packed_only=True, **known)
 
     @property
     def module(self) -> nn.Module:
-        """Loaded when it is first asked for."""
-        if self._loaded is None:
-            self._loaded = self._load().module
-        return self._loaded
+        """Without numbers: what `let_go` leaves of a module, and no more memory than that."""
+        if self._hollow is None:
+            self._hollow = _hollow(self._place, self.config)
+        return self._hollow
 
     @module.setter
     def module(self, made: nn.Module) -> None:
-        self._loaded = None
+        self._hollow = None
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers config."""
+        return read_config(self._place, {})
 
     @property
     def device(self) -> torch.device:
@@ -79,20 +85,23 @@ class Recalled(LoadedModel):
 
     @property
     def has_module(self) -> bool:
-        """Whether the module was loaded by now."""
-        return self._loaded is not None
+        """Whether something asked for its module by now."""
+        return self._hollow is not None
 
 
 def recall(
     source: str, execution: str, events: Events, *, max_length: int | None = None, truncate: bool = False
 ) -> Recalled | None:
     """The model at `source`, packed as it was before; None where nothing is kept of it, or not of these files. Raises as
-    `load_model` does where its tokenizer or its texts are not what they were."""
+    `load_model` does where it is not found, or its tokenizer or its texts are not what they were."""
     source = settle(source)
-    found = _find(source, execution, max_length)
-    if found is None:
+    place = resolve_source(source)
+    # A hub id has no description of ours beside it, as when it is loaded.
+    folder = place if isinstance(place, Path) else current_snapshot(place)
+    found = None if folder is None else _find(folder, execution, max_length)
+    if folder is None or found is None:
         return None
-    place, kept, stamp = found
+    kept, stamp = found
     if not kept.is_file():
         return None
     try:
@@ -100,7 +109,7 @@ def recall(
         if held["stamp"] != stamp:
             return None
         files = Files()
-        decoder = _rebuild(held["decoder"], tensors, files)
+        decoder = rebuild(held["decoder"], tensors, files)
         packed = Packed(decoder, held["form"], files.let_go)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError):
         # Cut off or of another version.
@@ -111,44 +120,39 @@ def recall(
         events.warn(STALE)
         return None
     files.let_go()
-    from luthier.models.load import load_model
-    from luthier.models.origin import Origin, read_tokenizer
-
-    saved, spec = read_spec(place), ModelSpec.model_validate(held["spec"] | {"source": source})
-    tokenizer = read_tokenizer(Origin(source, place, saved, None, place, source, {}, None, spec.kind))
-    if saved is not None:
-        check_rendering(place, source, tokenizer, saved)
-    spec, renderer = make_renderer(
-        tokenizer,
-        spec,
-        saved.template if saved else None,
-        template="auto",
-        truncate=truncate,
-        learn="all",
-        events=events,
-    )
-    load = partial(load_model, source, max_length=max_length, truncate=truncate, device="cpu", as_stored=True)
-    model = Recalled(
-        load, decoder.embedding_VE.shape[0], tokenizer=tokenizer, spec=spec, renderer=renderer, as_stored=True,
-        native=packed, fingerprint=held["fingerprint"], **held["found"],
+    if held["weights"] is not None:
+        events.choose("weights", *held["weights"])
+    saved, spec = read_spec(folder), ModelSpec.model_validate(held["spec"] | {"source": source})
+    saved = saved if isinstance(place, Path) else None
+    tokenizer = read_tokenizer(Origin(source, folder, saved, None, folder, source, {}, None, spec.kind))
+    spec, renderer = checked_renderer(folder, tokenizer, spec, saved, truncate=truncate, events=events)
+    return Recalled(
+        folder, decoder.embedding_VE.shape[0], tokenizer=tokenizer, spec=spec, renderer=renderer, native=packed,
+        fingerprint=held["fingerprint"], **held["found"],
     )  # fmt: skip
-    say_packed(packed, events)
-    return model
 
 
-def keep(model: LoadedModel, source: str, execution: str, *, max_length: int | None = None) -> bool:
-    """Keep what was found of a model that was packed from its files as they are; False where its weights lie elsewhere, or
-    there is no room."""
-    if model.native is None or not model.as_stored or isinstance(model, Recalled) or model.native.adapters:
+def keep(model: LoadedModel, source: str, execution: str, events: Events, *, max_length: int | None = None) -> bool:
+    """Keep what was found of a model that was loaded and packed, before its own weights are let go; False where they lie in no
+    file, or there is no room. `events` are those of its loading."""
+    if model.native is None or model.packed_only or model.native.adapters:
         return False
-    found = _find(source, execution, max_length)
-    described = None if found is None else _describe(model.native.decoder)
-    if found is None or described is None:
+    place = resolve_source(settle(source))
+    folder = place if isinstance(place, Path) else cached_snapshot(place)
+    found = None if folder is None else _find(folder, execution, max_length)
+    if folder is None or found is None:
         return False
-    _, path, stamp = found
+    regions = read_regions()
+    described = lay_out(model.native.decoder, regions)
+    if described is None:
+        # Looking at all numbers takes a while, so it comes last.
+        described = lay_out(model.native.decoder, regions, find_twins(model.network, folder))
+    if described is None:
+        return False
+    path, stamp = found
     layout, tensors = described
     packed: Packed = model.native
-    ids = calibration_ids(model)[:TOKENS]
+    ids, weights = calibration_ids(model)[:TOKENS], events.choices.get("weights")
     held = {
         "stamp": stamp,
         "form": packed.form,
@@ -157,8 +161,9 @@ def keep(model: LoadedModel, source: str, execution: str, *, max_length: int | N
         "decoder": layout,
         "ids": ids,
         "spec": model.spec.model_dump(mode="json"),
-        "fingerprint": base_fingerprint(model),
-        "found": {"packs": model.packs, "pages": model.pages, "shares": model.shares},
+        "fingerprint": base_fingerprint(model, letting_go(model.network)),
+        "weights": None if weights is None else weights.split(": ", 1),
+        "found": {"packs": model.packs, "pages": model.pages, "shares": model.shares, "as_stored": model.as_stored},
     }
     # Full disks and places where nothing may be written cost time at the next loading, and nothing else.
     with contextlib.suppress(OSError):
@@ -167,11 +172,18 @@ def keep(model: LoadedModel, source: str, execution: str, *, max_length: int | N
     return False
 
 
-def _find(source: str, execution: str, max_length: int | None) -> tuple[Path, Path, str] | None:
-    """The directory, where what is kept of it lies, and what that must be of."""
-    place = resolve_source(source)
-    if not isinstance(place, Path):
-        return None
+def _hollow(place: Path, config: Any) -> nn.Module:
+    from luthier.models.load import load_network
+
+    # In torch's own precision: while another is set for it, all threads would make their numbers in that.
+    with torch.device("meta"), Undrawn():
+        network = load_network(place, config, "causal", {}, dtype="float32", from_scratch=True, events=Events())
+    made: nn.Module = network.eval()
+    return made
+
+
+def _find(place: Path, execution: str, max_length: int | None) -> tuple[Path, str] | None:
+    """Where what is kept of the model in a folder lies, and what that must be of."""
     try:
         library = library_path("decoder")
         stats = [(one.name, one.stat()) for one in sorted(place.iterdir())]
@@ -180,11 +192,8 @@ def _find(source: str, execution: str, max_length: int | None) -> tuple[Path, Pa
     files = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats]
     stamp = json.dumps([files, library.name, limits(), _versions(), _code()])
     which = json.dumps([str(place.resolve()), execution, max_length])
-    return (
-        place,
-        cache_directory() / "packed" / f"{hashlib.sha256(which.encode()).hexdigest()[:24]}.safetensors",
-        _digest(stamp),
-    )
+    name = f"{hashlib.sha256(which.encode()).hexdigest()[:24]}.safetensors"
+    return cache_directory() / "packed" / name, _digest(stamp)
 
 
 def _versions() -> list[str]:
@@ -226,132 +235,3 @@ def _tried(packed: Packed, ids: list[int]) -> Tensor:
     cached, rows = Cached(packed, 1), list(range(max(0, len(ids) - ROWS), len(ids)))
     logits_RV = cached.read(ids, [[0]], [0], [len(ids)], rows)
     return logits_RV[:, :: max(1, packed.vocabulary // NUMBERS)].contiguous()
-
-
-def _describe(decoder: Decoder) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """A decoder as JSON and small tensors; None where a weight lies in no file, or places are turned in a way of their own."""
-    regions = read_regions()
-    tensors: dict[str, Tensor] = {}
-
-    def tensor(made: Tensor) -> str:
-        name = str(len(tensors))
-        tensors[name] = made.detach().clone().contiguous()
-        return name
-
-    def placed(made: Tensor) -> dict[str, Any]:
-        place = place_of(made, regions)
-        if place is None:
-            raise _Elsewhere
-        return asdict(place)
-
-    def norm(one: Norm | None) -> dict[str, Any] | None:
-        if one is None:
-            return None
-        bias = None if one.bias_E is None else tensor(one.bias_E)
-        return {"kind": one.kind, "eps": one.eps, "weight_E": tensor(one.weight_E), "bias_E": bias}
-
-    def linear(one: Linear) -> dict[str, Any]:
-        parts = one.parts()
-        if not parts:
-            raise _Elsewhere
-        bias = None if one.bias_N is None else tensor(one.bias_N)
-        return {"parts": [placed(part) for part in parts], "bias_N": bias}
-
-    turns: dict[int, dict[str, Any]] = {}
-    try:
-        for block in decoder.blocks:
-            if block.turns is not None and id(block.turns) not in turns:
-                turns[id(block.turns)] = {
-                    "at": len(turns),
-                    "longest": block.turns.longest,
-                    **_speeds(block.turns, tensor),
-                }
-        layout: dict[str, Any] = {
-            one.name: getattr(decoder, one.name)
-            for one in fields(Decoder)
-            if one.name not in ("blocks", "embedding_VE", "places_PE", "last", "head")
-        }
-        if not all(one is None or isinstance(one, str | int | float) for one in layout.values()):
-            raise _Elsewhere
-        layout |= {
-            "embedding_VE": placed(decoder.embedding_VE),
-            "places_PE": None if decoder.places_PE is None else placed(decoder.places_PE),
-            "last": norm(decoder.last),
-            "head": linear(decoder.head),
-            "turns": list(turns.values()),
-            "blocks": [
-                {
-                    **{name: linear(getattr(block, name)) for name in PRODUCTS},
-                    **{name: norm(getattr(block, name)) for name in NORMS},
-                    "turns": None if block.turns is None else turns[id(block.turns)]["at"],
-                    "window": block.window,
-                }
-                for block in decoder.blocks
-            ],
-        }
-    except _Elsewhere:
-        return None
-    return layout, tensors
-
-
-class _Elsewhere(Exception):
-    """Something of a decoder lies in no file."""
-
-
-def _speeds(turns: Turns, tensor: Callable[[Tensor], str]) -> dict[str, Any]:
-    """Raises _Elsewhere where all tables are not what their speeds give, to the last bit."""
-    if turns.speeds is None or not turns.longest:
-        raise _Elsewhere
-    speeds = turns.speeds[0].detach().clone(), float(turns.speeds[1])
-    for count in {turns.longest, min(turns.longest, TOKENS)}:
-        if not all(map(torch.equal, turns.tables(count), _turn(*speeds, count))):
-            raise _Elsewhere
-    return {"speeds": [tensor(speeds[0]), speeds[1]]}
-
-
-def _turn(speeds_D: Tensor, scale: float, places: int) -> tuple[Tensor, Tensor]:
-    angles_PD = torch.outer(torch.arange(places).float(), speeds_D.float())
-    return angles_PD.cos() * scale, angles_PD.sin() * scale
-
-
-def _rebuild(layout: dict[str, Any], tensors: dict[str, Tensor], files: Files) -> Decoder:
-    def placed(place: dict[str, Any] | None) -> Tensor | None:
-        if place is None:
-            return None
-        return files.tensor(Place(**{**place, "shape": tuple(place["shape"]), "strides": tuple(place["strides"])}))
-
-    def norm(one: dict[str, Any] | None) -> Any:
-        if one is None:
-            return None
-        bias = None if one["bias_E"] is None else tensors[one["bias_E"]]
-        return Norm(one["kind"], one["eps"], tensors[one["weight_E"]], bias)
-
-    def linear(one: dict[str, Any]) -> Linear:
-        def parts() -> list[Any]:
-            return [placed(part) for part in one["parts"]]
-
-        bias = None if one["bias_N"] is None else tensors[one["bias_N"]]
-        return Linear(lambda: parts()[0] if len(one["parts"]) == 1 else torch.cat(parts()), bias, parts=parts)
-
-    turns = []
-    for one in layout["turns"]:
-        speeds = tensors[one["speeds"][0]], one["speeds"][1]
-        turns.append(Turns(partial(_turn, *speeds), one["longest"], speeds))
-
-    def parts_of(one: dict[str, Any]) -> dict[str, Any]:
-        return {
-            **{name: linear(one[name]) for name in PRODUCTS},
-            **{name: norm(one[name]) for name in NORMS},
-        }
-
-    blocks = tuple(
-        Block(
-            **parts_of(one),
-            turns=None if one["turns"] is None else turns[one["turns"]],
-            window=one["window"],
-        )
-        for one in layout["blocks"]
-    )
-    plain = {one.name: layout[one.name] for one in fields(Decoder) if one.name != "blocks"}
-    plain |= {name: placed(layout[name]) for name in ("embedding_VE", "places_PE")}
-    return Decoder(blocks=blocks, **{**plain, "last": norm(layout["last"]), "head": linear(layout["head"])})

@@ -37,7 +37,7 @@ def roll_out(
     model is in eval mode meanwhile; a prompt near the end of the context leaves less room.
     """
     sampling = Sampling(max_tokens=max_tokens, beams=beams, temperature=0.0 if numbers_SM is None else temperature)
-    if not uses_engine(model, sampling):
+    if not uses_engine(model):
         return _roll_out_padded(model, prompts, sampling, numbers_SM)
     if beams > 1:
         return [tuple(ids) for ids in search(model, prompts, sampling, max(1, AT_ONCE // beams))]

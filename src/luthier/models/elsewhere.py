@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
 from luthier.core.errors import ConfigError
 from luthier.core.events import Events
 from luthier.models.origin import find_origin, read_tokenizer
-from luthier.models.purpose import choose_length, make_renderer
-from luthier.models.rendering import check_rendering
+from luthier.models.purpose import begin_spec
+from luthier.models.rendering import checked_renderer
 from luthier.models.sources import lasting_name
-from luthier.models.spec import NATURAL_TASK, LoadedModel, ModelSpec
+from luthier.models.spec import NATURAL_TASK, LoadedModel
 
 
 class Elsewhere(nn.Module):
@@ -42,26 +40,10 @@ def load_elsewhere(
             f"backend: {source} is made to {task}, and a server elsewhere writes with language models alone; leave `backend` out"
         )
     tokenizer = read_tokenizer(origin)
-    spec = ModelSpec(
-        source=source,
-        kind=origin.kind,
-        family=config.model_type,
-        task=task,
-        learned=saved.learned if saved else None,
-        max_length=choose_length(max_length, saved, config, tokenizer),
-        adapter={"kind": str(adapter.get("peft_type"))} if adapter is not None else None,
-        base=lasting_name(origin.base_name) if adapter is not None else None,
-    )
-    if saved is not None and isinstance(origin.place, Path):
-        check_rendering(origin.place, source, tokenizer, saved)
-    spec, renderer = make_renderer(
-        tokenizer,
-        spec,
-        saved.template if saved else None,
-        template="auto",
-        truncate=truncate,
-        learn="all",
-        events=events,
-    )
+    spec = begin_spec(origin, task, tokenizer, max_length)
+    if adapter is not None:
+        held = {"adapter": {"kind": str(adapter.get("peft_type"))}, "base": lasting_name(origin.base_name)}
+        spec = spec.model_copy(update=held)
+    spec, renderer = checked_renderer(origin.place, tokenizer, spec, saved, truncate=truncate, events=events)
     vocabulary = max(len(tokenizer), int(getattr(config.get_text_config(), "vocab_size", 0)))
     return LoadedModel(Elsewhere(vocabulary).eval(), tokenizer, spec, renderer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from luthier.core.errors import ModelError
 from luthier.models.heads import width_of
+from luthier.models.mapped import AT_ONCE
 from luthier.models.quantised.linear import QuantisedLinear, sample
 from luthier.models.spec import Kind, LoadedModel
 
@@ -88,7 +90,7 @@ def context_of(config: Any) -> int | None:
 
 
 @torch.no_grad()
-def fingerprint(network: nn.Module) -> str:
+def fingerprint(network: nn.Module, let_go: Callable[[], None] = lambda: None) -> str:
     """A short name of the weights below the head: SHA-256 over names, shapes and sampled values, 16 hex digits.
 
     The same for a model loaded for another task, in another precision or quantised (values are compared in bf16, as they
@@ -98,7 +100,14 @@ def fingerprint(network: nn.Module) -> str:
         return ""
     digest = hashlib.sha256()
     below: Any = getattr(network, "base_model", network)
-    found = {name: (tuple(tensor.shape), sample(tensor)) for name, tensor in below.state_dict().items()}
+    found, read = {}, 0
+    for name, tensor in below.state_dict().items():
+        found[name] = tuple(tensor.shape), sample(tensor)
+        read += tensor.nbytes
+        if read > AT_ONCE:
+            read = 0
+            let_go()
+    let_go()
     for name, module in below.named_modules(remove_duplicate=False):
         if isinstance(module, QuantisedLinear):
             found[name + ".weight"] = (module.original_shape, module.original_sample)
@@ -108,10 +117,11 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def base_fingerprint(model: LoadedModel) -> str:
-    """The fingerprint of a loaded model's own weights, taken once: they may be let go of later."""
+def base_fingerprint(model: LoadedModel, let_go: Callable[[], None] = lambda: None) -> str:
+    """The fingerprint of a loaded model's own weights, taken once: they may be let go of later. To sample all of them is to read
+    them all; `let_go` gives back what was read of files."""
     if model.fingerprint is None:
-        model.fingerprint = fingerprint(model.network)
+        model.fingerprint = fingerprint(model.network, let_go)
     return model.fingerprint
 
 

@@ -27,12 +27,12 @@ from luthier.models.heads import Pooled
 from luthier.models.lean import Undrawn
 from luthier.models.origin import ask, base_of, find_origin, read_config, read_tokenizer
 from luthier.models.precision import cast_network, cast_weights
-from luthier.models.purpose import add_head, check_task, choose_length, choose_pooling, keeps_head, make_renderer
+from luthier.models.purpose import add_head, begin_spec, check_task, choose_pooling, keeps_head
 from luthier.models.quantised.linear import Form
 from luthier.models.quantised.network import quantise
-from luthier.models.rendering import check_rendering
+from luthier.models.rendering import checked_renderer
 from luthier.models.sources import knock, lasting_name, resolve_source, settle
-from luthier.models.spec import HEAD_FILE, NATURAL_TASK, Kind, LoadedModel, ModelSpec, read_spec
+from luthier.models.spec import HEAD_FILE, NATURAL_TASK, Kind, LoadedModel, read_spec
 from luthier.models.stored import fits_bfloat16
 
 AUTO_CLASSES = {
@@ -116,16 +116,12 @@ def load_model(
         quantise(network, form, events)
         cast_network(network, DTYPES[dtype])
     tokenizer = read_tokenizer(origin)
-    spec = ModelSpec(
-        source=source,
-        kind=kind,
-        family=config.model_type,
-        task=task,
-        learned=saved.learned if saved else None,
-        max_length=choose_length(max_length, saved, config, tokenizer),
-        pooling=choose_pooling(pooling, saved, kind),
-        precision="bfloat16" if dtype == "bfloat16" else "float32",
-        quantize=quantize,
+    spec = begin_spec(origin, task, tokenizer, max_length).model_copy(
+        update={
+            "pooling": choose_pooling(pooling, saved, kind),
+            "precision": "bfloat16" if dtype == "bfloat16" else "float32",
+            "quantize": quantize,
+        }
     )
     network.to(find_device(device))
     found = fingerprint(network) if adapter is not None else None
@@ -158,12 +154,11 @@ def load_model(
     if isinstance(module, Pooled) and isinstance(place, Path) and keeps_head(spec, saved) and not hollow:
         module.head.load_state_dict(load_file(place / HEAD_FILE, device=str(find_device(device))))
     module.eval()
-    if saved is not None and isinstance(place, Path):
-        check_rendering(place, source, tokenizer, saved)
-    spec, renderer = make_renderer(
+    spec, renderer = checked_renderer(
+        place,
         tokenizer,
         spec,
-        saved.template if saved else None,
+        saved,
         template=template,
         truncate=truncate,
         learn=learn,

@@ -9,16 +9,19 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MADV_DONTNEED = 4
+# Bytes of weights that layers read before their pages are given back: to read them again takes a while.
+AT_ONCE = 2**25
 MAPS = Path("/proc/self/smaps")
 
 
@@ -34,14 +37,28 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
+class Twin:
+    """Where a weight lies in memory that is, number for number, what a file holds in another precision."""
+
+    start: int
+    end: int
+    offset: int
+    path: str
+    dtype: str
+    """Of the file."""
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor's numbers in a file: how many bytes before them, and its shape and strides."""
+    """A tensor's numbers in a file: how many bytes before them, their precision there, its shape and strides, and the precision
+    that they are read in where it is another."""
 
     path: str
     offset: int
     dtype: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    cast: str | None = None
 
 
 def read_regions() -> list[Region]:
@@ -91,13 +108,42 @@ def letting_go(network: Any) -> Callable[[], None]:
     return let_go
 
 
-def place_of(tensor: Tensor, regions: list[Region]) -> Place | None:
-    """Where the numbers of `tensor` lie in a file; None where they lie in none, or were written to."""
+@contextmanager
+def by_layers(network: Any) -> Iterator[Callable[[], None]]:
+    """Inside, the pages of weights in a file that layers read are given back after some of them; gives what does that, for all
+    others."""
+    let_go, read = letting_go(network), 0
+
+    def count(layer: Any, *_: Any) -> None:
+        nonlocal read
+        read += sum(one.nbytes for one in layer.parameters())
+        if read >= AT_ONCE:
+            read = 0
+            let_go()
+
+    stacks = [one for one in network.modules() if isinstance(one, nn.ModuleList)]
+    hooks = [layer.register_forward_hook(count) for stack in stacks for layer in stack]
+    try:
+        yield let_go
+    finally:
+        for hook in hooks:
+            hook.remove()
+        let_go()
+
+
+def place_of(tensor: Tensor, regions: Sequence[Region], twins: Sequence[Twin] = ()) -> Place | None:
+    """Where the numbers of `tensor` lie in a file, or those that they were cast from; None where they lie in none, or were
+    written to."""
     at, size = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+    end, dtype = at + min(size, tensor.numel() * tensor.element_size()), str(tensor.dtype).removeprefix("torch.")
     for one in regions:
-        if one.whole and one.start <= at and at + min(size, tensor.numel() * tensor.element_size()) <= one.end:
-            dtype = str(tensor.dtype).removeprefix("torch.")
+        if one.whole and one.start <= at and end <= one.end:
             return Place(one.path, at - one.start + one.offset, dtype, tuple(tensor.shape), tensor.stride())
+    for other in twins:
+        if other.start <= at and end <= other.end:
+            before = (at - other.start) // tensor.element_size() * getattr(torch, other.dtype).itemsize
+            place = other.path, other.offset + before, other.dtype
+            return Place(*place, tuple(tensor.shape), tensor.stride(), dtype)
     return None
 
 
@@ -117,7 +163,8 @@ class Files:
         flat = torch.frombuffer(
             self._maps[place.path], dtype=getattr(torch, place.dtype), count=count, offset=place.offset
         )
-        return flat.as_strided(place.shape, place.strides)
+        found = flat.as_strided(place.shape, place.strides)
+        return found if place.cast is None else found.to(getattr(torch, place.cast))
 
     def let_go(self) -> None:
         """Give back the pages that were read."""

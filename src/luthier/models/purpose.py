@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from luthier.models.heads import Pooled, dropout_of
 from luthier.models.spec import Kind, ModelSpec, Pooling
 from luthier.text.render import Renderer
 from luthier.text.template import Template, choose_template
+
+if TYPE_CHECKING:
+    from luthier.models.origin import Origin
 
 DEFAULT_LENGTH = 512
 TASKS: dict[Kind, tuple[Task, ...]] = {
@@ -48,6 +51,19 @@ def choose_length(asked: int | None, saved: ModelSpec | None, config: Any, token
     stated = tokenizer.model_max_length
     limits = [limit for limit in (context, stated) if limit is not None and limit < 10**9]
     return int(min(limits, default=DEFAULT_LENGTH))
+
+
+def begin_spec(origin: Origin, task: Task, tokenizer: Any, max_length: int | None) -> ModelSpec:
+    """What is known of a model by its config, its tokenizer and what was saved with it. Raises ConfigError as `choose_length`
+    does."""
+    return ModelSpec(
+        source=origin.source,
+        kind=origin.kind,
+        family=origin.config.model_type,
+        task=task,
+        learned=origin.saved.learned if origin.saved else None,
+        max_length=choose_length(max_length, origin.saved, origin.config, tokenizer),
+    )
 
 
 def choose_pooling(asked: str, saved: ModelSpec | None, kind: Kind) -> Pooling:

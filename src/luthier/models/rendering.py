@@ -1,15 +1,45 @@
-"""Whether a saved model still reads text as it did when it was saved."""
+"""How a model makes tokens of text, and whether a saved one still does it as when it was saved."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from luthier.core.errors import DataError, ModelError, RenderingError
+from luthier.core.events import Events
+from luthier.models.purpose import make_renderer
 from luthier.models.spec import SPEC_FILE, ModelSpec
 from luthier.text.golden import GOLDEN_FILE, Golden, find_difference, read_golden, render_again
 from luthier.text.render import Renderer
 from luthier.text.template import Template
+
+
+def checked_renderer(
+    place: Path | str,
+    tokenizer: Any,
+    spec: ModelSpec,
+    saved: ModelSpec | None,
+    *,
+    template: str = "auto",
+    truncate: bool = False,
+    learn: Literal["all", "last"] = "all",
+    conversations: bool = False,
+    events: Events | None = None,
+) -> tuple[ModelSpec, Renderer]:
+    """The renderer of the model at `place`, as `make_renderer` makes it, once it is known to read as it was `saved`. Raises
+    RenderingError where it does not."""
+    if saved is not None and isinstance(place, Path):
+        check_rendering(place, spec.source, tokenizer, saved)
+    return make_renderer(
+        tokenizer,
+        spec,
+        saved.template if saved else None,
+        template=template,
+        truncate=truncate,
+        learn=learn,
+        events=events,
+        conversations=conversations,
+    )
 
 
 def check_rendering(place: Path, source: str, tokenizer: Any, saved: ModelSpec) -> None:

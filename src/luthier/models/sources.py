@@ -119,6 +119,28 @@ def knock(source: str) -> dict[str, Any]:
     return {}
 
 
+def cached_snapshot(source: str) -> Path | None:
+    """The folder in the local cache that holds the newest known state of a hub id; None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def current_snapshot(source: str) -> Path | None:
+    """`cached_snapshot`, where the hub has nothing newer or cannot be asked. Raises ModelError as `knock` does."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    place = cached_snapshot(source)
+    if place is None or knock(source).get("local_files_only"):
+        return place
+    try:
+        newest = get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=KNOCK_SECONDS).commit_hash
+    except Exception:  # as many classes as the hub's client has versions; loading will say what is wrong
+        return None
+    return place if newest == place.name else None
+
+
 def _nowhere(source: str) -> ModelError:
     return ModelError(
         f"{source}: no such directory; give a directory, run:<id>, a hub id (owner/name), or {_shipped()}"

@@ -108,6 +108,9 @@ class LoadedModel:
     packable: bool | None = None
     """Whether the native decoder computes what it computes; None: not tried yet (`engine.native.natively`)."""
 
+    packed_only: bool = False
+    """Whether its packed weights are all that is left of it, and its module gives names and shapes alone."""
+
     fingerprint: str | None = None
     """Of its weights; None: not taken yet (`models.facts.base_fingerprint`)."""
 
@@ -125,9 +128,9 @@ class LoadedModel:
         return getattr(self.module, "backbone", self.module)
 
     @property
-    def has_module(self) -> bool:
-        """Whether its module is in memory: it may be loaded only where something asks for it."""
-        return True
+    def config(self) -> Any:
+        """The transformers config of that."""
+        return self.network.config
 
     @property
     def vocabulary(self) -> int:

@@ -108,14 +108,12 @@ def evaluate(
 
 
 def _judge(run: Run, config: Evaluate) -> None:
-    from luthier.engine.drafts import remember
-    from luthier.engine.generate import take_draft, uses_engine
-    from luthier.engine.native import prepare, refuse
+    from luthier.engine.loading import load_stored, settle_model, take_draft
+    from luthier.engine.native import refuse
     from luthier.engine.remote import load_served
     from luthier.evals.baselines import baselines_for
     from luthier.evals.judge import judge
     from luthier.evals.preferences import judge_answers, read_answers
-    from luthier.models.load import load_model
 
     run.events.stage("reading the data")
     source = config.data.train if config.data.test is None else config.data.test
@@ -123,8 +121,11 @@ def _judge(run: Run, config: Evaluate) -> None:
     train = [] if config.train is None else load_examples(config.train, config.data, run.events)
     run.events.stage(f"loading the model {config.model}")
     lengths: dict[str, Any] = {"max_length": config.max_length, "truncate": config.truncate}
+    # By likelihood a model is judged as it is.
+    scored = config.likelihood or holds_answers(examples) or isinstance(examples[0], Text)
     if config.backend is None:
-        model = load_model(config.model, **lengths, device=config.device, events=run.events)
+        execution = "model" if scored else config.execution
+        model = load_stored(config.model, execution, run.events, device=config.device, **lengths)
     else:
         if holds_answers(examples) or isinstance(examples[0], Text):
             raise ConfigError(
@@ -148,10 +149,10 @@ def _judge(run: Run, config: Evaluate) -> None:
         logs, before = read_answers(model, examples, run.events), _read_reference(config, spec, examples, run.events)
         predictions, metrics, details, found = judge_answers(examples, logs, before, refers=before is not None)
     else:
-        if spec.task == "causal" and not config.likelihood and uses_engine(model):
-            prepare(model, config.execution, run.events)
-            if not chosen:
-                remember(model)
+        if spec.task == "causal" and not scored and config.backend is None:
+            if chosen:
+                refuse("auto", config.draft)
+            settle_model(model, config.execution, run.events, max_length=config.max_length)
             if config.draft is not None:
                 take_draft(model, config.draft, config.execution, run.events)
         elif config.backend is None:

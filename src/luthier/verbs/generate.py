@@ -199,39 +199,24 @@ def inference(model: Any, tokenizer: Any, text: str | Sequence[str], **sampling:
 
 def _load(config: Generate, events: Events) -> LoadedModel:
     """The model, ready to write if it can, here or by a server."""
-    from luthier.engine.generate import choose_engine, take_draft, uses_engine
-    from luthier.engine.native import let_go, prepare, refuse
-    from luthier.engine.recalled import keep, recall
+    from luthier.engine.loading import load_stored, settle_model, take_draft
+    from luthier.engine.native import refuse
     from luthier.engine.remote import load_served
-    from luthier.models.load import load_model
 
     lengths: dict[str, Any] = {"max_length": config.max_length, "truncate": config.truncate}
     if config.backend is not None:
         return load_served(config.model, config.backend, **lengths, events=events)
-    as_stored = config.execution != "model" and not config.labels
-    recalls = as_stored and config.device in ("auto", "cpu") and (config.device == "cpu" or not _has_gpu())
-    model: LoadedModel | None = recall(config.model, config.execution, events, **lengths) if recalls else None
-    if model is None:
-        model = load_model(config.model, **lengths, device=config.device, as_stored=as_stored, events=events)
+    model = load_stored(config.model, config.execution, events, device=config.device, **lengths)
     if writes(model) and not config.labels:
-        choose_engine(model, config.sampling, config.execution, events)
-        if recalls:
-            keep(model, config.model, config.execution, max_length=config.max_length)
-        let_go(model)
+        settle_model(model, config.execution, events, sampling=config.sampling, max_length=config.max_length)
         if config.draft is not None:
             take_draft(model, config.draft, config.execution, events)
-    elif config.labels and model.spec.task == "causal" and uses_engine(model):
-        prepare(model, config.execution, events)
-        let_go(model)
+    elif config.labels and model.spec.task == "causal":
+        refuse("auto", config.draft)
+        settle_model(model, config.execution, events, max_length=config.max_length)
     else:
         refuse(config.execution, config.draft)
     return model
-
-
-def _has_gpu() -> bool:
-    from luthier.models.load import find_device
-
-    return find_device("auto").type == "cuda"
 
 
 def _grows(sampling: Sampling) -> bool:

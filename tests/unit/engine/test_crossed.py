@@ -3,6 +3,7 @@ goes beside it."""
 
 import asyncio
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from luthier.engine.numbers import numbers_of
 from luthier.engine.padded import write
 from luthier.engine.pieces import complete
 from luthier.engine.readers import kept_bytes
+from luthier.engine.rollouts import roll_out
 from luthier.engine.sampling import Sampling
 from luthier.engine.structure import Structure
 from luthier.models.slots import Slots, begin, go_on
@@ -145,16 +147,49 @@ def test_a_stream_adds_up_to_the_answer_and_a_stop_text_ends_it():
     assert cut.text == whole.text[: whole.text.find(stop)] and cut.finish == "stop"
 
 
-@pytest.mark.parametrize("family", ["mbart", "t5"])
-def test_beams_go_by_transformers_own_loop(family):
-    model, events, sampling = crossed(family), Events(), Sampling(max_tokens=12, beams=3)
+TEXTS = ["The quick brown fox", "one", "the lazy dog jumps over it", "two three"]
+SEARCHED = {
+    "plain": {}, "length_penalty": {"length_penalty": 2.0}, "min_tokens": {"min_tokens": 6}, "stop": {"stop": ("e", "o")},
+    "repetition": {"repetition_penalty": 1.4}, "bias": {"logit_bias": {9: 3.0, 40: -5.0}},
+    "banned": {"banned": ("ab", "ay", "=")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["mbart", "t5", "marian"])
+@pytest.mark.parametrize("settings", list(SEARCHED))
+def test_beams_are_searched_by_the_engine_everywhere(settings, family, monkeypatch):
+    model, events = crossed(family), Events()
+    model.spec = model.spec.model_copy(update={"stop_ids": tuple(range(5, 400, 3))})
+    sampling = Sampling(max_tokens=12, beams=3, n=3, **SEARCHED[settings])
+    encoded = [model.renderer.prompt(text) for text in TEXTS]
+    right = [[complete(model, ids, sampling, len(one)) for ids in write(model, [one], sampling)] for one in encoded]
+    monkeypatch.setattr("luthier.engine.generate.write", None)
+    monkeypatch.setattr("luthier.engine.rollouts.write", None)
     tell_engine(model, sampling, events)
-    assert "a search over the answers" in str(events.choices["engine"])
-    (found,) = generate(model, ["The quick brown fox"], sampling)
-    ids = model.renderer.prompt("The quick brown fox")
-    assert found.ids == tuple(one for one in alone(model, [ids], sampling)[0] if one not in model.spec.stop_ids)
+    assert str(events.choices["engine"]).startswith("rows")
+    found = generate(model, TEXTS, sampling)
+    assert [[replace(one, others=()), *one.others] for one in found] == right
+    rolled = roll_out(model, encoded, 12, beams=3)
+    if settings == "plain":
+        assert [complete(model, ids, sampling, len(one)) for ids, one in zip(rolled, encoded)] == [
+            one[0] for one in right
+        ]
     with pytest.raises(ConfigError, match="beams"):
-        Engine(model, 512).add(ids, sampling)
+        Engine(model, 512).add(encoded[0], sampling)
+
+
+@pytest.mark.parametrize("penalty", [-1.0, 0.5, 2.0])
+@pytest.mark.parametrize("early", [True, False, "never"])
+def test_a_search_ends_when_the_models_own_settings_say(early, penalty):
+    model = crossed("bart")
+    model.spec = model.spec.model_copy(update={"stop_ids": tuple(range(5, 400, 3))})
+    model.module.generation_config.early_stopping = early
+    sampling = Sampling(max_tokens=14, beams=4, n=4, length_penalty=penalty)
+    for prompt in prompts((1, 30, 12, 45)):
+        right = [complete(model, ids, sampling, len(prompt)) for ids in write(model, [prompt], sampling)]
+        assert [
+            complete(model, ids, sampling, len(prompt)) for ids in search_each(model, [prompt], sampling, 1)[0]
+        ] == (right)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 0.0, 2.0])

@@ -10,7 +10,8 @@ from luthier.core.errors import ConfigError
 from luthier.core.events import Events
 from luthier.engine.draft_model import DraftModel, check_draft
 from luthier.engine.engine import Engine
-from luthier.engine.generate import generate, take_draft, tell_guesses
+from luthier.engine.generate import generate, tell_guesses
+from luthier.engine.loading import take_draft
 from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling
 from luthier.models.adapters import ADAPTERS

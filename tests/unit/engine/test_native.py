@@ -350,3 +350,12 @@ def test_where_memory_runs_out_in_packing_the_module_reads(error, monkeypatch):
         first = roll_out(tuned, prompts()[:2], 4)
     # Said once: it is not tried again.
     assert roll_out(tuned, prompts()[:2], 4) == first and tuned.packable is False
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "phi"])
+@torch.inference_mode()
+def test_own_logits_are_made_by_parts_of_the_vocabulary(family, monkeypatch):
+    monkeypatch.setattr(native, "VOCABULARY", 100)
+    own = native._own(decoder_model(family))
+    whole = own.head.logits(own.states_TE)
+    assert whole.shape[1] > 200 and torch.allclose(own.logits(own.states_TE), whole, atol=1e-4)

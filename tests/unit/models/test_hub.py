@@ -11,6 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from decoders import MADE, decoder_model
+from luthier.native.build import library_path
+from luthier.native.decoder import why_no_decoder
 from tiny import tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -132,6 +135,40 @@ def test_a_model_of_the_hub_is_loaded_and_then_used_without_it(hub, tmp_path):
         found = run(again + (here if more else []), tmp_path, "http://127.0.0.1:9", **more)
         assert all((code, said, wrong) == (0, first.stdout, "") for code, _, said, wrong in found)
     assert sum(one.stat().st_size for one in tmp_path.rglob("*.safetensors")) > 0
+
+
+RECALL = """
+import luthier.engine.native as native
+from luthier.core.events import Events
+from luthier.engine.loading import load_stored, settle_model
+model = load_stored("owner/tiny", "int8", Events())
+print(model.packed_only)
+settle_model(model, "int8", Events())
+"""
+
+
+@pytest.mark.skipif(why_no_decoder() is not None, reason=str(why_no_decoder()))
+def test_a_packed_model_of_the_hub_is_recalled_until_the_hub_has_a_newer_one(hub, tmp_path, monkeypatch):
+    decoder_model("llama")
+    [folder] = [path for key, path in MADE.items() if key.startswith("llama []")]
+    monkeypatch.setattr(Hub, "files", {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
+
+    def recalled(endpoint, **more):
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | more
+        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+        environment |= {"LUTHIER_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-c", RECALL], capture_output=True, text=True, env=environment, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout == "True\n"
+
+    (tmp_path / "cache").mkdir()
+    for library in ("kernels", "decoder"):
+        (tmp_path / "cache" / library_path(library).name).symlink_to(library_path(library))
+    assert [recalled(hub), recalled(hub), recalled("http://127.0.0.1:9", HF_HUB_OFFLINE="1")] == [False, True, True]
+    monkeypatch.setattr(sys.modules[__name__], "COMMIT", "f" * 40)
+    assert [recalled(hub), recalled(hub)] == [False, True]
 
 
 def test_a_hub_that_says_no_is_one_sentence(hub, tmp_path):

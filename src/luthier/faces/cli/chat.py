@@ -82,10 +82,9 @@ def parser():  # type: ignore[no-untyped-def]
 def run(arguments: Sequence[str]) -> int:
     found = parser().parse(arguments)
     from luthier.engine.engine import Engine
-    from luthier.engine.generate import choose_engine, room_for, stream, take_draft, uses_engine
-    from luthier.engine.native import let_go
+    from luthier.engine.generate import room_for, stream, uses_engine
+    from luthier.engine.loading import load_stored, settle_model, take_draft
     from luthier.engine.remote import load_served
-    from luthier.models.load import load_model
 
     settings: dict[str, Any] = {"max_tokens": found.max_tokens, "temperature": found.temperature}
     settings |= {name: getattr(found, name) for name in ("top_p", "seed") if getattr(found, name) is not None}
@@ -99,21 +98,22 @@ def run(arguments: Sequence[str]) -> int:
         from luthier.retrieval.citations import stream_checked
         from luthier.retrieval.prompt import say_unknown
         from luthier.verbs.grounding import Grounded
-    if config.backend is not None:
-        with show_progress(quiet=not people) as sinks:
-            model = load_served(found.model, config.backend, events=Events(sinks=sinks))
-    else:
-        model = load_model(found.model, as_stored=config.execution != "model")
-    if model.spec.task != "causal":
-        raise ModelError(
-            f'{found.model}: this model is made to {model.spec.task} and cannot talk; try luthier generate {found.model} "text"'
-        )
     with show_progress(quiet=not people) as sinks:
-        choose_engine(model, sampling, config.execution, Events(sinks=sinks))
-        let_go(model)
-        if config.draft is not None:
-            take_draft(model, config.draft, config.execution, Events(sinks=sinks))
-        grounded = Grounded(config.index, config.passages, events=Events(sinks=sinks)) if config.index else None
+        events = Events(sinks=sinks)
+        if config.backend is not None:
+            model = load_served(found.model, config.backend, events=events)
+        else:
+            model = load_stored(found.model, config.execution, events)
+        if model.spec.task != "causal":
+            raise ModelError(
+                f"{found.model}: this model is made to {model.spec.task} and cannot talk; "
+                f'try luthier generate {found.model} "text"'
+            )
+        if config.backend is None:
+            settle_model(model, config.execution, events, sampling=sampling)
+            if config.draft is not None:
+                take_draft(model, config.draft, config.execution, events)
+        grounded = Grounded(config.index, config.passages, events=events) if config.index else None
     sources: tuple[Source, ...] = ()
     # Kept from turn to turn, so that what was said before is not read again.
     limit = model.spec.max_length

@@ -18,9 +18,9 @@ from luthier.data.turns import read_messages
 from luthier.engine.calling import structure_of_calls
 from luthier.engine.door import Door
 from luthier.engine.engine import Engine
-from luthier.engine.generate import choose_engine, uses_engine
+from luthier.engine.generate import uses_engine
+from luthier.engine.loading import load_stored, settle_model
 from luthier.engine.logs import BEFORE, added
-from luthier.engine.native import let_go
 from luthier.engine.pooler import Embedding, Pooler
 from luthier.engine.sampling import Execution, Sampling
 from luthier.engine.streaming import Answer, Piece
@@ -28,7 +28,6 @@ from luthier.faces.server.holding import plan_memory, room_for
 from luthier.faces.server.labelled import label
 from luthier.faces.server.readings import classify, embed, relate
 from luthier.faces.server.searching import search
-from luthier.models.load import load_model
 from luthier.models.spec import LoadedModel
 from luthier.text.calls import find_form
 
@@ -56,9 +55,7 @@ def load(order: dict[str, Any], tell: Callable[[Event], None]) -> Hands:
     asked = Order.make(order, where="engine")
     events = Events(sinks=[tell])
     events.stage(f"loading {asked.source}")
-    model = load_model(
-        asked.source, as_stored=asked.execution != "model", max_length=asked.context, truncate=False, events=events
-    )
+    model = load_stored(asked.source, asked.execution, events, max_length=asked.context)
     return Hands(model, asked, events)
 
 
@@ -75,8 +72,7 @@ class Hands:
                     f"{model.spec.source}: {model.spec.family} models do not write text by text side by side, so they cannot "
                     "be served"
                 )
-            choose_engine(model, Sampling(), order.execution, events)
-            let_go(model)
+            settle_model(model, order.execution, events, sampling=Sampling(), max_length=order.context)
             self.form = find_form(model.renderer)
             engine = Engine(model, room, streams=order.streams)
             for name, source in order.adapters.items():

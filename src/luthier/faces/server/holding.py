@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from luthier.engine import lanes, passes, pooler
 from luthier.engine.engine import TOKENS
-from luthier.engine.readers import kept_bytes
+from luthier.engine.readers import kept_bytes, weight_bytes
 from luthier.faces.server.labelled import AT_ONCE
 from luthier.models.pages import BLOCK
 from luthier.models.spec import LoadedModel
@@ -20,9 +20,8 @@ def plan_memory(model: LoadedModel, streams: int, waiting: int, *, writes: bool)
     are scored after, by the model and by one adapter at a time, and of texts that vectors are made of."""
     room = room_for(model, streams) if writes else 0
     beside = _beside(model, waiting) if writes and model.spec.task == "causal" else 0
-    weights = sum(one.nbytes for one in model.network.parameters())
     return {
-        "weight_bytes": weights + (model.native.nbytes if model.native is not None else 0),
+        "weight_bytes": weight_bytes(model),
         "kept_tokens": room,
         "kept_bytes": kept_bytes(model) * room if writes else 0,
         "beside_tokens": beside,
