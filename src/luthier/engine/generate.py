@@ -28,7 +28,7 @@ from luthier.engine.request import Request
 from luthier.engine.sampling import Execution, Sampling
 from luthier.models.load import load_model
 from luthier.models.memory import shown
-from luthier.models.pages import BLOCK
+from luthier.models.pages import page_size
 from luthier.models.precision import cast_weights
 from luthier.models.prepared import copied
 from luthier.models.spec import LoadedModel
@@ -199,12 +199,12 @@ def engine_for(model: LoadedModel, lengths: Sequence[int], max_tokens: int, stre
 
 def room_for(model: LoadedModel, lengths: Sequence[int], max_tokens: int, streams: int) -> int:
     """Tokens that the longest `streams` prompts of these lengths and their answers take."""
-    most = model.spec.max_length
+    most, size = model.spec.max_length, page_size(model)
     if model.spec.kind == "encoder-decoder":
-        whole = sorted((length + min(max_tokens, most) + BLOCK for length in lengths), reverse=True)
+        whole = sorted((length + min(max_tokens, most) + size for length in lengths), reverse=True)
     else:
-        whole = sorted((min(length + max_tokens, most) + BLOCK for length in lengths), reverse=True)
-    return sum(whole[:streams]) or BLOCK
+        whole = sorted((min(length + max_tokens, most) + size for length in lengths), reverse=True)
+    return sum(whole[:streams]) or size
 
 
 def add_answer(

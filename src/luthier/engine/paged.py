@@ -13,7 +13,7 @@ from luthier.core.errors import ModelError
 from luthier.engine.likeliest import most_likely
 from luthier.models.adapters.additions import Addition
 from luthier.models.adapters.rows import Pair, adding, adding_to_all, pairs_of
-from luthier.models.pages import FEWEST, Pages, Store, next_logits, read_pages
+from luthier.models.pages import FEWEST, Pages, Store, next_logits, page_size, read_pages
 from luthier.models.spec import LoadedModel
 
 
@@ -23,8 +23,8 @@ class Paged:
     def __init__(self, model: LoadedModel, blocks: int):
         self.model, self.blocks = model, blocks
         # The last block is for what fills a step up.
-        self._store = Store(blocks + 1)
-        self._fewest = FEWEST.get(model.network.dtype, 1)
+        self._store = Store(blocks + 1, page_size(model))
+        self._fewest = FEWEST.get(model.network.dtype, 1) if model.device.type == "cpu" else 1
         # By their numbers in a step; None where one was taken out.
         self._adapters: list[dict[str, Pair] | None] = []
 

@@ -86,6 +86,10 @@ class LoadedModel:
     """Bytes of keys and values that a token takes where it writes with what came before in blocks, 0 where it cannot; None:
     not tried yet (`models.pages.writes_by_pages`)."""
 
+    plainly: tuple[str, ...] | None = None
+    """Why some of its layers are attended to in plain torch on a CUDA device, empty where none is; None: it is on another, or was
+    not tried yet (`models.pages.writes_by_pages`)."""
+
     slots: Literal["direct", "masked", ""] | None = None
     """How it writes answers to sources side by side, wherever each of them is, "" where it cannot; None: not tried yet
     (`models.slots.way_of`)."""
