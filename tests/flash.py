@@ -1,5 +1,6 @@
 """`torch.nn.attention.varlen.varlen_attn` as it is documented, in plain torch: with what FlashAttention 2 demands of its tensors
-(flash_api.cpp of torch 2.13) held as assertions. Written from the documentation, not from `luthier.models.varlen`."""
+(flash_api.cpp of torch 2.13) held as assertions. Written from the documentation, not from `luthier.models.varlen`; and what
+tests of it share."""
 
 import itertools
 import math
@@ -8,6 +9,16 @@ from contextlib import contextmanager
 import torch
 
 import luthier.models.varlen as varlen
+from decoders import decoder_model
+from luthier.engine.engine import Engine
+
+# Wider than a page, so that texts have several.
+LENGTH = 1024
+LONG = {"max_position_embeddings": LENGTH}
+COVERED = {
+    "llama": {}, "qwen3": {}, "gemma": {}, "mistral": {"sliding_window": 40}, "gemma3_text": {"sliding_window": 300},
+    "starcoder2": {}, "phi3": {}, "granite": {},
+}  # fmt: skip
 
 CALLS = []
 """(max_q, window, texts) of each call since `on_the_cpu` began."""
@@ -62,3 +73,22 @@ def on_the_cpu(monkeypatch, dtypes=(torch.float32, torch.bfloat16)):
         patch.setattr("luthier.models.pages.DTYPES", dtypes)
         yield CALLS
     varlen.why_not.cache_clear()
+
+
+def model_of(family, **more):
+    model = decoder_model(family, **more)
+    model.spec = model.spec.model_copy(update={"stop_ids": (), "max_length": LENGTH})
+    return model
+
+
+def written(model, given, sampling, *, waves=((0, 10**6),), room=8192, **settings):
+    engine = Engine(model, room, **settings)
+    requests, left = [], list(given)
+    for steps, count in waves:
+        for _ in range(steps):
+            engine.step()
+        for _ in range(min(count, len(left))):
+            requests.append(engine.add(left.pop(0), sampling))
+    engine.run()
+    assert engine.blocks.used == 0
+    return [one.written for one in requests], engine

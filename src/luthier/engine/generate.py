@@ -32,6 +32,7 @@ from luthier.models.pages import page_size
 from luthier.models.precision import cast_weights
 from luthier.models.prepared import copied
 from luthier.models.spec import LoadedModel
+from luthier.models.varlen import PAGE, by_text
 
 
 def generate(
@@ -137,7 +138,10 @@ def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, 
         remember(model)
     else:
         refuse(execution)
-    if model.native is None and model.as_stored:
+    if model.native is None and model.as_stored and by_text(model.device):
+        # Weights in bf16 are what its attention takes, and what such a device is fast with.
+        events.choose("weights", "bfloat16", "as the files have them")
+    elif model.native is None and model.as_stored:
         cast_weights(model, "float32")
         # Its keys and values are twice as wide now.
         model.as_stored, model.pages = False, None
@@ -176,11 +180,21 @@ def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
         events.choose(
             "engine", "paged", alone if sampling.beams == 1 else "the texts of a search share what they have in common"
         )
+        _tell_attention(model, events)
         return
     why = f"{model.spec.family} models do not read texts laid end to end"
     if model.spec.kind == "encoder-decoder":
         why = why_padded(model) or "a search over the answers of an encoder-decoder goes by transformers' own loop"
     events.choose("engine", "padded", f"transformers' own loop, side by side with padding: {why}")
+
+
+def _tell_attention(model: LoadedModel, events: Events) -> None:
+    """Say by what keys and values are read where that is not the kernel of the processor."""
+    if model.plainly == ():
+        events.choose("attention", "varlen_attn", f"over pages of {PAGE} tokens; steps of single tokens as CUDA graphs")
+    elif model.plainly is not None:
+        why = f"text by text, slower: varlen_attn is not for {', '.join(model.plainly)}"
+        events.choose("attention", "plain torch", why)
 
 
 def tell_guesses(written: Sequence[Completion], events: Events) -> None:

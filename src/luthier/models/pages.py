@@ -108,6 +108,14 @@ class Pages:
         )  # fmt: skip
 
 
+class Standing(Pages):
+    """A step whose numbers lie on the device and change there from one step to the next; `varlen_attn` must cover all of it."""
+
+    def __init__(self, store: Store, places_N: Tensor, slots_N: Tensor, texts: Texts):
+        self.store, self.plainly = store, set()
+        self.places_N, self.slots_N, self.texts = places_N, slots_N, texts
+
+
 def attend_texts(
     q_NHD: Tensor, keys_SKD: Tensor, values_SKD: Tensor, texts: Texts, rules: Rules, size: int, plainly: set[str]
 ) -> Tensor:

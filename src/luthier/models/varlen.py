@@ -139,7 +139,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `varlen_attn` is not for this device; None where it is. Tried once against plain torch: several texts in pages, one new
     token of each or some, with a window and without."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < OLDEST:
-        return "a device older than Ampere"
+        return "devices older than Ampere"
     draw = torch.Generator().manual_seed(0)
     pool = [torch.randn(6 * PAGE, 2, 64, generator=draw).to(device, dtype) for _ in range(2)]
     tables, seen = [[3, 1], [5], [0, 2]], [PAGE + 44, 5, 2 * PAGE]
@@ -151,8 +151,9 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
             try:
                 found = attend_varlen(q_NHD, *pool, texts, rules)
             except (RuntimeError, TypeError, ValueError, ImportError, AttributeError) as err:
-                return f"varlen_attn fails here ({str(err).splitlines()[0][:120] if str(err) else type(err).__name__})"
+                said = str(err).splitlines()[0][:120] if str(err) else type(err).__name__
+                return f"this device, where it fails ({said})"
             right = attend_by_text(q_NHD, *pool, texts, rules, PAGE)
             if not float((found.float() - right.float()).abs().max()) <= TOLERANCE:
-                return "varlen_attn gives other numbers here than plain torch"
+                return "this device, where it gives other numbers than plain torch"
     return None

@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.attention.varlen
 
-from decoders import decoder_model
-from flash import on_the_cpu
+from flash import COVERED, LONG, model_of, on_the_cpu, written
+from luthier.core.events import Events
 from luthier.engine.beams import search
 from luthier.engine.engine import Engine
+from luthier.engine.generate import choose_engine
 from luthier.engine.padded import write
 from luthier.engine.sampling import Sampling
 from luthier.models.pages import page_size
@@ -16,32 +17,6 @@ from luthier.models.varlen import PAGE
 from writing import endless, prompts
 
 SIZES = (1, 5, 17, 3, 33, 8, 64, 40, 2, 31, 32, 50)
-# Wider than a page, so that texts have several.
-LENGTH = 1024
-LONG = {"max_position_embeddings": LENGTH}
-COVERED = {
-    "llama": {}, "qwen3": {}, "gemma": {}, "mistral": {"sliding_window": 40}, "gemma3_text": {"sliding_window": 300},
-    "starcoder2": {}, "phi3": {}, "granite": {},
-}  # fmt: skip
-
-
-def model_of(family, **more):
-    model = decoder_model(family, **more)
-    model.spec = model.spec.model_copy(update={"stop_ids": (), "max_length": LENGTH})
-    return model
-
-
-def written(model, given, sampling, *, waves=((0, 10**6),), room=8192, **settings):
-    engine = Engine(model, room, **settings)
-    requests, left = [], list(given)
-    for steps, count in waves:
-        for _ in range(steps):
-            engine.step()
-        for _ in range(min(count, len(left))):
-            requests.append(engine.add(left.pop(0), sampling))
-    engine.run()
-    assert engine.blocks.used == 0
-    return [one.written for one in requests], engine
 
 
 @pytest.mark.parametrize("family", COVERED)
@@ -139,3 +114,18 @@ def test_in_bf16_states_are_near_those_of_the_processor(monkeypatch):
         engine.run()
     for one, other in zip(found, right):
         assert abs(one.logs[0].raw[0] - other.logs[0].raw[0]) < 0.1
+
+
+def test_the_way_is_said(monkeypatch):
+    for family, value, why in (
+        ("llama", "varlen_attn", "over pages of 256 tokens; steps of single tokens as CUDA graphs"),
+        ("gemma2", "plain torch", "text by text, slower: varlen_attn is not for soft-caps"),
+    ):
+        said = []
+        with on_the_cpu(monkeypatch):
+            model = model_of(family)
+            model.as_stored = True
+            choose_engine(model, Sampling(), "model", Events(sinks=[said.append]))
+        found = {one["name"]: (one["value"], one["why"]) for one in said if one["event"] == "choice"}
+        assert found["attention"] == (value, why) and found["weights"] == ("bfloat16", "as the files have them")
+        assert found["engine"][0] == "paged"
