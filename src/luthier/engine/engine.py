@@ -263,7 +263,8 @@ class Engine:
         except Exception as err:
             traceback.clear_frames(err.__traceback__)
             error, again = err, out_of_memory(err) and size > 1
-        again = again and not (self._apart and len(planned) == 1)
+        # Where several processes read, the others wait for this one in the middle of a step.
+        again = again and not (self._apart and len(planned) == 1) and self.model.parts == 1
         if again:
             return_freed_memory(self.model.device)
             planned = first_whole(planned, size // 2) if self._apart else halved(planned, size // 2)

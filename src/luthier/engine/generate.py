@@ -133,7 +133,19 @@ def uses_engine(model: LoadedModel, sampling: Sampling | None = None) -> bool:
 
 def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, events: Events) -> None:
     """Make a loaded model ready to write, and say by which way answers come, and why. Raises ConfigError as `prepare` does."""
-    if model.spec.kind == "decoder" and uses_engine(model):
+    if model.parts > 1:
+        if execution not in ("auto", "model"):
+            raise ConfigError(
+                f"execution: {execution} is for one process, and {model.parts} share the model; leave it out"
+            )
+        if not uses_engine(model):
+            raise ModelError(
+                f"{model.spec.source}: {model.parts} processes cannot share it: {model.spec.family} models do not read texts "
+                "laid end to end; start it in one process"
+            )
+        events.choose("processes", str(model.parts), "each holds its heads and columns of every layer")
+        remember(model)
+    elif model.spec.kind == "decoder" and uses_engine(model):
         prepare(model, execution, events)
         remember(model)
     else:
@@ -191,7 +203,8 @@ def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
 def _tell_attention(model: LoadedModel, events: Events) -> None:
     """Say by what keys and values are read where that is not the kernel of the processor."""
     if model.plainly == ():
-        events.choose("attention", "varlen_attn", f"over pages of {PAGE} tokens; steps of single tokens as CUDA graphs")
+        singles = "steps of single tokens as CUDA graphs" if model.parts == 1 else "shared out, so not as CUDA graphs"
+        events.choose("attention", "varlen_attn", f"over pages of {PAGE} tokens; {singles}")
     elif model.plainly is not None:
         why = f"text by text, slower: varlen_attn is not for {', '.join(model.plainly)}"
         events.choose("attention", "plain torch", why)

@@ -15,6 +15,7 @@ from luthier.engine.likeliest import most_likely
 from luthier.models.adapters.additions import Addition
 from luthier.models.adapters.rows import Pair, adding, adding_to_all, pairs_of
 from luthier.models.pages import FEWEST, Pages, Store, next_logits, page_size, read_pages
+from luthier.models.parallel import agree
 from luthier.models.spec import LoadedModel
 from luthier.models.varlen import by_text
 
@@ -71,11 +72,13 @@ class Paged:
     def _said(self, states_RE: Tensor, likeliest: bool) -> Tensor:
         """The logits after these states, or the likeliest tokens."""
         logits_RV = next_logits(self.model, states_RE)
-        return most_likely(logits_RV) if likeliest else logits_RV
+        found = most_likely(logits_RV) if likeliest else logits_RV
+        return found if self.model.parts == 1 else agree(found.contiguous())
 
     def _capture(self) -> Decoding | None:
         """What reads steps of single tokens on a CUDA device, where `varlen_attn` attends in all layers."""
-        capture = capturer(self.model.device) if self.model.plainly == () else None
+        # What several processes exchange is not captured.
+        capture = capturer(self.model.device) if self.model.plainly == () and self.model.parts == 1 else None
         if capture is None:
             return None
         width = min(self.blocks, -(-self.model.spec.max_length // self._store.size))

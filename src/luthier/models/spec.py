@@ -77,6 +77,9 @@ class LoadedModel:
     as_stored: bool = False
     """Whether it is in bf16 only because its files are, and would compute in fp32 by itself."""
 
+    parts: int = 1
+    """Processes that share its layers, this one among them (`models.parallel`)."""
+
     packs: bool | None = None
     """Whether it reads texts laid end to end as if each were alone; None: not tried yet (`models.packed.packs`)."""
     shares: bool | None = None
