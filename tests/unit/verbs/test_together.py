@@ -102,7 +102,8 @@ def found(tmp_path_factory, places):
     (place / "work.json").write_text(json.dumps(work))
     store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    where |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    # There may be one device here, or none.
+    where |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": ""}
     paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
