@@ -47,7 +47,8 @@ class Graphs:
                 step()
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # What other threads do meanwhile is no part of it.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             states_NE = step()
 
         def replay() -> Tensor:

@@ -77,8 +77,9 @@ class Paged:
 
     def _capture(self) -> Decoding | None:
         """What reads steps of single tokens on a CUDA device, where `varlen_attn` attends in all layers."""
-        # What several processes exchange is not captured.
-        capture = capturer(self.model.device) if self.model.plainly == () and self.model.parts == 1 else None
+        # What processes exchange that share the weights is not captured.
+        whole = not any(hasattr(one, "full_tensor") for one in self.model.network.parameters())
+        capture = capturer(self.model.device) if self.model.plainly == () and whole else None
         if capture is None:
             return None
         width = min(self.blocks, -(-self.model.spec.max_length // self._store.size))

@@ -58,9 +58,7 @@ def texts_of(
     # One copy to the device, not four.
     there, count = torch.tensor(numbers, dtype=torch.int32).to(device), len(tables)
     tables_N, starts, keys, seen_S = there.split([len(rows), count + 1, count + 1, count])
-    return Texts(
-        tables_N.view(count, wide), starts.clone(), keys.clone(), seen_S.clone(), max(lengths), max(seen), lengths, seen
-    )
+    return Texts(tables_N.view(count, wide), starts, keys, seen_S, max(lengths), max(seen), lengths, seen)
 
 
 def attend_varlen(q_NHD: Tensor, keys_SKD: Tensor, values_SKD: Tensor, texts: Texts, rules: Rules) -> Tensor:

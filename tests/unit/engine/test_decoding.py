@@ -1,5 +1,7 @@
 """Steps of single tokens over standing buffers, as they are captured on a CUDA device: here they are run, not replayed."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.attention.varlen
@@ -177,3 +179,45 @@ def test_a_text_beyond_the_width_is_read_call_by_call(monkeypatch, captured):
     with on_the_cpu(monkeypatch), torch.inference_mode():
         made = Decoding(model, Store(4, PAGE), 3, 1, captured)
         assert made.read([7], [[0, 1]], [PAGE]) is None and made.read([7], [[0]], [PAGE - 1]) is not None
+
+
+def test_a_graph_is_warmed_up_aside_and_gives_what_was_captured(monkeypatch):
+    """In which order torch is asked; no device is needed."""
+    told = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            told.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self):
+            told.append("replay")
+
+    @contextmanager
+    def noted(what, *args, **settings):
+        told.append(f"{what} {settings}" if settings else what)
+        yield
+        told.append(f"end of {what}")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("here"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("aside"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: noted("aside"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **settings: noted("capture", **settings))
+    made = []
+
+    def step():
+        told.append("step")
+        made.append(torch.zeros(1))
+        return made[-1]
+
+    replay = decoding.Graphs(torch.device("cuda"))(step)
+    assert replay() is made[2] and replay() is made[2]
+    assert told == [
+        "aside waits for here", "aside", "step", "step", "end of aside", "here waits for aside",
+        "capture {'pool': 'pool', 'capture_error_mode': 'thread_local'}", "step", "end of capture", "replay", "replay",
+    ]  # fmt: skip
