@@ -1,5 +1,8 @@
 """The engine on a CUDA device (make gpu): attention, captured steps, and the tokens of transformers."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -124,3 +127,22 @@ def test_a_search_and_an_encoder_decoder_write_on_the_device():
 def test_a_model_of_a_device_says_its_way():
     model = moved("qwen3")
     assert writes_by_pages(model) and model.plainly == ()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device alone shares nothing")
+def test_two_devices_share_a_model():
+    asked = [
+        "-m",
+        "luthier",
+        "generate",
+        str(tiny_model("qwen3")),
+        "The quick brown fox",
+        "--raw",
+        "--execution",
+        "model",
+    ]
+    alone = subprocess.run([sys.executable, *asked], capture_output=True, text=True, timeout=300)
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    shared = subprocess.run([sys.executable, *start, *asked], capture_output=True, text=True, timeout=300)
+    assert alone.returncode == shared.returncode == 0, shared.stderr
+    assert shared.stdout == alone.stdout != ""
