@@ -109,7 +109,8 @@ def generate(
     whole line; the list then holds what this call added. `on_text` is handed the pieces of a single written answer as
     they come. Answers of classifiers, and of language models that were given `labels`, carry the probability of each
     class; where they are asked for, written ones carry `logprobs` and `prompt_logprobs`, and `others`, further answers to the
-    same prompt. Raises LuthierError.
+    same prompt. Under torchrun the processes share the model: every one makes the same call and gets the same answers, and the
+    first one writes the file. Raises LuthierError.
     """
     if isinstance(asked, Generate):
         asked = Resolved(asked, dict.fromkeys(asked.model_fields_set, "override"))
