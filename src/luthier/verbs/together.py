@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from luthier.core.errors import ConfigError
+from luthier.core.errors import ConfigError, ModelError, TrainingError
 from luthier.verbs.launch import is_started
 
 if TYPE_CHECKING:
@@ -37,6 +37,13 @@ def join_writers(config: Generate) -> Iterator[World | None]:
             _check(config, world.size)
             world.begin(find_device(world.device(config.device)))
             yield world
+    except TrainingError as err:
+        # A tuning would go on from its checkpoint.
+        if "--resume" not in str(err):
+            raise
+        raise ModelError(
+            f"one of the {world.size} processes that share the model is gone, so none of them can write; start them again"
+        ) from None
     finally:
         world.end()
 

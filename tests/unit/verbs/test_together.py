@@ -11,7 +11,9 @@ import torch.distributed as dist
 from luthier.core.errors import LuthierError, ModelError
 from luthier.models.load import load_model
 from luthier.models.parallel import check_shared
+from luthier.training.world import World
 from luthier.verbs.generate import Generate, answer_texts, generate
+from luthier.verbs.together import join_writers
 from tiny import tiny_model
 
 FAMILIES = ("llama", "qwen3", "gemma", "mistral")
@@ -169,3 +171,18 @@ def test_an_adapter_is_not_shared_out():
     check_shared("x", config, 2, writes=True, whole=True)
     with pytest.raises(LuthierError, match="4 heads; start so many"):
         check_shared("x", config, 3, writes=True, whole=True)
+
+
+def test_a_process_that_is_gone_is_said_as_such(monkeypatch):
+    world = World(0, 2, store=dist.HashStore())
+    monkeypatch.setattr("luthier.training.world.GRACE", 0.1)
+    monkeypatch.setattr("luthier.training.meeting.find_world", lambda: world)
+    monkeypatch.setattr("luthier.verbs.together.is_started", lambda: True)
+    monkeypatch.setattr(World, "begin", lambda self, device: None)
+    with (
+        pytest.raises(ModelError, match="one of the 2 processes that share the model is gone"),
+        join_writers(Generate()),
+    ):
+        raise RuntimeError("[gloo] Connection closed by peer")
+    with pytest.raises(ZeroDivisionError), join_writers(Generate()):
+        raise ZeroDivisionError  # what is a bug stays one
