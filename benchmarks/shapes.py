@@ -7,6 +7,7 @@ import random
 import shutil
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 SHAPES = {
     # Llama, dim 288, 6 layers: the TinyStories 15M shape.
@@ -18,10 +19,28 @@ SHAPES = {
     # Qwen/Qwen3-0.6B
     "0.6b": {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
              "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
+    # Qwen/Qwen3-8B
+    "8b": {"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936},
     # openai-community/gpt2, 124 M
     "gpt2": {"model_type": "gpt2"},
 }  # fmt: skip
 WORDS = "time year people way day man thing woman life child world school state family student group country problem"
+
+
+def config_of(shape: str) -> Any:
+    """transformers' config of a model of `shape`."""
+    from transformers import AutoConfig
+
+    settings = dict(SHAPES[shape])
+    return AutoConfig.for_model(
+        settings.pop("model_type"),
+        max_position_embeddings=1024 if shape == "gpt2" else 2048,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        **settings,
+    )
 
 
 def make_model(shape: str, folder: Path) -> Path:
@@ -30,18 +49,10 @@ def make_model(shape: str, folder: Path) -> Path:
     if (path / "model.safetensors").exists():
         return path
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    settings = dict(SHAPES[shape])
-    config = AutoConfig.for_model(
-        settings.pop("model_type"),
-        max_position_embeddings=1024 if shape == "gpt2" else 2048,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-        **settings,
-    )
+    config = config_of(shape)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
     mini = Path(str(files("luthier"))) / "assets" / "mini"
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

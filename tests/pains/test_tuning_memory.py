@@ -326,7 +326,7 @@ def test_answers_written_between_steps_are_part_of_the_forecast(monkeypatch):
     rows = {"train": [{"prompt": f"one {at}", "answer": "two"} for at in range(8)], "split": {"validation": 0}}
     asked = {"objective": {"kind": "grpo", "rewards": "exact_match", "max_tokens": 40, "samples": 4}}
     made = []
-    monkeypatch.setattr(readers, "Store", lambda blocks: made.append(Store(blocks)) or made[-1])
+    monkeypatch.setattr(readers, "Store", lambda *sizes: made.append(Store(*sizes)) or made[-1])
     foretold = plan(ask(rows, **asked))
     tune(ask(rows, **{**asked, "steps": 1}))
     assert foretold["memory_bytes"]["writing"] == pytest.approx(max(one.nbytes for one in made), rel=0.1)

@@ -21,7 +21,7 @@ from luthier.engine.readers import reader_for
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
-from luthier.models.pages import BLOCK
+from luthier.models.pages import page_size
 from luthier.models.spec import LoadedModel
 
 # Tokens of prompts that go through the model at once.
@@ -65,7 +65,8 @@ class Searches:
     def __init__(self, model: LoadedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, at_once: int):
         self._all = [Search(model, prompt, sampling) for prompt in prompts]
         most = sorted((one.blocks for one in self._all), reverse=True)[:at_once]
-        self._reader, self._blocks, self._at_once = reader_for(model, sum(most)), Blocks(sum(most)), at_once
+        self._reader, self._at_once = reader_for(model, sum(most)), at_once
+        self._blocks = Blocks(sum(most), size=page_size(model))
         self._adapter = 0 if own_adapter(model) else NONE
         self._waiting, self._running = self._all[::-1], list[Search]()
 
@@ -93,12 +94,6 @@ class Searches:
         self._running = [one for one in self._running if one.texts]
 
 
-def kept_tokens(prompt: int, room: int, beams: int) -> int:
-    """Tokens whose keys and values a search holds at most, of a prompt of so many tokens and as many to write as there is room
-    for."""
-    return beams * -(-(prompt + room) // BLOCK) * BLOCK
-
-
 class Search:
     """One prompt: the texts that go on, all of one length, the likeliest first, and the answers that ended. Raises as `search`
     does."""
@@ -119,7 +114,7 @@ class Search:
         self.scores = [0.0]
         self.ended: list[tuple[float, list[int]]] = []
         """Score and tokens of each, the likeliest first."""
-        self.blocks = kept_tokens(len(prompt), room, sampling.beams) // BLOCK
+        self.blocks = sampling.beams * -(-(len(prompt) + room) // page_size(model))
         """That it holds at most."""
 
     @property
@@ -186,8 +181,8 @@ class Search:
                 table = [blocks.take()]
                 reader.copy(text.table[0], table[0])
             else:
-                table = [blocks.share(block) for block in table[: text.read // BLOCK]]
-                if text.read % BLOCK:
+                table = [blocks.share(block) for block in table[: text.read // blocks.size]]
+                if text.read % blocks.size:
                     table.append(blocks.take())
                     reader.copy(text.table[-1], table[-1])
             texts.append(replace(text, written=[*text.written, token], table=table))
@@ -205,7 +200,7 @@ def advance(reader: Reader, blocks: Blocks, running: Sequence[Search], adapter: 
         # The texts of a search are read in step: none waits for the room that prompts take.
         count = left if apart or left == 1 else min(left, max(budget, 0 if planned else 1))
         if count:
-            needed = 1 if apart else -(-(text.read + count) // BLOCK)
+            needed = 1 if apart else -(-(text.read + count) // blocks.size)
             text.table += [blocks.take() for _ in range(needed - len(text.table))]
             planned.append((text, count))
             budget -= count

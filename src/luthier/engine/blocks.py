@@ -12,11 +12,11 @@ Name = bytes
 
 
 class Blocks:
-    """A number of blocks, those from 0 on or those of `numbers`. Each is held by so many texts; a full one that is held by none
-    keeps its name, and can be found by a text that begins like the one it was of, until it is needed."""
+    """A number of blocks of `size` tokens, those from 0 on or those of `numbers`. Each is held by so many texts; a full one that
+    is held by none keeps its name, and can be found by a text that begins like the one it was of, until it is needed."""
 
-    def __init__(self, count: int, numbers: Iterable[int] | None = None):
-        self.count = count
+    def __init__(self, count: int, numbers: Iterable[int] | None = None, *, size: int = BLOCK):
+        self.count, self.size = count, size
         self._empty = deque(range(count) if numbers is None else numbers)
         self._holders = dict.fromkeys(self._empty, 0)
         self._names: dict[int, Name] = {}
@@ -25,6 +25,11 @@ class Blocks:
         """By whose adapter a block with a name was read."""
         self._idle: OrderedDict[int, None] = OrderedDict()
         """Held by none, with a name; longest unused first."""
+
+    @property
+    def tokens(self) -> int:
+        """That all of them hold."""
+        return self.count * self.size
 
     @property
     def free(self) -> int:
@@ -95,10 +100,10 @@ class Blocks:
         del self._known[self._names.pop(block)], self._adapters[block]
 
 
-def names_of(ids: Sequence[int], salt: str) -> Iterator[Name]:
-    """The name of each full block of a text: by its tokens, all before them, and `salt`."""
+def names_of(ids: Sequence[int], salt: str, size: int = BLOCK) -> Iterator[Name]:
+    """The name of each full block of `size` tokens of a text: by its tokens, all before them, and `salt`."""
     before = hashlib.blake2b(salt.encode(), digest_size=16).digest()
-    for start in range(0, len(ids) - len(ids) % BLOCK, BLOCK):
-        tokens = b"".join(token.to_bytes(4, "little") for token in ids[start : start + BLOCK])
+    for start in range(0, len(ids) - len(ids) % size, size):
+        tokens = b"".join(token.to_bytes(4, "little") for token in ids[start : start + size])
         before = hashlib.blake2b(before + tokens, digest_size=16).digest()
         yield before

@@ -19,7 +19,7 @@ from luthier.engine.likeliest import not_numbers
 from luthier.engine.readers import reader_for
 from luthier.engine.request import Request
 from luthier.engine.structure import Matcher, masks_made
-from luthier.models.pages import BLOCK, writes_by_pages
+from luthier.models.pages import page_size, writes_by_pages
 from luthier.models.spec import LoadedModel
 
 # Tokens of all texts that it reads at once to catch up with them.
@@ -43,7 +43,7 @@ class DraftModel:
 
     def __init__(self, draft: LoadedModel, model: LoadedModel, blocks: int):
         check_draft(draft, model)
-        self.model, self._reader, self._blocks = draft, reader_for(draft, blocks), Blocks(blocks)
+        self.model, self._reader, self._blocks = draft, reader_for(draft, blocks), Blocks(blocks, size=page_size(draft))
         self._vocabulary = min(draft.vocabulary, model.vocabulary)
         self._texts: dict[Request, Followed] = {}
         self._guessed: set[Request] = set()
@@ -146,7 +146,7 @@ class DraftModel:
 
     def _hold(self, text: Followed, count: int) -> bool:
         """Room for so many tokens more; False where there is none."""
-        missing = -(-(len(text.ids) + count) // BLOCK) - len(text.table)
+        missing = -(-(len(text.ids) + count) // self._blocks.size) - len(text.table)
         if missing > self._blocks.free:
             return False
         text.table += [self._blocks.take() for _ in range(missing)]

@@ -35,7 +35,7 @@ from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
 from luthier.engine.tide import Tide, first_whole, halved
 from luthier.models.adapters.additions import Additions
 from luthier.models.memory import out_of_memory, return_freed_memory
-from luthier.models.pages import BLOCK
+from luthier.models.pages import page_size
 from luthier.models.spec import LoadedModel
 
 # Texts that run at once, and tokens that go through the model at once, where nobody says.
@@ -61,8 +61,9 @@ class Engine:
         if not writes_side_by_side(model):
             raise ModelError(f"{model.spec.source}: {model.spec.family} models do not write text by text side by side")
         self.model, self._arrived = model, 0
-        blocks = -(-room // BLOCK)
-        self._reader, self.blocks = reader_for(model, blocks), Blocks(blocks)
+        size = page_size(model)
+        blocks = -(-room // size)
+        self._reader, self.blocks = reader_for(model, blocks), Blocks(blocks, size=size)
         self.schedule, self._guessed = schedule_for(self._reader, self.blocks, streams, tokens), guessed
         self.tide = Tide(tokens)
         self._apart = model.spec.kind == "encoder-decoder"
@@ -98,9 +99,9 @@ class Engine:
             raise ConfigError("prompt_logprobs: an encoder-decoder predicts nothing of its source; leave it out")
         check_terms(self.model, sampling)
         room = room_of(self.model, prompt, sampling)
-        if len(prompt) + room > self.blocks.count * BLOCK:
+        if len(prompt) + room > self.blocks.tokens:
             raise ConfigError(
-                f"a prompt of {len(prompt)} tokens with {room} to write does not fit into {self.blocks.count * BLOCK} tokens, "
+                f"a prompt of {len(prompt)} tokens with {room} to write does not fit into {self.blocks.tokens} tokens, "
                 "all that is kept; set max_tokens lower, or shorten the prompt"
             )
         ends, banned = ends_of(self.model, sampling), (*banned_of(self.model, sampling), *never_of(self.model))
@@ -108,9 +109,10 @@ class Engine:
         beside = self._beside.find(adapter) if adapter else None
         # What a token's keys and values are depends on its adapter, which a later one of the same name is not.
         salt = f"{NONE if beside is None else beside.serial} {salt}"
+        names = () if self._apart else tuple(names_of(prompt, salt, self.blocks.size))
         request = Request(
             tuple(prompt), sampling, room, self._arrived, draw or numbers_of(seed), priority, salt, tenant,
-            NONE if beside is None else beside.slot, ends, banned, () if self._apart else tuple(names_of(prompt, salt)),
+            NONE if beside is None else beside.slot, ends, banned, names,
             opening_of(self.model) if self._apart else None,
         )  # fmt: skip
         if sampling.structure is not None:
@@ -261,7 +263,8 @@ class Engine:
         except Exception as err:
             traceback.clear_frames(err.__traceback__)
             error, again = err, out_of_memory(err) and size > 1
-        again = again and not (self._apart and len(planned) == 1)
+        # Where several processes read, the others wait for this one in the middle of a step.
+        again = again and not (self._apart and len(planned) == 1) and self.model.parts == 1
         if again:
             return_freed_memory(self.model.device)
             planned = first_whole(planned, size // 2) if self._apart else halved(planned, size // 2)

@@ -26,10 +26,11 @@ from luthier.engine.readers import writes_side_by_side
 from luthier.engine.request import Request
 from luthier.engine.sampling import Execution, Sampling
 from luthier.models.memory import shown
-from luthier.models.pages import BLOCK
+from luthier.models.pages import page_size
 from luthier.models.precision import cast_weights
 from luthier.models.prepared import copied
 from luthier.models.spec import LoadedModel
+from luthier.models.varlen import PAGE, by_text
 
 
 def generate(
@@ -136,12 +137,27 @@ def choose_engine(model: LoadedModel, sampling: Sampling, execution: Execution, 
 def choose_reader(model: LoadedModel, execution: Execution, events: Events) -> None:
     """Pack the weights of a loaded model where it can be read so, else bring them to the precision that it computes in by itself.
     Raises ConfigError as `prepare` does."""
-    if model.spec.kind == "decoder" and uses_engine(model):
+    if model.parts > 1:
+        if execution not in ("auto", "model"):
+            raise ConfigError(
+                f"execution: {execution} is for one process, and {model.parts} share the model; leave it out"
+            )
+        if not uses_engine(model):
+            raise ModelError(
+                f"{model.spec.source}: {model.parts} processes cannot share it: {model.spec.family} models do not read texts "
+                "laid end to end; start it in one process"
+            )
+        events.choose("processes", str(model.parts), "each holds its heads and columns of every layer")
+        remember(model)
+    elif model.spec.kind == "decoder" and uses_engine(model):
         prepare(model, execution, events)
         remember(model)
     else:
         refuse(execution)
-    if model.native is None and model.as_stored:
+    if model.native is None and model.as_stored and by_text(model.device):
+        # Weights in bf16 are what its attention takes, and what such a device is fast with.
+        events.choose("weights", "bfloat16", "as the files have them")
+    elif model.native is None and model.as_stored:
         cast_weights(model, "float32")
         # Its keys and values are twice as wide now.
         model.as_stored, model.pages = False, None
@@ -164,11 +180,22 @@ def tell_engine(model: LoadedModel, sampling: Sampling, events: Events) -> None:
         events.choose(
             "engine", "paged", alone if sampling.beams == 1 else "the texts of a search share what they have in common"
         )
+        _tell_attention(model, events)
         return
     why = f"{model.spec.family} models do not read texts laid end to end"
     if model.spec.kind == "encoder-decoder":
         why = why_padded(model) or why
     events.choose("engine", "padded", f"transformers' own loop, side by side with padding: {why}")
+
+
+def _tell_attention(model: LoadedModel, events: Events) -> None:
+    """Say by what keys and values are read where that is not the kernel of the processor."""
+    if model.plainly == ():
+        singles = "steps of single tokens as CUDA graphs" if model.parts == 1 else "shared out, so not as CUDA graphs"
+        events.choose("attention", "varlen_attn", f"over pages of {PAGE} tokens; {singles}")
+    elif model.plainly is not None:
+        why = f"text by text, slower: varlen_attn is not for {', '.join(model.plainly)}"
+        events.choose("attention", "plain torch", why)
 
 
 def tell_guesses(written: Sequence[Completion], events: Events) -> None:
@@ -187,12 +214,12 @@ def engine_for(model: LoadedModel, lengths: Sequence[int], max_tokens: int, stre
 
 def room_for(model: LoadedModel, lengths: Sequence[int], max_tokens: int, streams: int) -> int:
     """Tokens that the longest `streams` prompts of these lengths and their answers take."""
-    most = model.spec.max_length
+    most, size = model.spec.max_length, page_size(model)
     if model.spec.kind == "encoder-decoder":
-        whole = sorted((length + min(max_tokens, most) + BLOCK for length in lengths), reverse=True)
+        whole = sorted((length + min(max_tokens, most) + size for length in lengths), reverse=True)
     else:
-        whole = sorted((min(length + max_tokens, most) + BLOCK for length in lengths), reverse=True)
-    return sum(whole[:streams]) or BLOCK
+        whole = sorted((min(length + max_tokens, most) + size for length in lengths), reverse=True)
+    return sum(whole[:streams]) or size
 
 
 def add_answer(

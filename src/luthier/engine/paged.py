@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from luthier.core.errors import ModelError
+from luthier.engine.decoding import Decoding, capturer
 from luthier.engine.likeliest import most_likely
 from luthier.models.adapters.additions import Addition
 from luthier.models.adapters.rows import Pair, adding, adding_to_all, pairs_of
-from luthier.models.pages import FEWEST, Pages, Store, next_logits, read_pages
+from luthier.models.pages import FEWEST, Pages, Store, next_logits, page_size, read_pages
+from luthier.models.parallel import agree
 from luthier.models.spec import LoadedModel
+from luthier.models.varlen import by_text
 
 
 class Paged:
@@ -23,8 +26,9 @@ class Paged:
     def __init__(self, model: LoadedModel, blocks: int):
         self.model, self.blocks = model, blocks
         # The last block is for what fills a step up.
-        self._store = Store(blocks + 1)
-        self._fewest = FEWEST.get(model.network.dtype, 1)
+        self._store = Store(blocks + 1, page_size(model))
+        self._fewest = 1 if by_text(model.device) else FEWEST.get(model.network.dtype, 1)
+        self._decoding = self._capture()
         # By their numbers in a step; None where one was taken out.
         self._adapters: list[dict[str, Pair] | None] = []
 
@@ -43,7 +47,7 @@ class Paged:
         with the adapter of that number for each text, or without one (-1).
         The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R], -1 where its
         logit is no number."""
-        short = max(0, self._fewest - len(ids))
+        short = max(0, self._fewest - len(ids))  # none where steps are captured
         if short:
             ids, lengths = [*ids, *[0] * short], [*lengths, short]
             tables, before = [*tables, [self.blocks]], [*before, 0]
@@ -51,6 +55,9 @@ class Paged:
         training = module.training
         module.eval()
         try:
+            decoded_NE = self._decode(ids, tables, before, lengths, rows, adapters)
+            if decoded_NE is not None:
+                return self._said(decoded_NE, likeliest)
             pages = Pages(self._store, tables, before, lengths, device)
             with self.adding(adapters, lengths):
                 states_NE = read_pages(self.model, torch.tensor(ids, device=device), pages)
@@ -58,10 +65,41 @@ class Paged:
                 return states_NE[:0]
             # Like a step, the head is given no fewer rows than round like many.
             filled = [*rows, *[rows[0]] * (self._fewest - len(rows))]
-            logits_RV = next_logits(self.model, states_NE[filled])[: len(rows)]
-            return most_likely(logits_RV) if likeliest else logits_RV
+            return self._said(states_NE[filled], likeliest)[: len(rows)]
         finally:
             module.train(training)
+
+    def _said(self, states_RE: Tensor, likeliest: bool) -> Tensor:
+        """The logits after these states, or the likeliest tokens."""
+        logits_RV = next_logits(self.model, states_RE)
+        found = most_likely(logits_RV) if likeliest else logits_RV
+        return found if self.model.parts == 1 else agree(found.contiguous())
+
+    def _capture(self) -> Decoding | None:
+        """What reads steps of single tokens on a CUDA device, where `varlen_attn` attends in all layers."""
+        # What processes exchange that share the weights is not captured.
+        whole = not any(hasattr(one, "full_tensor") for one in self.model.network.parameters())
+        capture = capturer(self.model.device) if self.model.plainly == () and whole else None
+        if capture is None:
+            return None
+        width = min(self.blocks, -(-self.model.spec.max_length // self._store.size))
+        return Decoding(self.model, self._store, self.blocks, width, capture)
+
+    def _decode(
+        self,
+        ids: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        before: Sequence[int],
+        lengths: Sequence[int],
+        rows: Sequence[int],
+        adapters: Sequence[int],
+    ) -> Tensor | None:
+        """[S, E]: the state of each text where all have one new token, as a step that was captured; None where it was not."""
+        if self._decoding is None or list(rows) != list(range(len(lengths))):
+            return None
+        if len(ids) != len(lengths) or any(one >= 0 for one in adapters):
+            return None
+        return self._decoding.read(ids, tables, before)
 
     def put_adapter(self, layers: Mapping[str, Addition]) -> int:
         """One adapter more that texts can be read with, by what it adds to each layer; its number. Raises ModelError for a

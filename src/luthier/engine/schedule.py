@@ -5,7 +5,6 @@ from __future__ import annotations
 from luthier.engine.blocks import Blocks, Name, names_of
 from luthier.engine.line import Line
 from luthier.engine.request import Request
-from luthier.models.pages import BLOCK
 
 
 class Schedule(Line[Request]):
@@ -39,7 +38,7 @@ class Schedule(Line[Request]):
         if not budget or len(self.running) >= self.streams or self.closed:
             # Thousands may wait, and putting them in order takes its time.
             return list(planned.items())
-        coming = {name for one in self.running for name in one.names[one.read // BLOCK :]}
+        coming = {name for one in self.running for name in one.names[one.read // self.blocks.size :]}
         for request in self.in_turn():
             if not budget or len(self.running) >= self.streams:
                 break
@@ -54,7 +53,7 @@ class Schedule(Line[Request]):
             self.take_up(request)
             request.charged = max(request.charged, request.read)
             self.charge(request)
-            coming.update(request.names[request.read // BLOCK :])
+            coming.update(request.names[request.read // self.blocks.size :])
             self._hold(request, count, planned)
             planned[request] = count
             budget -= count
@@ -63,10 +62,10 @@ class Schedule(Line[Request]):
     def advance(self, request: Request, count: int) -> None:
         """So many more of its tokens are read; blocks that are full get their names."""
         before, request.read = request.read, request.read + count
-        if request.read // BLOCK == before // BLOCK:
+        if request.read // self.blocks.size == before // self.blocks.size:
             return
-        for at, name in enumerate(names_of(request.ids(0, request.read), request.salt)):
-            if at >= before // BLOCK:
+        for at, name in enumerate(names_of(request.ids(0, request.read), request.salt, self.blocks.size)):
+            if at >= before // self.blocks.size:
                 self.blocks.name(request.table[at], name, request.adapter)
 
     def finish(self, request: Request) -> None:
@@ -86,30 +85,30 @@ class Schedule(Line[Request]):
         """Whether another text is about to read what this one would read next."""
         if request.own < len(request.prompt) - 1:
             return False
-        names = request.names[: (len(request.prompt) - 1) // BLOCK]
+        names = request.names[: (len(request.prompt) - 1) // self.blocks.size]
         return next((name for name in names if not self.blocks.knows(name)), None) in coming
 
     def _recall(self, request: Request) -> None:
         """Take over what another text has read of the same beginning; what it must read for itself is left."""
-        for name in names_of(request.ids(0, request.own), request.salt):
+        for name in names_of(request.ids(0, request.own), request.salt, self.blocks.size):
             block = self.blocks.find(name)
             if block is None:
                 break
             request.table.append(block)
-        request.read = len(request.table) * BLOCK
+        request.read = len(request.table) * self.blocks.size
         request.reused = min(request.read, len(request.prompt))
 
     def _hold_drafts(self, request: Request, budget: int) -> int:
         """How many of its drafts it has room for, without taking any from others."""
         if request.drafts:
-            room = (len(request.table) + self.blocks.free) * BLOCK - request.length
+            room = (len(request.table) + self.blocks.free) * self.blocks.size - request.length
             del request.drafts[max(0, min(budget, room)) :]
-            missing = -(-(request.length + len(request.drafts)) // BLOCK) - len(request.table)
+            missing = -(-(request.length + len(request.drafts)) // self.blocks.size) - len(request.table)
             request.table += [self.blocks.take() for _ in range(missing)]
         return len(request.drafts)
 
     def _missing(self, request: Request, count: int) -> int:
-        return -(-(request.read + count) // BLOCK) - len(request.table)
+        return -(-(request.read + count) // self.blocks.size) - len(request.table)
 
     def _hold(self, request: Request, count: int, planned: dict[Request, int]) -> bool:
         """Blocks for its next tokens; False where it had to give up its own."""

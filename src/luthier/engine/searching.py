@@ -17,7 +17,6 @@ from luthier.engine.readers import kept_bytes
 from luthier.engine.request import Request
 from luthier.engine.sampling import Sampling
 from luthier.models.memory import out_of_memory, return_freed_memory
-from luthier.models.pages import BLOCK
 from luthier.models.spec import LoadedModel
 
 
@@ -44,10 +43,10 @@ class Searching:
         self._own: Blocks | None = None
         needed = self._search.blocks
         if needed > blocks.count:
-            room, size = self._search.texts[0].room, kept_bytes(model) * BLOCK / 1e6
+            room, size = self._search.texts[0].room, kept_bytes(model) * blocks.size / 1e6
             raise ConfigError(
                 f"{sampling.beams} beams for a prompt of {len(prompt)} tokens with {room} to write hold keys and values of up to "
-                f"{needed * BLOCK} tokens ({needed * size:.1f} MB), and {blocks.count * BLOCK} ({blocks.count * size:.1f} MB) "
+                f"{needed * blocks.size} tokens ({needed * size:.1f} MB), and {blocks.tokens} ({blocks.count * size:.1f} MB) "
                 "are kept in all; set n or max_tokens lower"
             )
 
@@ -68,7 +67,7 @@ class Searching:
             return False
         self._line.closed = False
         self._held = [self._whole.take() for _ in range(self._search.blocks)]
-        self._own = Blocks(len(self._held), self._held)
+        self._own = Blocks(len(self._held), self._held, size=self._whole.size)
         return True
 
     @torch.inference_mode()

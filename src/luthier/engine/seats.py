@@ -7,7 +7,6 @@ from collections.abc import Callable
 from luthier.engine.blocks import Blocks
 from luthier.engine.line import Line
 from luthier.engine.request import Request
-from luthier.models.pages import BLOCK
 
 
 class Seats(Line[Request]):
@@ -40,7 +39,7 @@ class Seats(Line[Request]):
         for request in self.in_turn():
             if len(self.running) >= self.streams or (request.length > budget and sources):
                 break
-            needed = -(-(len(request.prompt) + request.room) // BLOCK)
+            needed = -(-(len(request.prompt) + request.room) // self.blocks.size)
             if needed > self.blocks.free:
                 break
             self.take_up(request)

@@ -26,6 +26,7 @@ from luthier.models.facts import fingerprint, kind_of
 from luthier.models.heads import Pooled
 from luthier.models.lean import Undrawn
 from luthier.models.origin import ask, base_of, find_origin, read_config, read_tokenizer
+from luthier.models.parallel import check_device, check_shared, shared_out
 from luthier.models.precision import cast_network, cast_weights
 from luthier.models.purpose import add_head, begin_spec, check_task, choose_pooling, keeps_head
 from luthier.models.quantised.linear import Form
@@ -63,6 +64,7 @@ def load_model(
     quantize: Literal["auto", "none", "int8", "nf4"] = "auto",
     unquantised: bool = False,
     as_stored: bool = False,
+    parts: int = 1,
     events: Events | None = None,
 ) -> LoadedModel:
     """Load `source` (a shipped name, run:<id>, a directory, a hub id) for `task`, in eval mode.
@@ -74,6 +76,7 @@ def load_model(
     `unquantised` leaves a base without an adapter as its files have it, for an adapter that reads it and quantises the rest.
     `as_stored` leaves a language model whose files hold nothing that bf16 would round in it, for who packs its weights
     (`LoadedModel.as_stored`).
+    `parts` processes share its layers: each of them, in one group, makes this same call and gets its part (`models.parallel`).
     `conversations` asks for a chat template where the task alone would not: for reward models.
 
     On the device "meta" a model has its shape and no weights, and none are read; one with an adapter cannot be had so.
@@ -110,8 +113,14 @@ def load_model(
     # In the precision of the files, weights are read from the disk only when their layer is quantised.
     first = "float32" if late else dtype if quantize == "none" or from_scratch else "file"
     hollow = device == "meta"
+    if parts > 1:
+        whole = adapter is None and form is None and not hollow and not from_scratch
+        check_shared(source, config, parts, writes=(kind, task) == ("decoder", "causal"), whole=whole)
+        check_device(find_device(device))
     with torch.device("meta") if hollow else nullcontext():
-        network = load_network(base, config, task, hub, dtype=first, from_scratch=from_scratch or hollow, events=events)
+        network = load_network(
+            base, config, task, hub, dtype=first, from_scratch=from_scratch or hollow, parts=parts, events=events
+        )
     if form is not None and not pissa and (adapter is not None or not unquantised):
         quantise(network, form, events)
         cast_network(network, DTYPES[dtype])
@@ -123,7 +132,8 @@ def load_model(
             "quantize": quantize,
         }
     )
-    network.to(find_device(device))
+    if parts == 1:  # else every part lies where it belongs
+        network.to(find_device(device))
     found = fingerprint(network) if adapter is not None else None
     if saved is not None and adapter is not None and saved.base_fingerprint not in (None, found):
         raise ModelError(
@@ -165,7 +175,7 @@ def load_model(
         events=events,
         conversations=conversations or (task == "regress" and spec.learned == "reward"),
     )
-    loaded = LoadedModel(module, tokenizer, spec, renderer, as_stored=as_stored)
+    loaded = LoadedModel(module, tokenizer, spec, renderer, as_stored=as_stored, parts=parts)
     if late:
         cast_weights(loaded, "bfloat16")
     return loaded
@@ -190,7 +200,15 @@ def read_kind(source: str) -> Kind:
 
 
 def load_network(
-    place: Path | str, config: Any, task: Task, hub: dict[str, Any], *, dtype: str, from_scratch: bool, events: Events
+    place: Path | str,
+    config: Any,
+    task: Task,
+    hub: dict[str, Any],
+    *,
+    dtype: str,
+    from_scratch: bool,
+    parts: int = 1,
+    events: Events,
 ) -> Any:
     """The transformers model for `task`, in `dtype` or as the "file" has it.
 
@@ -211,7 +229,9 @@ def load_network(
         network, info = ask(
             place,
             "weights",
-            lambda: factory.from_pretrained(str(place), dtype=held, output_loading_info=True, **hub),
+            lambda: factory.from_pretrained(
+                str(place), dtype=held, output_loading_info=True, **hub, **shared_out(parts)
+            ),
         )
     below = network.base_model_prefix + "."
     missing = [name for name in sorted(info["missing_keys"]) if not _is_computed(network, name)]

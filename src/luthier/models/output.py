@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import ModelError
+from luthier.models.parallel import is_shared
 from luthier.models.spec import LoadedModel
 
 # Tokens on which a head is compared with its model's own forward, and what rounding may change, relative to the logits.
@@ -132,7 +133,8 @@ def _inputs(module: Any, ids_1N: Tensor) -> dict[str, Tensor]:
 
 def _matrix(module: Any) -> Head | None:
     layer, config = module.get_output_embeddings(), module.config
-    if type(layer) is not nn.Linear:
+    # A part of the rows gives a part of the logits: the model's own forward puts them together.
+    if type(layer) is not nn.Linear or is_shared(module):
         return None
     times, over = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     scale = float(times or 1.0) / float(over or 1.0)

@@ -77,6 +77,9 @@ class LoadedModel:
     as_stored: bool = False
     """Whether it is in bf16 only because its files are, and would compute in fp32 by itself."""
 
+    parts: int = 1
+    """Processes that share its layers, this one among them (`models.parallel`)."""
+
     packs: bool | None = None
     """Whether it reads texts laid end to end as if each were alone; None: not tried yet (`models.packed.packs`)."""
     shares: bool | None = None
@@ -84,6 +87,10 @@ class LoadedModel:
 
     pages: int | None = None
     """Bytes of keys and values that a token takes where it writes with what came before in blocks, 0 where it cannot; None:
+    not tried yet (`models.pages.writes_by_pages`)."""
+
+    plainly: tuple[str, ...] | None = None
+    """Why some of its layers are attended to in plain torch on a CUDA device, empty where none is; None: it is on another, or was
     not tried yet (`models.pages.writes_by_pages`)."""
 
     slots: Literal["direct", "masked", ""] | None = None

@@ -19,9 +19,11 @@ from luthier.verbs.answering import answer, answer_parts, make_labeller, open_in
 from luthier.verbs.asked import read_items
 from luthier.verbs.rows import append_rows, read_done
 from luthier.verbs.shots import load_shots, with_shots, writes
+from luthier.verbs.together import join_writers, with_seed
 
 if TYPE_CHECKING:
     from luthier.models.spec import LoadedModel
+    from luthier.training.world import World
 
 EMPTY = "empty, since the model ended at once; that is what it learned where training texts end in such a place"
 
@@ -107,17 +109,24 @@ def generate(
     whole line; the list then holds what this call added. `on_text` is handed the pieces of a single written answer as
     they come. Answers of classifiers, and of language models that were given `labels`, carry the probability of each
     class; where they are asked for, written ones carry `logprobs` and `prompt_logprobs`, and `others`, further answers to the
-    same prompt. Raises LuthierError.
+    same prompt. Under torchrun the processes share the model: every one makes the same call and gets the same answers, and the
+    first one writes the file. Raises LuthierError.
     """
     if isinstance(asked, Generate):
         asked = Resolved(asked, dict.fromkeys(asked.model_fields_set, "override"))
     config = (asked or resolve(Generate, values=settings)).config
-    events = Events(sinks=sinks)
     if config.prompt is None and config.input is None:
         raise ConfigError("there is nothing to run: give a prompt, or --input FILE")
+    with join_writers(config) as world:
+        return _generate(with_seed(config, world), world, Events(sinks=sinks), on_text)
+
+
+def _generate(
+    config: Generate, world: World | None, events: Events, on_text: Callable[[str], None] | None
+) -> list[dict[str, Any]]:
     items = read_items(config.input) if config.input is not None else [("prompt", config.prompt or "")]
     events.stage(f"loading the model {config.model}")
-    model = _load(config, events)
+    model = _load(config, events, world)
     shots = load_shots(model, config.model, config.shots, events)
     labeller = make_labeller(model, config, shots, events)
     grounded = open_index(model, config, events)
@@ -135,13 +144,16 @@ def generate(
         return [{"id": "prompt", "output": "".join(pieces)}]
     answers = []
     done = read_done(config.output) if config.output is not None else set()
+    if world is not None:
+        # Before the first one adds to it.
+        done = set(world.spread(sorted(done) if world.leads else None))
     left = [(name, item) for name, item in items if name not in done]
     if done:
         events.choose("resume", f"{len(items) - len(left)} rows", f"they stand in {config.output} already")
     total = len(left)
     for found in answer_parts(model, left, config, shots, labeller, grounded):
         answers += found
-        if config.output is not None:
+        if config.output is not None and (world is None or world.leads):
             append_rows(config.output, found)
         events.emit("progress", name="generating", done=len(answers), total=total)
     _warn_empty(answers, events)
@@ -150,8 +162,15 @@ def generate(
 
 def answer_texts(config: Generate, texts: Sequence[str], *, sinks: Sequence[Sink] = ()) -> list[dict[str, Any]]:
     """The answers to several texts (the lines of a pipe), in order. Raises LuthierError."""
-    events = Events(sinks=sinks)
-    model = _load(config, events)
+    with join_writers(config) as world:
+        if world is not None:
+            # A pipe has one end.
+            texts = world.spread(list(texts) if world.leads else None)
+        return _answer_texts(with_seed(config, world), world, texts, Events(sinks=sinks))
+
+
+def _answer_texts(config: Generate, world: World | None, texts: Sequence[str], events: Events) -> list[dict[str, Any]]:
+    model = _load(config, events, world)
     shots = load_shots(model, config.model, config.shots, events)
     labeller = make_labeller(model, config, shots, events)
     items = [(f"line {number}", text) for number, text in enumerate(texts, 1)]
@@ -197,15 +216,24 @@ def inference(model: Any, tokenizer: Any, text: str | Sequence[str], **sampling:
     return found[0] if isinstance(text, str) else found
 
 
-def _load(config: Generate, events: Events) -> LoadedModel:
-    """The model, ready to write if it can, here or by a server."""
+def _load(config: Generate, events: Events, world: World | None = None) -> LoadedModel:
+    """The model, ready to write if it can, here, with other processes, or by a server."""
+    from luthier.engine.generate import choose_engine
     from luthier.engine.loading import load_stored, settle_model, take_draft
     from luthier.engine.native import refuse
     from luthier.engine.remote import load_served
+    from luthier.models.load import find_device, load_model
 
     lengths: dict[str, Any] = {"max_length": config.max_length, "truncate": config.truncate}
     if config.backend is not None:
         return load_served(config.model, config.backend, **lengths, events=events)
+    if world is not None:
+        device = world.device(config.device)
+        # On a processor weights in bf16 are for one process, which packs them.
+        as_stored = config.execution != "model" and not config.labels and find_device(device).type != "cpu"
+        model = load_model(config.model, **lengths, device=device, as_stored=as_stored, parts=world.size, events=events)
+        choose_engine(model, config.sampling, config.execution, events)
+        return model
     model = load_stored(config.model, config.execution, events, device=config.device, **lengths)
     if writes(model) and not config.labels:
         settle_model(model, config.execution, events, sampling=config.sampling, max_length=config.max_length)

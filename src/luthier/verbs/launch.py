@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 GRACE, LAST = 20.0, 5.0
 
 
+def is_started() -> bool:
+    """Whether torchrun, or whoever sets its variables, started this process."""
+    return all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
 def follows() -> bool:
     """Whether another process leads: then this one is silent."""
-    described = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    return described and os.environ["RANK"] != "0"
+    return is_started() and os.environ["RANK"] != "0"
 
 
 @contextmanager

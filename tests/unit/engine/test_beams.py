@@ -131,8 +131,8 @@ def test_every_block_is_given_back_and_what_is_shared_is_held_once(monkeypatch):
     made, most = [], []
 
     class Watched(Blocks):
-        def __init__(self, count):
-            super().__init__(count)
+        def __init__(self, count, **more):
+            super().__init__(count, **more)
             made.append(self)
 
         def take(self):

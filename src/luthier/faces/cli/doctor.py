@@ -129,7 +129,8 @@ def examine_model(source: str) -> dict[str, tuple[str, str]]:
     from luthier.engine.sampling import Sampling
     from luthier.models.load import load_model
 
-    model = load_model(source)
+    # As `luthier generate` loads it.
+    model = load_model(source, as_stored=True)
     if model.spec.task not in ("causal", "seq2seq"):
         raise ModelError(f"{source}: this model is made to {model.spec.task} and writes no text; name a language model")
     found: dict[str, tuple[str, str]] = {}

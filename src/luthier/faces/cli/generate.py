@@ -36,6 +36,21 @@ def parser():  # type: ignore[no-untyped-def]
 
 
 def run(arguments: Sequence[str]) -> int:
+    from luthier.core.errors import LuthierError
+    from luthier.verbs.launch import follows
+
+    if not follows():
+        return _run(arguments)
+    try:
+        return _run(arguments, silent=True)
+    except LuthierError as err:
+        return err.exit_code  # the first process says why
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(arguments: Sequence[str], *, silent: bool = False) -> int:
+    """`silent`: another process speaks for this one, and reads what is piped in."""
     found = parser().parse(arguments)
     from luthier.core.config import parse_scalar
     from luthier.core.errors import ConfigError
@@ -50,19 +65,19 @@ def run(arguments: Sequence[str]) -> int:
     values: dict[str, Any] = {"model": found.model, "prompt": found.prompt, "sampling": sampling or None}
     piped: list[str] = []
     if found.prompt is None and found.input is None:
-        if sys.stdin.isatty():
+        if not silent and sys.stdin.isatty():
             raise ConfigError(
                 'there is nothing to run: give a text, --input FILE, or pipe lines in (echo "text" | luthier generate MODEL)'
             )
-        piped = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-        if not piped:
+        piped = [] if silent else [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        if not piped and not silent:
             raise ConfigError("there is nothing to run: standard input is empty")
     asked = read_fields(found, Generate, skip=("model", "prompt", "sampling"), **values)
     config = asked.config
     if config.format == "text" and config.output is None and config.sampling.beyond_text not in (None, "n"):
         raise ConfigError(f"{config.sampling.beyond_text}: numbers do not stand in a text; add --format json")
-    with show_progress(quiet=config.input is None) as sinks:
-        if piped:
+    with show_progress(quiet=config.input is None or silent) as sinks:
+        if config.prompt is None and config.input is None:
             from luthier.verbs.generate import answer_texts
 
             answers = answer_texts(config, piped, sinks=sinks)
@@ -71,14 +86,19 @@ def run(arguments: Sequence[str]) -> int:
 
             def show(piece: str) -> None:
                 said.append(piece)
-                print(piece, end="", flush=True)
+                if not silent:
+                    print(piece, end="", flush=True)
 
             answers = generate(asked, sinks=sinks, on_text=show)
+            if silent:
+                return 0
             if said:
                 print()
                 return 0
         else:
             answers = generate(asked, sinks=sinks)
+    if silent:
+        return 0
     if config.output is not None:
         print(say(f"{len(answers)} answers written to {config.output}"), file=sys.stderr)
         return 0

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             print(say(f"luthier: there is no command {name!r}; {did_you_mean(name, COMMANDS)}"), file=sys.stderr)
             return 2
-        if argv is None and name in WORKING and not {"-h", "--help"} & set(rest):
+        if argv is None and name in WORKING and not {"-h", "--help"} & set(rest) and not _shares(name):
             _import()
         code = import_module(COMMANDS[name]).run(rest)
         sys.stdout.flush()
@@ -111,6 +111,13 @@ def _is_out_of_memory(err: Exception) -> bool:
     from luthier.models.memory import out_of_memory
 
     return out_of_memory(err)
+
+
+def _shares(name: str) -> bool:
+    """Whether the model may be shared out over processes, which transformers can do only where it was imported whole."""
+    from luthier.verbs.launch import is_started
+
+    return name == "generate" and is_started()
 
 
 def _import() -> None:
