@@ -34,6 +34,14 @@ INLINE const uint8_t *values_of(const Cached *c, int64_t at) {
     return c->values + ((int64_t)c->table[at] * c->heads + c->head) * c->value_bytes;
 }
 
+/* What is read so many blocks later: keys, then values, then what `after` says. */
+INLINE const uint8_t *upcoming(const Cached *c, int64_t at, int64_t first, int64_t last, const uint8_t *const *after) {
+    if (at < last) return keys_of(c, at);
+    at += first - last;
+    if (at < last) return values_of(c, at);
+    return after[at - last];
+}
+
 /* The scores of a query in their final form, from the block `first` on: softly capped, and none where it sees nothing. The
  * largest, in every lane. */
 INLINE vf settle(const Cached *c, float *score, int64_t room, int64_t from, int64_t seen, int64_t first) {
@@ -55,20 +63,19 @@ INLINE vf settle(const Cached *c, float *score, int64_t room, int64_t from, int6
 }
 
 /* N queries (bf16, scaled; `step` apart), which see the places from[i] to seen[i]; blocks from `first` to `last` hold all
- * of these. Writes out[i] (`step` apart). `after`: AHEAD blocks that are read next, and are fetched meanwhile; or none. */
+ * of these. Writes out[i] (`step` apart). `after`: AHEAD blocks that are read next, and are fetched meanwhile. */
 INLINE void halves_attend(const Cached *c, const int N, const uint16_t *const *query, const int64_t *from,
                           const int64_t *seen, int64_t first, int64_t last, float *const *out, const uint8_t *const *after) {
     int64_t size = c->size, room = (last - first) * TOKENS;
     vf scale[QUERIES];
     for (int64_t at = first; at < last; at++) {
-        const uint8_t *keys = keys_of(c, at);
-        const uint8_t *next = at + 1 < last ? keys_of(c, at + 1) : values_of(c, first);
+        const uint8_t *keys = keys_of(c, at), *next = upcoming(c, at + AHEAD, first, last, after);
         vf sum[QUERIES][2];
         UNROLL for (int i = 0; i < N; i++) { sum[i][0] = all(0); sum[i][1] = all(0); }
         for (int64_t d = 0; d < size / 2; d++) {
             vi one = load_words(keys + d * 128), two = load_words(keys + d * 128 + 64);
-            fetch(next + d * 128);
-            fetch(next + d * 128 + 64);
+            fetch_far(next + d * 128);
+            fetch_far(next + d * 128 + 64);
             UNROLL for (int i = 0; i < N; i++) {
                 int32_t pair;
                 memcpy(&pair, query[i] + d * 2, 4);
@@ -103,12 +110,12 @@ INLINE void halves_attend(const Cached *c, const int N, const uint16_t *const *q
         UNROLL for (int i = 0; i < N; i++) UNROLL for (int r = 0; r < wide; r++) sum[i][r] = all(0);
         for (int64_t at = first; at < last; at++) {
             const uint8_t *values = values_of(c, at) + d * 4;
-            const uint8_t *next = at + 1 < last ? values_of(c, at + 1) + d * 4 : after[0];
+            const uint8_t *next = upcoming(c, last + at - first + AHEAD, first, last, after) + d * 4;
             if (columns == wide)
                 for (int64_t t = 0; t < TOKENS / 2; t++) {
                     vi word[4];
                     UNROLL for (int r = 0; r < wide; r++) word[r] = load_words(values + t * size * 4 + r * 64);
-                    if (next) UNROLL for (int r = 0; r < wide; r++) fetch(next + t * size * 4 + r * 64);
+                    UNROLL for (int r = 0; r < wide; r++) fetch_far(next + t * size * 4 + r * 64);
                     UNROLL for (int i = 0; i < N; i++) {
                         int32_t pair;
                         memcpy(&pair, c->share + i * room + (at - first) * TOKENS + t * 2, 4);

@@ -6,14 +6,6 @@
 
 #define SCALES (2 * TOKENS * sizeof(float))
 
-/* What is read so many blocks later: keys, then values, then what `after` says. */
-INLINE const uint8_t *upcoming(const Cached *c, int64_t at, int64_t first, int64_t last, const uint8_t *const *after) {
-    if (at < last) return keys_of(c, at);
-    at += first - last;
-    if (at < last) return values_of(c, at);
-    return after[at - last];
-}
-
 INLINE void bytes_attend(const Cached *c, const int N, const uint16_t *const *query, const int64_t *from,
                          const int64_t *seen, int64_t first, int64_t last, float *const *out, const uint8_t *const *after) {
     int64_t size = c->size, room = (last - first) * TOKENS;
@@ -28,11 +20,11 @@ INLINE void bytes_attend(const Cached *c, const int N, const uint16_t *const *qu
         const float *scales = (const float *)(keys + TOKENS * size);
         vi sum[QUERIES][2];
         UNROLL for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = all_words(-128 * shift[i]);
-        if (at + AHEAD < last) UNROLL for (int n = 0; n < 4; n++) fetch(next + TOKENS * size + n * 64);
+        if (at + AHEAD < last) UNROLL for (int n = 0; n < 4; n++) fetch_far(next + TOKENS * size + n * 64);
         for (int64_t d = 0; d < size / 4; d++) {
             vi one = held(load_words(keys + d * 128)), two = held(load_words(keys + d * 128 + 64));
-            fetch(next + d * 128);
-            fetch(next + d * 128 + 64);
+            fetch_far(next + d * 128);
+            fetch_far(next + d * 128 + 64);
             UNROLL for (int i = 0; i < N; i++) {
                 int32_t four;
                 memcpy(&four, (const uint8_t *)query[i] + d * 4, 4);
@@ -95,6 +87,7 @@ INLINE void bytes_attend(const Cached *c, const int N, const uint16_t *const *qu
     const int wide = N > 5 ? 2 : 4;
     for (int64_t at = first; at < last; at++) {
         const uint8_t *values = values_of(c, at), *next = upcoming(c, last + at - first + AHEAD, first, last, after);
+        if (at + AHEAD >= last) UNROLL for (int n = 0; n < 4; n++) fetch_far(next + TOKENS * size + n * 64);
         for (int64_t d = 0; d < size; d += wide * LANE) {
             int columns = size - d >= wide * LANE ? wide : (int)((size - d) / LANE);
             vi sum[QUERIES][4];
@@ -103,7 +96,7 @@ INLINE void bytes_attend(const Cached *c, const int N, const uint16_t *const *qu
                 vi word[4];
                 UNROLL for (int r = 0; r < wide; r++)
                     word[r] = r < columns ? held(load_words(values + (t * size + d + r * LANE) * 4)) : all_words(0);
-                UNROLL for (int r = 0; r < wide; r++) fetch(next + (t * size + d + r * LANE) * 4);
+                UNROLL for (int r = 0; r < wide; r++) fetch_far(next + (t * size + d + r * LANE) * 4);
                 UNROLL for (int i = 0; i < N; i++) {
                     int32_t four;
                     memcpy(&four, (const uint8_t *)(c->share + i * room) + (at - first) * TOKENS + t * 4, 4);

@@ -87,16 +87,19 @@ static void *room(Room *held, size_t bytes) {
 }
 
 static __thread Room wide_room, made_room, branch_room, halves_room, bytes_room, scale_room, sums_room, query_room,
-    span_room, score_room, share_room, best_room, place_room, low_room;
+    span_room, score_room, share_room, best_room, place_room, low_room, own_room;
 
 /* Tokens of a text that follow one another and are attended together. */
 typedef struct { int64_t first, count; } Span;
 
-static int64_t find_spans(const Step *step, int64_t most, Span *spans) {
+/* Of the tokens at `rows`, or where there are none of all. */
+static int64_t find_spans(const Step *step, const int32_t *rows, int64_t count, int64_t most, Span *spans) {
     int64_t found = 0;
-    for (int64_t n = 0; n < step->count; n++) {
+    for (int64_t i = 0; i < count; i++) {
+        int64_t n = rows ? rows[i] : i;
         Span *last = spans + found - 1;
-        if (found && last->count < most && step->first[n] == step->first[n - 1] && step->places[n] == step->places[n - 1] + 1)
+        if (found && last->count < most && last->first + last->count == n && step->first[n] == step->first[n - 1] &&
+            step->places[n] == step->places[n - 1] + 1)
             last->count++;
         else
             spans[found++] = (Span){n, 1};
@@ -225,7 +228,6 @@ static void add_branch(const Norm *norm, float times, float *branch, float *x, i
 
 /* Logits as the family makes them. */
 static void finish_logits(const Decoder *d, float *logits, int64_t from, int64_t to) {
-    if (d->head_scale == 1.0f && d->head_softcap <= 0) return;
     for (int64_t i = from; i < to; i++) {
         float x = logits[i] * d->head_scale;
         logits[i] = d->head_softcap > 0 ? d->head_softcap * tanhf(x / d->head_softcap) : x;
@@ -251,6 +253,22 @@ static int32_t best_of(const Best *best, int64_t rows, int64_t row, int threads)
 
 static int64_t wider(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* Whether the rows that are wanted follow one another, none of them twice. */
+static int in_order(const Step *step) {
+    for (int64_t r = 1; r < step->wanted; r++)
+        if (step->rows[r] <= step->rows[r - 1]) return 0;
+    return 1;
+}
+
+/* A product, and what the adapters of its rows add. */
+static void project(const Product *p, const Rows *rows, int64_t count, float *out, const Lows *lows, const LowSet *sets,
+                    int thread, int threads, const Product *next, atomic_long *taken, Gate *gate) {
+    multiply(p, rows, count, out, 0, thread, threads, next, taken);
+    if (!lows->adapter || !sets) return;
+    meet(gate, threads);
+    raise_rows(lows, sets, p, count, out, thread, threads);
+}
+
 /* 0, or 1 where there is no memory. */
 int decoder_step(const Decoder *d, const Step *step) {
     int64_t count = step->count, width = d->width, mixed = d->heads * d->size, inner = d->inner, wanted = step->wanted;
@@ -274,15 +292,19 @@ int decoder_step(const Decoder *d, const Step *step) {
     float *most = room(&best_room, (size_t)(threads * wanted * LANE) * 4 + 64);
     int32_t *most_at = room(&place_room, (size_t)(threads * wanted * LANE) * 4 + 64);
     uint16_t *inners = room(&low_room, (size_t)(count * step->low) * 2 + 64);
-    if (!inners || !x || !made || !branch || !halves || !bytes || !scales || !sums || !queries || !spans || !score || !share || !most ||
-        !most_at)
+    int32_t *own_adapters = room(&own_room, (size_t)wanted * 4 + 64);
+    if (!inners || !x || !made || !branch || !halves || !bytes || !scales || !sums || !queries || !spans || !score || !share ||
+        !most || !most_at || !own_adapters)
         return 1;
-    int64_t spans_found = find_spans(step, together, spans);
+    /* What is not wanted ends with its keys and values in the last layer. */
+    int ends_early = wanted < count && in_order(step);
+    atomic_long *turns = calloc((size_t)d->layers * 5 + 1, sizeof *turns);
+    if (!turns) return 1;
+    if (step->adapters)
+        for (int64_t r = 0; r < wanted; r++) own_adapters[r] = step->adapters[step->rows[r]];
+    int64_t spans_found = find_spans(step, 0, count, together, spans);
     Best best = {most, most_at};
     Gate gate = {0};
-    Lows lows = {step->adapters, step->low, inners};
-    atomic_long *turns = calloc((size_t)d->layers, sizeof *turns);
-    if (!turns) return 1;
     for (int64_t i = 0; i < threads * wanted * LANE; i++) { most[i] = -INFINITY; most_at[i] = 0; }
 #define ROWS(product) (Rows){(product).k, halves, bytes, scales, sums}
 #pragma omp parallel num_threads((int)threads)
@@ -300,24 +322,35 @@ int decoder_step(const Decoder *d, const Step *step) {
         for (int64_t l = 0; l < d->layers; l++) {
             const Layer *layer = d->layer + l;
             Rows in = ROWS(layer->qkv), mix = ROWS(layer->out), into = ROWS(layer->up), low = ROWS(layer->down);
+            Lows lows = {step->adapters, step->low, inners};
+            atomic_long *taken = turns + l * 5;
             for (int64_t n = from; n < to; n++) {
                 normalise(&layer->before_attention, x + n * width, row, width);
                 prepare(&in, layer->qkv.bits, n, row, width);
                 lower(&lows, layer->low_qkv, n, row, width, low_row);
             }
             meet(&gate, all_threads);
-            multiply(&layer->qkv, &in, count, made, 0, thread, all_threads, &layer->out);
-            raise_rows(&lows, layer->low_qkv, &layer->qkv, count, made, thread, all_threads);
+            project(&layer->qkv, &in, count, made, &lows, layer->low_qkv, thread, all_threads, &layer->out, taken + 1, &gate);
             meet(&gate, all_threads);
             for (int64_t n = from; n < to; n++)
                 place_token(d, layer, step, n, made + n * layer->qkv.n, queries + n * mixed);
+            const int32_t *at = 0;  /* which tokens go on, where not all do */
+            int64_t left = count;
+            if (ends_early && l + 1 == d->layers) {
+                at = step->rows;
+                left = wanted;
+                lows.adapter = step->adapters ? own_adapters : 0;
+                from = left * thread / all_threads;
+                to = left * (thread + 1) / all_threads;
+                if (!thread) spans_found = find_spans(step, at, left, together, spans);
+            }
             meet(&gate, all_threads);
             /* Whoever is free takes the next span, or where there are few, the next head of one. */
             Cached cached = {layer->keys, layer->values, key_bytes(d), value_bytes(d), 0, d->kv, 0, d->size, d->softcap,
                              score + thread * QUERIES * blocks * TOKENS, share + thread * QUERIES * blocks * TOKENS};
             int64_t lot = spans_found >= 4 * all_threads ? d->kv : 1, works = spans_found * d->kv;
-            for (int64_t at; (at = atomic_fetch_add_explicit(turns + l, lot, memory_order_relaxed)) < works;)
-                for (int64_t one = at; one < at + lot; one++) {
+            for (int64_t first; (first = atomic_fetch_add_explicit(taken, lot, memory_order_relaxed)) < works;)
+                for (int64_t one = first; one < first + lot; one++) {
                     const uint8_t *after[AHEAD];
                     int64_t next = one + 1 < works ? one + 1 : one;
                     find_next(d, layer, step, spans[next / d->kv].first, next % d->kv, after);
@@ -325,15 +358,15 @@ int decoder_step(const Decoder *d, const Step *step) {
                 }
             meet(&gate, all_threads);
             for (int64_t n = from; n < to; n++) {
-                prepare(&mix, layer->out.bits, n, branch + n * mixed, mixed);
-                lower(&lows, layer->low_out, n, branch + n * mixed, mixed, low_row);
+                float *mixture = branch + (at ? at[n] : n) * mixed;
+                prepare(&mix, layer->out.bits, n, mixture, mixed);
+                lower(&lows, layer->low_out, n, mixture, mixed, low_row);
             }
             meet(&gate, all_threads);
-            multiply(&layer->out, &mix, count, branch, 0, thread, all_threads, &layer->up);
-            raise_rows(&lows, layer->low_out, &layer->out, count, branch, thread, all_threads);
+            project(&layer->out, &mix, left, branch, &lows, layer->low_out, thread, all_threads, &layer->up, taken + 2, &gate);
             meet(&gate, all_threads);
             for (int64_t n = from; n < to; n++) {
-                float *own = x + n * width;
+                float *own = x + (at ? at[n] : n) * width;
                 /* Where both branches read the same, the norm of the second is of what the first read. */
                 if (d->parallel) normalise(&layer->before_mlp, own, row, width);
                 add_branch(&layer->after_attention, d->residual, branch + n * layer->out.n, own, width);
@@ -342,8 +375,7 @@ int decoder_step(const Decoder *d, const Step *step) {
                 lower(&lows, layer->low_up, n, row, width, low_row);
             }
             meet(&gate, all_threads);
-            multiply(&layer->up, &into, count, made, 0, thread, all_threads, &layer->down);
-            raise_rows(&lows, layer->low_up, &layer->up, count, made, thread, all_threads);
+            project(&layer->up, &into, left, made, &lows, layer->low_up, thread, all_threads, &layer->down, taken + 3, &gate);
             meet(&gate, all_threads);
             for (int64_t n = from; n < to; n++) {
                 float *gate_row = made + n * layer->up.n;
@@ -352,12 +384,11 @@ int decoder_step(const Decoder *d, const Step *step) {
                 lower(&lows, layer->low_down, n, row, inner, low_row);
             }
             meet(&gate, all_threads);
-            multiply(&layer->down, &low, count, branch, 0, thread, all_threads,
-                     l + 1 < d->layers ? &layer[1].qkv : &d->head);
-            raise_rows(&lows, layer->low_down, &layer->down, count, branch, thread, all_threads);
+            project(&layer->down, &low, left, branch, &lows, layer->low_down, thread, all_threads,
+                    l + 1 < d->layers ? &layer[1].qkv : &d->head, taken + 4, &gate);
             meet(&gate, all_threads);
             for (int64_t n = from; n < to; n++)
-                add_branch(&layer->after_mlp, d->residual, branch + n * layer->down.n, x + n * width, width);
+                add_branch(&layer->after_mlp, d->residual, branch + n * layer->down.n, x + (at ? at[n] : n) * width, width);
         }
         meet(&gate, all_threads);
         Rows ends = ROWS(d->head);
@@ -368,9 +399,13 @@ int decoder_step(const Decoder *d, const Step *step) {
         }
         meet(&gate, all_threads);
         Best own = {best.value + thread * wanted * LANE, best.at + thread * wanted * LANE};
-        if (wanted && !step->states) multiply(&d->head, &ends, wanted, step->logits, step->best ? &own : 0, thread, all_threads, &d->layer->qkv);
-        if (step->logits) {
-            int64_t tiles = d->head.n / LANE, low = tiles * thread / all_threads * LANE, high = tiles * (thread + 1) / all_threads * LANE;
+        if (wanted && !step->states)
+            multiply(&d->head, &ends, wanted, step->logits, step->best ? &own : 0, thread, all_threads, &d->layer->qkv,
+                     turns + d->layers * 5);
+        if (step->logits && (d->head_scale != 1.0f || d->head_softcap > 0)) {
+            meet(&gate, all_threads);
+            int64_t tiles = d->head.n / LANE;
+            int64_t low = tiles * thread / all_threads * LANE, high = tiles * (thread + 1) / all_threads * LANE;
             for (int64_t r = 0; r < wanted; r++) finish_logits(d, step->logits + r * d->head.n, low, high);
         }
         free(row);

@@ -290,14 +290,31 @@ INLINE void nibbles_few(const Product *p, const int MR, const Rows *rows, float 
 FEW_ROWS(multiply_few_bytes, bytes_few, FEW)
 FEW_ROWS(multiply_few_nibbles, nibbles_few, FEW_NIBBLES)
 
-/* The share of one thread of `threads`; after it, it multiplies by `next`. */
+/* So many of the tiles, one in that many, are nobody's before: whoever is done with its own takes of them. */
+#define SHARED 4
+
+typedef void Multiply(const Product *p, const Rows *rows, int64_t count, float *out, int64_t stride, Best *best, int64_t from,
+                      int64_t to, int64_t bytes, const uint8_t *then);
+
+/* The share of one thread of `threads`; after it, it multiplies by `next`. `taken`: how many of those that are nobody's were
+ * taken, by all. */
 static void multiply(const Product *p, const Rows *rows, int64_t count, float *out, Best *best, int thread, int threads,
-                     const Product *next) {
-    int64_t tiles = p->n / LANE, from = tiles * thread / threads, to = tiles * (thread + 1) / threads;
+                     const Product *next, atomic_long *taken) {
+    int64_t tiles = p->n / LANE, bytes = tile_bytes(p), from = tiles * thread / threads, to = tiles * (thread + 1) / threads;
     const uint8_t *then = next->weight + next->n / LANE * thread / threads * tile_bytes(next);
-    if (p->bits == 8 && count <= FEW) multiply_few_bytes(p, rows, count, out, p->n, best, from, to, then);
-    else if (p->bits == 4 && count <= FEW_NIBBLES) multiply_few_nibbles(p, rows, count, out, p->n, best, from, to, then);
-    else if (p->bits == 16) multiply_halves(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
-    else if (p->bits == 8) multiply_bytes(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
-    else multiply_nibbles(p, rows, count, out, p->n, best, from, to, tile_bytes(p), then);
+    if (!count) return;
+    if (p->bits == 8 && count <= FEW) { multiply_few_bytes(p, rows, count, out, p->n, best, from, to, then); return; }
+    if (p->bits == 4 && count <= FEW_NIBBLES) { multiply_few_nibbles(p, rows, count, out, p->n, best, from, to, then); return; }
+    Multiply *some = p->bits == 16 ? multiply_halves : p->bits == 8 ? multiply_bytes : multiply_nibbles;
+    int64_t own = threads > 1 ? (tiles - tiles / SHARED) / threads / TILES * TILES : tiles;
+    int64_t at = threads * own + (threads > 1 ? atomic_fetch_add_explicit(taken, TILES, memory_order_relaxed) : 0);
+    if (own)
+        some(p, rows, count, out, p->n, best, thread * own, thread * own + own, bytes,
+             at < tiles ? p->weight + at * bytes : then);
+    while (at < tiles) {
+        int64_t following = threads * own + atomic_fetch_add_explicit(taken, TILES, memory_order_relaxed);
+        some(p, rows, count, out, p->n, best, at, at + TILES < tiles ? at + TILES : tiles, bytes,
+             following < tiles ? p->weight + following * bytes : then);
+        at = following;
+    }
 }

@@ -40,6 +40,18 @@ def apart(one, other):
     return float((one - other).norm() / other.norm())
 
 
+def adapted(family, rank, seed):
+    """A model with an adapter that does something."""
+    model = decoder_model(family)
+    ADAPTERS.parse({"kind": "lora", "rank": rank, "alpha": 2 * rank}).apply(model)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.network.named_parameters():
+            if "lora_b" in name:
+                weight.normal_(std=0.05)
+    return model
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_read_off_a_family_is_what_it_computes(family):
     model, ids = decoder_model(family), some_ids(100)
@@ -111,6 +123,23 @@ def test_any_number_of_rows_gives_each_the_same_bits(form):
         assert cached.read(*step, likeliest=True).tolist() == alone[:count].argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("family", ["qwen3", "phi", "gemma2"])
+def test_what_is_not_wanted_ends_early_and_changes_nothing(family, form):
+    # In the last layer such tokens leave their keys and values, which later steps read.
+    packed = Packed(describe(decoder_model(family)), form)
+    packed.take_adapters([describe(adapted(family, 4, 1), apart=True)])
+    ids, tables, lengths, adapters = some_ids(130), [[4, 1, 0], [2, 3]], [90, 40], [0, -1]
+    every = Cached(packed, 5).read(ids, tables, [0, 0], lengths, range(130), adapters=adapters)
+    for rows in ([89, 129], [3, 4, 5, 6, 100], [129], [100, 3, 3], []):
+        cached = Cached(packed, 5)
+        assert torch.equal(cached.read(ids, tables, [0, 0], lengths, rows, adapters=adapters), every[rows])
+        later = cached.read(ids[:2], tables, lengths, [1, 1], [0, 1], adapters=adapters)
+        whole = Cached(packed, 5)
+        whole.read(ids, tables, [0, 0], lengths, range(130), adapters=adapters)
+        assert torch.equal(later, whole.read(ids[:2], tables, lengths, [1, 1], [0, 1], adapters=adapters))
+
+
 @pytest.mark.parametrize("form", ["bfloat16", "int8"])
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "phi3"])
 def test_adapters_kept_apart_add_what_they_add_each_to_its_own_texts(family, form):
@@ -118,13 +147,7 @@ def test_adapters_kept_apart_add_what_they_add_each_to_its_own_texts(family, for
     bare = describe(model)
     decoders, wholes = [], []
     for rank, seed in ((4, 1), (20, 2)):
-        other = decoder_model(family)
-        ADAPTERS.parse({"kind": "lora", "rank": rank, "alpha": 2 * rank}).apply(other)
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for name, weight in other.network.named_parameters():
-                if "lora_b" in name:
-                    weight.normal_(std=0.05)
+        other = adapted(family, rank, seed)
         decoders.append(describe(other, apart=True))
         wholes.append(describe(other))
         assert apart(read_plainly(decoders[-1], torch.tensor(ids)), own_logits(other, ids)) < 1e-5
