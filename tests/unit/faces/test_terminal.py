@@ -175,6 +175,6 @@ def test_memory_that_runs_out_in_any_command_is_one_sentence(error, monkeypatch,
         raise error
 
     monkeypatch.setattr("luthier.models.load.load_network", fail)
-    assert main(["generate", "mini", "hello"]) == 2
+    assert main(["generate", "mini", "hello", "--execution", "model"]) == 2
     said = capsys.readouterr().err
     assert "memory ran out; set a shorter max_length" in said and "bug" not in said
