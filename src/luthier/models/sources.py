@@ -120,10 +120,15 @@ def knock(source: str) -> dict[str, Any]:
 
 
 def cached_snapshot(source: str) -> Path | None:
-    """The folder in the local cache that holds the newest known state of a hub id; None where there is none."""
+    """The folder in the local cache that holds the newest known state of a hub id; None where there is none, as for what is no
+    hub id."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import HFValidationError
 
-    found = try_to_load_from_cache(source, "config.json")
+    try:
+        found = try_to_load_from_cache(source, "config.json")
+    except HFValidationError:
+        return None
     return Path(found).parent if isinstance(found, str) else None
 
 

@@ -8,6 +8,8 @@ import pytest
 from huggingface_hub import constants
 
 from luthier.core.errors import ModelError
+from luthier.core.events import Events
+from luthier.engine.loading import load_stored
 from luthier.models.load import load_model
 from luthier.models.sources import lasting_name, resolve_source, settle, shipped_models
 from tiny import tiny_model
@@ -105,6 +107,9 @@ def test_lasting_names(tmp_path, monkeypatch):
 def test_what_the_hub_takes_for_no_name_is_no_model(source):
     with pytest.raises(ModelError, match="no such directory; give a directory, run:<id>, a hub id"):
         load_model(source)
+    # Nor is it looked for among models that were packed before.
+    with pytest.raises(ModelError, match="no such directory; give a directory, run:<id>, a hub id"):
+        load_stored(source, "auto", Events())
 
 
 @pytest.mark.parametrize("source", ["a model " * 50, "run:" + "y" * 300, "~nobody-of-this-name/model"])
