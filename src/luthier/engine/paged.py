@@ -55,9 +55,12 @@ class Paged:
         training = module.training
         module.eval()
         try:
-            decoded_NE = self._decode(ids, tables, before, lengths, rows, adapters)
-            if decoded_NE is not None:
-                return self._said(decoded_NE, likeliest)
+            # One new token of every text, all of the model itself.
+            single = len(ids) == len(lengths) and [*rows] == [*range(len(ids))] and all(one < 0 for one in adapters)
+            if self._decoding is not None and single:
+                decoded_NE = self._decoding.read(ids, tables, before)
+                if decoded_NE is not None:
+                    return self._said(decoded_NE, likeliest)
             pages = Pages(self._store, tables, before, lengths, device)
             with self.adding(adapters, lengths):
                 states_NE = read_pages(self.model, torch.tensor(ids, device=device), pages)
@@ -84,22 +87,6 @@ class Paged:
             return None
         width = min(self.blocks, -(-self.model.spec.max_length // self._store.size))
         return Decoding(self.model, self._store, self.blocks, width, capture)
-
-    def _decode(
-        self,
-        ids: Sequence[int],
-        tables: Sequence[Sequence[int]],
-        before: Sequence[int],
-        lengths: Sequence[int],
-        rows: Sequence[int],
-        adapters: Sequence[int],
-    ) -> Tensor | None:
-        """[S, E]: the state of each text where all have one new token, as a step that was captured; None where it was not."""
-        if self._decoding is None or list(rows) != list(range(len(lengths))):
-            return None
-        if len(ids) != len(lengths) or any(one >= 0 for one in adapters):
-            return None
-        return self._decoding.read(ids, tables, before)
 
     def put_adapter(self, layers: Mapping[str, Addition]) -> int:
         """One adapter more that texts can be read with, by what it adds to each layer; its number. Raises ModelError for a

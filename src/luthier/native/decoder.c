@@ -253,6 +253,9 @@ static int32_t best_of(const Best *best, int64_t rows, int64_t row, int threads)
 
 static int64_t wider(int64_t a, int64_t b) { return a > b ? a : b; }
 
+/* Of a layer, what was taken: heads that are attended, and tiles of its four products; and once those of the head. */
+#define COUNTERS 5
+
 /* Whether the rows that are wanted follow one another, none of them twice. */
 static int in_order(const Step *step) {
     for (int64_t r = 1; r < step->wanted; r++)
@@ -298,7 +301,7 @@ int decoder_step(const Decoder *d, const Step *step) {
         return 1;
     /* What is not wanted ends with its keys and values in the last layer. */
     int ends_early = wanted < count && in_order(step);
-    atomic_long *turns = calloc((size_t)d->layers * 5 + 1, sizeof *turns);
+    atomic_long *turns = calloc((size_t)d->layers * COUNTERS + 1, sizeof *turns);
     if (!turns) return 1;
     if (step->adapters)
         for (int64_t r = 0; r < wanted; r++) own_adapters[r] = step->adapters[step->rows[r]];
@@ -323,7 +326,7 @@ int decoder_step(const Decoder *d, const Step *step) {
             const Layer *layer = d->layer + l;
             Rows in = ROWS(layer->qkv), mix = ROWS(layer->out), into = ROWS(layer->up), low = ROWS(layer->down);
             Lows lows = {step->adapters, step->low, inners};
-            atomic_long *taken = turns + l * 5;
+            atomic_long *taken = turns + l * COUNTERS;
             for (int64_t n = from; n < to; n++) {
                 normalise(&layer->before_attention, x + n * width, row, width);
                 prepare(&in, layer->qkv.bits, n, row, width);
@@ -401,7 +404,7 @@ int decoder_step(const Decoder *d, const Step *step) {
         Best own = {best.value + thread * wanted * LANE, best.at + thread * wanted * LANE};
         if (wanted && !step->states)
             multiply(&d->head, &ends, wanted, step->logits, step->best ? &own : 0, thread, all_threads, &d->layer->qkv,
-                     turns + d->layers * 5);
+                     turns + d->layers * COUNTERS);
         if (step->logits && (d->head_scale != 1.0f || d->head_softcap > 0)) {
             meet(&gate, all_threads);
             int64_t tiles = d->head.n / LANE;
