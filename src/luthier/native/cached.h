@@ -6,10 +6,17 @@
  * of a query go in one order whatever is beside it; what it does not see counts nothing, exactly. */
 
 #define TOKENS 32
-#if defined(__AVX512F__)
+/* Registers that one word of a block's tokens takes. */
+#define PARTS_OF (TOKENS / LANE)
+/* Queries at once, and how many registers of keys, and of values, these are worked on with: as many sums as there is room for. */
+#if LANE == 16
 #define QUERIES 12
+#define KEYS_AT_ONCE(n) PARTS_OF
+#define VALUES_AT_ONCE(n) ((n) > 5 ? 2 : 4)
 #else
-#define QUERIES 2
+#define QUERIES 6
+#define KEYS_AT_ONCE(n) ((n) > 4 ? 1 : (n) > 2 ? 2 : 4)
+#define VALUES_AT_ONCE(n) KEYS_AT_ONCE(n)
 #endif
 /* So many blocks before it is read one is fetched. */
 #define AHEAD 4
@@ -23,7 +30,7 @@ typedef struct {
     int64_t heads, head, size;      /* of keys; which one; its width, a multiple of 16 */
     float softcap;
     float *score;                   /* room for QUERIES x the places of a text */
-    uint16_t *share;                /* the same */
+    Half *share;                    /* the same */
 } Cached;
 
 INLINE const uint8_t *keys_of(const Cached *c, int64_t at) {
@@ -62,48 +69,44 @@ INLINE vf settle(const Cached *c, float *score, int64_t room, int64_t from, int6
     return all(most_of(high));
 }
 
-/* N queries (bf16, scaled; `step` apart), which see the places from[i] to seen[i]; blocks from `first` to `last` hold all
- * of these. Writes out[i] (`step` apart). `after`: AHEAD blocks that are read next, and are fetched meanwhile. */
-INLINE void halves_attend(const Cached *c, const int N, const uint16_t *const *query, const int64_t *from,
+/* N queries (scaled), which see the places from[i] to seen[i]; blocks from `first` to `last` hold all
+ * of these. Writes out[i]. `after`: AHEAD blocks that are read next, and are fetched meanwhile. */
+INLINE void halves_attend(const Cached *c, const int N, const Half *const *query, const int64_t *from,
                           const int64_t *seen, int64_t first, int64_t last, float *const *out, const uint8_t *const *after) {
     int64_t size = c->size, room = (last - first) * TOKENS;
+    const int wide_keys = KEYS_AT_ONCE(N), wide = VALUES_AT_ONCE(N);
     vf scale[QUERIES];
     for (int64_t at = first; at < last; at++) {
         const uint8_t *keys = keys_of(c, at), *next = upcoming(c, at + AHEAD, first, last, after);
-        vf sum[QUERIES][2];
-        UNROLL for (int i = 0; i < N; i++) { sum[i][0] = all(0); sum[i][1] = all(0); }
-        for (int64_t d = 0; d < size / 2; d++) {
-            vi one = load_words(keys + d * 128), two = load_words(keys + d * 128 + 64);
-            fetch_far(next + d * 128);
-            fetch_far(next + d * 128 + 64);
-            UNROLL for (int i = 0; i < N; i++) {
-                int32_t pair;
-                memcpy(&pair, query[i] + d * 2, 4);
-                vi q = all_words(pair);
-                sum[i][0] = dot_halves(sum[i][0], one, q);
-                sum[i][1] = dot_halves(sum[i][1], two, q);
+        for (int part = 0; part < PARTS_OF; part += wide_keys) {
+            vf sum[QUERIES][4];
+            UNROLL for (int i = 0; i < N; i++) UNROLL for (int r = 0; r < wide_keys; r++) sum[i][r] = all(0);
+            for (int64_t d = 0; d < size / 2; d++) {
+                Twos word[4];
+                UNROLL for (int r = 0; r < wide_keys; r++) word[r] = twos(load_words(keys + d * 128 + (part + r) * WIDE));
+                UNROLL for (int r = 0; r < wide_keys; r++)
+                    if ((part + r) * WIDE % 64 == 0) fetch_far(next + d * 128 + (part + r) * WIDE);
+                UNROLL for (int i = 0; i < N; i++) {
+                    Twos q = same_twos(query[i] + d * 2);
+                    UNROLL for (int r = 0; r < wide_keys; r++) sum[i][r] = dot_twos(sum[i][r], word[r], q);
+                }
             }
-        }
-        UNROLL for (int i = 0; i < N; i++) {
-            float *to = c->score + i * room + (at - first) * TOKENS;
-            store(to, sum[i][0]);
-            store(to + LANE, sum[i][1]);
+            UNROLL for (int i = 0; i < N; i++) UNROLL for (int r = 0; r < wide_keys; r++)
+                store(c->score + i * room + (at - first) * TOKENS + (part + r) * LANE, sum[i][r]);
         }
     }
     for (int i = 0; i < N; i++) {
         float *score = c->score + i * room;
-        uint16_t *share = c->share + i * room;
+        Half *share = c->share + i * room;
         vf high = settle(c, score, room, from[i], seen[i], first), mass = all(0);
         for (int64_t t = 0; t < room; t += LANE) {
             vf x = load(score + t);
             vf e = pick(x <= all(UNSEEN * 0.5f), all(0), exp_of(x - high));
             mass += e;
-            store_halves(share + t, e);
+            store_half(share + t, e);
         }
         scale[i] = all(1.0f / sum_of(mass));
     }
-    /* As many columns at once as there are registers for. */
-    const int wide = N > 5 ? 2 : 4;
     for (int64_t d = 0; d < size; d += wide * LANE) {
         int columns = size - d >= wide * LANE ? wide : (int)((size - d) / LANE);
         vf sum[QUERIES][4];
@@ -113,25 +116,21 @@ INLINE void halves_attend(const Cached *c, const int N, const uint16_t *const *q
             const uint8_t *next = upcoming(c, last + at - first + AHEAD, first, last, after) + d * 4;
             if (columns == wide)
                 for (int64_t t = 0; t < TOKENS / 2; t++) {
-                    vi word[4];
-                    UNROLL for (int r = 0; r < wide; r++) word[r] = load_words(values + t * size * 4 + r * 64);
-                    UNROLL for (int r = 0; r < wide; r++) fetch_far(next + t * size * 4 + r * 64);
+                    Twos word[4];
+                    UNROLL for (int r = 0; r < wide; r++) word[r] = twos(load_words(values + t * size * 4 + r * WIDE));
+                    UNROLL for (int r = 0; r < wide; r++)
+                        if (wide * WIDE < 64 || r * WIDE % 64 == 0) fetch_far(next + t * size * 4 + r * WIDE);
                     UNROLL for (int i = 0; i < N; i++) {
-                        int32_t pair;
-                        memcpy(&pair, c->share + i * room + (at - first) * TOKENS + t * 2, 4);
-                        vi p = all_words(pair);
-                        UNROLL for (int r = 0; r < wide; r++) sum[i][r] = dot_halves(sum[i][r], word[r], p);
+                        Twos p = same_twos(c->share + i * room + (at - first) * TOKENS + t * 2);
+                        UNROLL for (int r = 0; r < wide; r++) sum[i][r] = dot_twos(sum[i][r], word[r], p);
                     }
                 }
             else
                 for (int64_t t = 0; t < TOKENS / 2; t++)
                     for (int r = 0; r < columns; r++) {
-                        vi word = load_words(values + t * size * 4 + r * 64);
-                        UNROLL for (int i = 0; i < N; i++) {
-                            int32_t pair;
-                            memcpy(&pair, c->share + i * room + (at - first) * TOKENS + t * 2, 4);
-                            sum[i][r] = dot_halves(sum[i][r], word, all_words(pair));
-                        }
+                        Twos word = twos(load_words(values + t * size * 4 + r * WIDE));
+                        UNROLL for (int i = 0; i < N; i++)
+                            sum[i][r] = dot_twos(sum[i][r], word, same_twos(c->share + i * room + (at - first) * TOKENS + t * 2));
                     }
         }
         for (int i = 0; i < N; i++)
@@ -140,19 +139,17 @@ INLINE void halves_attend(const Cached *c, const int N, const uint16_t *const *q
 }
 
 /* How many queries there are decides which code they go by. */
-#if QUERIES > 2
 #define CASE(some, n) case n: some(c, n, query, from, seen, first, last, out, after); break;
-#define CASES(some) CASE(some, 2) CASE(some, 3) CASE(some, 4) CASE(some, 5) CASE(some, 6) CASE(some, 7) CASE(some, 8) \
-    CASE(some, 9) CASE(some, 10) CASE(some, 11)
+#define CASES_TO_5(some) CASE(some, 1) CASE(some, 2) CASE(some, 3) CASE(some, 4) CASE(some, 5)
+#if QUERIES == 12
+#define CASES(some) CASES_TO_5(some) CASE(some, 6) CASE(some, 7) CASE(some, 8) CASE(some, 9) CASE(some, 10) CASE(some, 11)
 #else
-#define CASES(some)
+#define CASES(some) CASES_TO_5(some)
 #endif
 #define ATTEND(name, some)                                                                                            \
-    static void name(const Cached *c, int count, const uint16_t *const *query, const int64_t *from,                   \
-                     const int64_t *seen, int64_t first, int64_t last, float *const *out,                             \
-                     const uint8_t *const *after) {                                                                   \
+    static void name(const Cached *c, int count, const Half *const *query, const int64_t *from, const int64_t *seen,  \
+                     int64_t first, int64_t last, float *const *out, const uint8_t *const *after) {                   \
         switch (count) {                                                                                              \
-        case 1: some(c, 1, query, from, seen, first, last, out, after); break;                                        \
         CASES(some)                                                                                                   \
         default: some(c, QUERIES, query, from, seen, first, last, out, after);                                        \
         }                                                                                                             \

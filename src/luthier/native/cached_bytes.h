@@ -6,53 +6,54 @@
 
 #define SCALES (2 * TOKENS * sizeof(float))
 
-INLINE void bytes_attend(const Cached *c, const int N, const uint16_t *const *query, const int64_t *from,
+INLINE void bytes_attend(const Cached *c, const int N, const Half *const *query, const int64_t *from,
                          const int64_t *seen, int64_t first, int64_t last, float *const *out, const uint8_t *const *after) {
     int64_t size = c->size, room = (last - first) * TOKENS;
+    const int wide_keys = KEYS_AT_ONCE(N), wide = VALUES_AT_ONCE(N);
     float scale[QUERIES];
     int32_t shift[QUERIES];
     UNROLL for (int i = 0; i < N; i++) {
-        memcpy(scale + i, (const uint8_t *)query[i] + size, 4);
-        memcpy(shift + i, (const uint8_t *)query[i] + size + 4, 4);
+        memcpy(scale + i, (const Byte *)query[i] + size, 4);
+        memcpy(shift + i, (const uint8_t *)((const Byte *)query[i] + size) + 4, 4);
     }
     for (int64_t at = first; at < last; at++) {
         const uint8_t *keys = keys_of(c, at), *next = upcoming(c, at + AHEAD, first, last, after);
         const float *scales = (const float *)(keys + TOKENS * size);
-        vi sum[QUERIES][2];
-        UNROLL for (int i = 0; i < N; i++) sum[i][0] = sum[i][1] = all_words(-128 * shift[i]);
         if (at + AHEAD < last) UNROLL for (int n = 0; n < 4; n++) fetch_far(next + TOKENS * size + n * 64);
-        for (int64_t d = 0; d < size / 4; d++) {
-            vi one = held(load_words(keys + d * 128)), two = held(load_words(keys + d * 128 + 64));
-            fetch_far(next + d * 128);
-            fetch_far(next + d * 128 + 64);
-            UNROLL for (int i = 0; i < N; i++) {
-                int32_t four;
-                memcpy(&four, (const uint8_t *)query[i] + d * 4, 4);
-                vi q = all_words(four);
-                sum[i][0] = dot_bytes(sum[i][0], one, q);
-                sum[i][1] = dot_bytes(sum[i][1], two, q);
+        for (int part = 0; part < PARTS_OF; part += wide_keys) {
+            vi sum[QUERIES][4];
+            UNROLL for (int i = 0; i < N; i++) UNROLL for (int r = 0; r < wide_keys; r++) sum[i][r] = all_words(-128 * shift[i]);
+            for (int64_t d = 0; d < size / 4; d++) {
+                Fours word[4];
+                UNROLL for (int r = 0; r < wide_keys; r++) word[r] = fours(load_words(keys + d * 128 + (part + r) * WIDE));
+                UNROLL for (int r = 0; r < wide_keys; r++)
+                    if ((part + r) * WIDE % 64 == 0) fetch_far(next + d * 128 + (part + r) * WIDE);
+                UNROLL for (int i = 0; i < N; i++) {
+                    Fours q = same_fours((const Byte *)query[i] + d * 4);
+                    UNROLL for (int r = 0; r < wide_keys; r++) sum[i][r] = dot_fours(sum[i][r], word[r], q);
+                }
             }
-        }
-        vf low = load(scales), high = load(scales + LANE);
-        UNROLL for (int i = 0; i < N; i++) {
-            float *to = c->score + i * room + (at - first) * TOKENS;
-            store(to, from_words(sum[i][0]) * low * all(scale[i]));
-            store(to + LANE, from_words(sum[i][1]) * high * all(scale[i]));
+            UNROLL for (int r = 0; r < wide_keys; r++) {
+                vf own = load(scales + (part + r) * LANE);
+                UNROLL for (int i = 0; i < N; i++)
+                    store(c->score + i * room + (at - first) * TOKENS + (part + r) * LANE,
+                          from_words(sum[i][r]) * own * all(scale[i]));
+            }
         }
     }
     for (int i = 0; i < N; i++) {
         float *score = c->score + i * room;
-        uint8_t *share = (uint8_t *)(c->share + i * room);
+        Byte *share = (Byte *)(c->share + i * room);
         vf high = settle(c, score, room, from[i], seen[i], first), mass = all(0);
         for (int64_t at = first; at < last; at += LANE, score += LANE * TOKENS, share += LANE * TOKENS) {
-            /* Sixteen blocks at a time, whose scales are made together. */
+            /* As many blocks at a time as lanes, whose scales are made together. */
             int64_t count = last - at < LANE ? last - at : LANE;
             float top[LANE], inverse[LANE];
             store(top, all(0));
             for (int64_t b = 0; b < count; b++) {
                 const float *scales = (const float *)(keys_of(c, at + b) + TOKENS * size) + TOKENS;
                 vi most = all_words(0);
-                UNROLL for (int r = 0; r < 2; r++) {
+                UNROLL for (int r = 0; r < PARTS_OF; r++) {
                     float *to = score + b * TOKENS + r * LANE;
                     vf x = load(to);
                     vi none = x <= all(UNSEEN * 0.5f);
@@ -72,9 +73,9 @@ INLINE void bytes_attend(const Cached *c, const int N, const uint16_t *const *qu
             store(inverse, 255.0f / tops);
             store(top, tops * (1.0f / 255.0f));
             for (int64_t b = 0; b < count; b++) {
-                UNROLL for (int r = 0; r < 2; r++) {
+                UNROLL for (int r = 0; r < PARTS_OF; r++) {
                     vi whole = round_words(load(score + b * TOKENS + r * LANE) * all(inverse[b]));
-                    *(vb_any *)(share + b * TOKENS + r * LANE) = __builtin_convertvector(whole, vb);
+                    store_bytes(share + b * TOKENS + r * LANE, whole);
                 }
                 /* In the place of the block's first score: its scale. */
                 score[b * TOKENS] = top[b];
@@ -83,8 +84,6 @@ INLINE void bytes_attend(const Cached *c, const int N, const uint16_t *const *qu
         scale[i] = 1.0f / sum_of(mass);
         for (int64_t d = 0; d < size; d += LANE) store(out[i] + d, all(0));
     }
-    /* As many columns at once as there are registers for. */
-    const int wide = N > 5 ? 2 : 4;
     for (int64_t at = first; at < last; at++) {
         const uint8_t *values = values_of(c, at), *next = upcoming(c, last + at - first + AHEAD, first, last, after);
         if (at + AHEAD >= last) UNROLL for (int n = 0; n < 4; n++) fetch_far(next + TOKENS * size + n * 64);
@@ -93,15 +92,14 @@ INLINE void bytes_attend(const Cached *c, const int N, const uint16_t *const *qu
             vi sum[QUERIES][4];
             UNROLL for (int i = 0; i < N; i++) UNROLL for (int r = 0; r < wide; r++) sum[i][r] = all_words(0);
             for (int64_t t = 0; t < TOKENS / 4; t++) {
-                vi word[4];
+                Fours word[4];
                 UNROLL for (int r = 0; r < wide; r++)
-                    word[r] = r < columns ? held(load_words(values + (t * size + d + r * LANE) * 4)) : all_words(0);
-                UNROLL for (int r = 0; r < wide; r++) fetch_far(next + (t * size + d + r * LANE) * 4);
+                    word[r] = signed_fours(r < columns ? load_words(values + (t * size + d + r * LANE) * 4) : all_words(0));
+                UNROLL for (int r = 0; r < wide; r++)
+                    if (wide * WIDE < 64 || r * WIDE % 64 == 0) fetch_far(next + (t * size + d + r * LANE) * 4);
                 UNROLL for (int i = 0; i < N; i++) {
-                    int32_t four;
-                    memcpy(&four, (const uint8_t *)(c->share + i * room) + (at - first) * TOKENS + t * 4, 4);
-                    vi p = all_words(four);
-                    UNROLL for (int r = 0; r < wide; r++) sum[i][r] = dot_bytes(sum[i][r], p, word[r]);
+                    Fours p = same_fours((const Byte *)(c->share + i * room) + (at - first) * TOKENS + t * 4);
+                    UNROLL for (int r = 0; r < wide; r++) sum[i][r] = dot_fours(sum[i][r], p, word[r]);
                 }
             }
             UNROLL for (int i = 0; i < N; i++) {

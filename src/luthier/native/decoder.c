@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include "lanes.h"
+#include "dots.h"
 #include "products.h"
 #include "packing.h"
 #include "lowrank.h"
@@ -111,17 +112,21 @@ static int64_t find_spans(const Step *step, const int32_t *rows, int64_t count, 
 INLINE int64_t key_bytes(const Decoder *d) { return TOKENS * d->size * d->kept / 8 + (d->kept == 8 ? (int64_t)SCALES : 0); }
 INLINE int64_t value_bytes(const Decoder *d) { return TOKENS * d->size * d->kept / 8; }
 
-static void place_query(const Decoder *d, float *x, uint16_t *to) {
+static void place_query(const Decoder *d, float *x, Half *to) {
     vf scale = all(d->scale);
     if (d->kept == 16) {
-        for (int64_t i = 0; i < d->size; i += LANE) store_halves(to + i, load(x + i) * scale);
+        for (int64_t i = 0; i < d->size; i += LANE) store_half(to + i, load(x + i) * scale);
         return;
     }
+    int8_t whole[1024];
+    Byte *bytes = (Byte *)to;
     int32_t sum;
     for (int64_t i = 0; i < d->size; i += LANE) store(x + i, load(x + i) * scale);
-    float own = to_bytes(x, d->size, (int8_t *)to, &sum);
-    memcpy((int8_t *)to + d->size, &own, 4);
-    memcpy((int8_t *)to + d->size + 4, &sum, 4);
+    float own = to_bytes(x, d->size, sizeof(Byte) == 1 ? (int8_t *)to : whole, &sum);
+    if (sizeof(Byte) > 1)
+        for (int64_t i = 0; i < d->size; i++) bytes[i] = whole[i];
+    memcpy(bytes + d->size, &own, 4);
+    memcpy((uint8_t *)(bytes + d->size) + 4, &sum, 4);
 }
 
 static void place_key(const Decoder *d, const float *x, uint8_t *block, int64_t inside) {
@@ -135,7 +140,7 @@ static void place_key(const Decoder *d, const float *x, uint8_t *block, int64_t 
     int32_t sum;
     float scale = to_bytes(x, size, (int8_t *)words, &sum);
     for (int64_t i = 0; i < size / 4; i++) {
-        uint32_t higher = words[i] ^ 0x80808080;
+        uint32_t higher = in_places(words[i]) ^ 0x80808080;
         memcpy(block + (i * TOKENS + inside) * 4, &higher, 4);
     }
     memcpy(block + TOKENS * size + inside * 4, &scale, 4);
@@ -145,7 +150,7 @@ static void place_key(const Decoder *d, const float *x, uint8_t *block, int64_t 
 static void place_value(const Decoder *d, const float *x, uint8_t *block, uint8_t *keys, int64_t inside, int last) {
     int64_t size = d->size;
     if (d->kept == 8) {
-        int8_t bytes[1024], *to = (int8_t *)block + (inside / 4) * size * 4 + inside % 4;
+        int8_t bytes[1024], *to = (int8_t *)block + (inside / 4) * size * 4 + place_in_four((int)(inside % 4));
         int32_t sum;
         float scale = to_bytes(x, size, bytes, &sum);
         for (int64_t i = 0; i < size; i++) to[i * 4] = bytes[i];
@@ -164,7 +169,7 @@ static void place_value(const Decoder *d, const float *x, uint8_t *block, uint8_
 }
 
 /* The keys and values of a token to their block, and its queries, scaled. */
-static void place_token(const Decoder *d, const Layer *layer, const Step *step, int64_t n, float *made, uint16_t *queries) {
+static void place_token(const Decoder *d, const Layer *layer, const Step *step, int64_t n, float *made, Half *queries) {
     int64_t size = d->size, place = step->places[n];
     int64_t block = step->tables[step->first[n] + place / TOKENS], inside = place % TOKENS;
     const float *cosine = layer->cosine ? layer->cosine + place * (d->turned / 2) : 0;
@@ -195,9 +200,9 @@ static void find_next(const Decoder *d, const Layer *layer, const Step *step, in
 
 /* One head of keys for the tokens of a span. */
 static void attend_span(const Decoder *d, const Layer *layer, const Step *step, Cached cached, Span span, int64_t head,
-                        const uint16_t *queries, float *out, const uint8_t *const *after) {
+                        const Half *queries, float *out, const uint8_t *const *after) {
     int64_t group = d->heads / d->kv, size = d->size, stride = d->heads * size;
-    const uint16_t *query[QUERIES];
+    const Half *query[QUERIES];
     float *to[QUERIES];
     int64_t from[QUERIES], seen[QUERIES];
     cached.head = head;
@@ -234,7 +239,7 @@ static void finish_logits(const Decoder *d, float *logits, int64_t from, int64_t
     }
 }
 
-/* Of 16 candidates a thread, the highest; the first of equals; -1 where that is no finite number. */
+/* Of LANE candidates a thread, the highest; the first of equals; -1 where that is no finite number. */
 static int32_t best_of(const Best *best, int64_t rows, int64_t row, int threads) {
     float high = -INFINITY;
     int32_t at = 0;
@@ -284,17 +289,17 @@ int decoder_step(const Decoder *d, const Step *step) {
     float *x = room(&wide_room, (size_t)(count * width) * 4);
     float *made = room(&made_room, (size_t)(count * widest) * 4);
     float *branch = room(&branch_room, (size_t)(count * wider(wider(d->layer[0].out.n, d->layer[0].down.n), mixed)) * 4);
-    uint16_t *halves = room(&halves_room, rows * (size_t)deepest * 2);
-    int8_t *bytes = room(&bytes_room, rows * (size_t)deepest);
+    Half *halves = room(&halves_room, rows * (size_t)deepest * sizeof(Half));
+    Byte *bytes = room(&bytes_room, rows * (size_t)deepest * sizeof(Byte));
     float *scales = room(&scale_room, rows * 4);
     int32_t *sums = room(&sums_room, rows * (size_t)(deepest / GROUP + 2) * 4);
-    uint16_t *queries = room(&query_room, (size_t)(count * mixed) * 2);
+    Half *queries = room(&query_room, (size_t)(count * mixed) * sizeof(Half));
     Span *spans = room(&span_room, (size_t)count * sizeof(Span));
     float *score = room(&score_room, (size_t)(threads * QUERIES * blocks * TOKENS) * 4);
-    uint16_t *share = room(&share_room, (size_t)(threads * QUERIES * blocks * TOKENS) * 2);
+    Half *share = room(&share_room, (size_t)(threads * QUERIES * blocks * TOKENS) * sizeof(Half));
     float *most = room(&best_room, (size_t)(threads * wanted * LANE) * 4 + 64);
     int32_t *most_at = room(&place_room, (size_t)(threads * wanted * LANE) * 4 + 64);
-    uint16_t *inners = room(&low_room, (size_t)(count * step->low) * 2 + 64);
+    Half *inners = room(&low_room, (size_t)(count * step->low) * sizeof(Half) + 64);
     int32_t *own_adapters = room(&own_room, (size_t)wanted * 4 + 64);
     if (!inners || !x || !made || !branch || !halves || !bytes || !scales || !sums || !queries || !spans || !score || !share ||
         !most || !most_at || !own_adapters)
@@ -315,8 +320,8 @@ int decoder_step(const Decoder *d, const Step *step) {
         int thread = omp_get_thread_num(), all_threads = omp_get_num_threads();
         int64_t from = count * thread / all_threads, to = count * (thread + 1) / all_threads;
         int64_t longest = (wider(wider(width, inner), mixed) + 63) & ~63;
-        float *row = aligned_alloc(64, (size_t)longest * 6);
-        uint16_t *low_row = (uint16_t *)(row + longest);
+        float *row = aligned_alloc(64, (size_t)longest * (sizeof(float) + sizeof(Half)));
+        Half *low_row = (Half *)(row + longest);
         for (int64_t n = from; n < to; n++)
             for (int64_t i = 0; i < width; i += LANE) {
                 vf one = from_halves(d->embedding + step->ids[n] * width + i) * d->embedding_scale;
@@ -421,18 +426,21 @@ int decoder_step(const Decoder *d, const Step *step) {
 
 /* By which instructions bytes and bf16 are multiplied. */
 const char *decoder_kernels(void) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(X86) && VNNI && defined(__AVX512BF16__)
     return "AVX512-VNNI, AVX512-BF16";
-#elif defined(__AVX512VNNI__)
-    return "AVX512-VNNI";
-#elif defined(__AVXVNNI__)
-    return "AVX-VNNI";
-#elif defined(__AVX2__)
-    return "AVX2";
+#elif defined(X86) && LANE == 16
+    return VNNI ? "AVX512-VNNI" : "AVX512";
+#elif defined(X86) && LANE == 8
+    return VNNI ? "AVX-VNNI" : "AVX2";
+#elif defined(X86)
+    return "SSE2";
 #else
     return "plain C";
 #endif
 }
+
+/* Rows of a tile. */
+int decoder_lanes(void) { return LANE; }
 
 /* Memory in large pages, where the system has any, that only what is written to takes; none where there is none. */
 void *take_pages(size_t bytes) {

@@ -18,7 +18,8 @@ from luthier.native.build import NoLibrary, load_library
 from luthier.native.forms import BITS, GROUP, Form, filled, to_int4, to_int8
 from luthier.native.shape import ACTIVATIONS, PRODUCTS, Decoder, Linear, Low, Norm
 
-# Tokens of a block of keys and values, and the numbers that are worked on at once (TOKENS, LANE in the C files).
+# Tokens of a block of keys and values (TOKENS in the C files), and what rows are filled up to: the most numbers that any processor
+# works on at once (LANE there).
 TOKENS, LANE = 32, 16
 # Rows of a weight that are packed at once, so that what is between takes little; whole tiles.
 AT_ONCE = 1024
@@ -96,7 +97,8 @@ def _pack(weight_NK: Tensor, form: Form, to: int) -> Tensor | None:
         (made_NK, scale), pack = to_int8(weight_NK), library.pack_bytes
     else:
         (made_NK, scale_NG), pack = to_int4(weight_NK), library.pack_nibbles
-        scale = scale_NG.view(n // LANE, LANE, k // GROUP).transpose(1, 2)
+        lanes = library.decoder_lanes()
+        scale = scale_NG.view(n // lanes, lanes, k // GROUP).transpose(1, 2)
     # Held by a name until it is packed: an address keeps no tensor.
     made_NK = made_NK.contiguous()
     pack(made_NK.data_ptr(), to, n, k)
@@ -322,7 +324,7 @@ class Adapter:
             rank = -(-low.a_RK.shape[0] // LANE) * LANE
             a_RK = F.pad(low.a_RK.bfloat16(), (0, 0, 0, rank - low.a_RK.shape[0]))
             b_NR = F.pad(low.b_NR.bfloat16(), (0, rank - low.b_NR.shape[1]))
-            made.part[at] = CLow(low.start // LANE, low.stop // LANE, rank, self._pack(a_RK), self._pack(b_NR))
+            made.part[at] = CLow(low.start, low.stop, rank, self._pack(a_RK), self._pack(b_NR))
             made.parts = at + 1
             width += rank
         self.width = max(self.width, width)

@@ -1,6 +1,5 @@
-/* Sixteen numbers at a time: GCC's vectors, which any processor has, and the few instructions that are worth asking for.
- *
- * A processor without 512-bit vectors gets the same in halves or quarters from the compiler. */
+/* As many numbers at a time as a register of the processor holds: GCC's vectors, and the few instructions that are worth
+ * asking for. 16 with AVX-512, 8 with AVX2, else 4. (Vectors that are wider than registers are kept in memory by compilers.) */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -8,63 +7,98 @@
 #include <immintrin.h>
 #endif
 
+/* A test may ask for another width, in plain C then. */
+#if defined(LANE)
+#elif defined(__AVX512F__)
 #define LANE 16
+#define X86(name) _mm512_##name
+typedef __m512 xf;
+typedef __m512i xi;
+#elif defined(__AVX2__)
+#define LANE 8
+#define X86(name) _mm256_##name
+typedef __m256 xf;
+typedef __m256i xi;
+#elif defined(__SSE2__)
+#define LANE 4
+#define X86(name) _mm_##name
+typedef __m128 xf;
+typedef __m128i xi;
+#else
+#define LANE 4
+#endif
+/* Bytes of a register. */
+#define WIDE (4 * LANE)
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef int8_t vb __attribute__((vector_size(16)));
-typedef float vf_any __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t vi_any __attribute__((vector_size(64), aligned(1), may_alias));
-typedef uint16_t vh_any __attribute__((vector_size(32), aligned(2), may_alias));
-typedef int8_t vb_any __attribute__((vector_size(16), aligned(1), may_alias));
+typedef float vf __attribute__((vector_size(WIDE)));
+typedef int32_t vi __attribute__((vector_size(WIDE)));
+typedef uint32_t vu __attribute__((vector_size(WIDE)));
+typedef uint16_t vh __attribute__((vector_size(2 * LANE)));
+typedef int16_t vs __attribute__((vector_size(2 * LANE)));
+typedef int8_t vb __attribute__((vector_size(LANE)));
+typedef float vf_any __attribute__((vector_size(WIDE), aligned(4), may_alias));
+typedef int32_t vi_any __attribute__((vector_size(WIDE), aligned(1), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(2 * LANE), aligned(2), may_alias));
+typedef int16_t vs_any __attribute__((vector_size(2 * LANE), aligned(2), may_alias));
+typedef int8_t vb_any __attribute__((vector_size(LANE), aligned(1), may_alias));
 
 INLINE vf load(const float *from) { return *(const vf_any *)from; }
 INLINE void store(float *to, vf x) { *(vf_any *)to = x; }
 INLINE vi load_words(const void *from) { return *(const vi_any *)from; }
 /* In a register from here on: compilers else read a word that is used several times from memory each time. */
 INLINE vi held(vi x) {
-#if defined(__AVX512F__)
+#if defined(X86) && LANE == 16
     __asm__("" : "+v"(x));
 #endif
     return x;
 }
 
 INLINE vf all(float x) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_set1_ps(x);
+#if defined(X86)
+    return (vf)X86(set1_ps)(x);
 #else
-    return (vf){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+    return x - (vf){0};
 #endif
 }
 
 INLINE vi all_words(int32_t x) {
-#if defined(__AVX512F__)
-    return (vi)_mm512_set1_epi32(x);
+#if defined(X86)
+    return (vi)X86(set1_epi32)(x);
 #else
-    return (vi){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+    return x - (vi){0};
 #endif
 }
 
-/* 0 to 15. */
-INLINE vi counted(void) { return (vi){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+/* 0, 1, 2 and so on. */
+INLINE vi counted(void) {
+    static const int32_t from[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return load_words(from);
+}
 
 INLINE vf pick(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 
+/* b where either is no number, as below. */
 INLINE vf larger(vf a, vf b) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#if defined(X86)
+    return (vf)X86(max_ps)((xf)a, (xf)b);
 #else
     return pick(a > b, a, b);
 #endif
 }
 
+INLINE vf smaller(vf a, vf b) {
+#if defined(X86)
+    return (vf)X86(min_ps)((xf)a, (xf)b);
+#else
+    return pick(a < b, a, b);
+#endif
+}
+
 INLINE vi larger_words(vi a, vi b) {
-#if defined(__AVX512F__)
-    return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#if defined(X86) && (LANE > 4 || defined(__SSE4_1__))
+    return (vi)X86(max_epi32)((xi)a, (xi)b);
 #else
     vi above = a > b;
     return (a & above) | (b & ~above);
@@ -73,34 +107,52 @@ INLINE vi larger_words(vi a, vi b) {
 
 INLINE vf size_of(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
-/* One order of adding on every processor. */
+/* The lanes in the second half, a quarter and so on in the place of the first, to be put together with these. */
+#if defined(X86) && LANE < 16
+INLINE xi crossed(xi x, int step) {
+#if LANE == 8
+    if (step == 4) return _mm256_permute2x128_si256(x, x, 1);
+#endif
+    return step == 2 ? X86(shuffle_epi32)(x, 0x4e) : X86(shuffle_epi32)(x, 0xb1);
+}
+#define ACROSS(x, put) for (int step = LANE / 2; step; step /= 2) x = put(x, (__typeof__(x))crossed((xi)x, step));
+#endif
+INLINE vf plus(vf a, vf b) { return a + b; }
+INLINE vi plus_words(vi a, vi b) { return a + b; }
+
+/* One order of adding, by halves. */
 INLINE float sum_of(vf x) {
-#if defined(__AVX512F__)
+#if defined(X86) && LANE == 16
     return _mm512_reduce_add_ps((__m512)x);  /* the same halves */
+#elif defined(X86)
+    UNROLL ACROSS(x, plus)
+    return x[0];
 #else
-    float at[LANE];
-    store(at, x);
     for (int step = LANE / 2; step; step /= 2)
-        for (int i = 0; i < step; i++) at[i] += at[i + step];
-    return at[0];
+        for (int i = 0; i < step; i++) x[i] += x[i + step];
+    return x[0];
 #endif
 }
 
 INLINE float most_of(vf x) {
-#if defined(__AVX512F__)
+#if defined(X86) && LANE == 16
     return _mm512_reduce_max_ps((__m512)x);
+#elif defined(X86)
+    UNROLL ACROSS(x, larger)
+    return x[0];
 #else
-    float at[LANE], most;
-    store(at, x);
-    most = at[0];
-    for (int i = 1; i < LANE; i++) most = at[i] > most ? at[i] : most;
+    float most = x[0];
+    for (int i = 1; i < LANE; i++) most = x[i] > most ? x[i] : most;
     return most;
 #endif
 }
 
 INLINE int32_t most_of_words(vi x) {
-#if defined(__AVX512F__)
+#if defined(X86) && LANE == 16
     return _mm512_reduce_max_epi32((__m512i)x);
+#elif defined(X86)
+    UNROLL ACROSS(x, larger_words)
+    return x[0];
 #else
     int32_t most = x[0];
     for (int i = 1; i < LANE; i++) most = x[i] > most ? x[i] : most;
@@ -109,8 +161,11 @@ INLINE int32_t most_of_words(vi x) {
 }
 
 INLINE int32_t total_of(vi x) {
-#if defined(__AVX512F__)
+#if defined(X86) && LANE == 16
     return _mm512_reduce_add_epi32((__m512i)x);
+#elif defined(X86)
+    UNROLL ACROSS(x, plus_words)
+    return x[0];
 #else
     int32_t total = 0;
     for (int i = 0; i < LANE; i++) total += x[i];
@@ -120,8 +175,8 @@ INLINE int32_t total_of(vi x) {
 
 /* To the nearest whole number, ties to even. */
 INLINE vi round_words(vf x) {
-#if defined(__AVX512F__)
-    return (vi)_mm512_cvtps_epi32((__m512)x);
+#if defined(X86)
+    return (vi)X86(cvtps_epi32)((xf)x);
 #else
     vi out;
     for (int i = 0; i < LANE; i++) out[i] = (int32_t)lrintf(x[i]);
@@ -130,14 +185,16 @@ INLINE vi round_words(vf x) {
 }
 
 INLINE vf from_words(vi x) { return __builtin_convertvector(x, vf); }
+
+/* From bf16. */
 INLINE vf from_halves(const uint16_t *from) {
     vu wide = __builtin_convertvector(*(const vh_any *)from, vu);
     return (vf)(wide << 16);
 }
 
-/* bf16, to the nearest, ties to even. */
+/* To bf16: to the nearest, ties to even. */
 INLINE void store_halves(uint16_t *to, vf x) {
-#if defined(__AVX512BF16__)
+#if defined(X86) && defined(__AVX512BF16__)
     _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
 #else
     vu bits = (vu)x;
@@ -149,11 +206,10 @@ INLINE void store_halves(uint16_t *to, vf x) {
 /* e^x as fast_exp in kernels.c. */
 INLINE vf exp_of(vf x) {
     x = larger(all(-87.0f), x);  /* in this order: what is no number stays none */
-#if defined(__AVX512F__)
-    x = (vf)_mm512_min_ps((__m512)all(88.0f), (__m512)x);
+    x = smaller(all(88.0f), x);
+#if defined(X86) && LANE == 16
     vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-    x = pick(x > 88.0f, all(88.0f), x);
     vi whole = round_words(x * 1.44269504088896341f);
     vf n = from_words(whole);
 #endif
@@ -165,49 +221,10 @@ INLINE vf exp_of(vf x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-#if defined(__AVX512F__)
+#if defined(X86) && LANE == 16
     return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
     return p * (vf)((whole + 127) << 23);
-#endif
-}
-
-/* c + w . a of pairs of bf16 in each word. */
-INLINE vf dot_halves(vf c, vi w, vi a) {
-#if defined(__AVX512BF16__)
-    /* In assembly, since compilers fill loops over the intrinsic with copies of registers. */
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(w), "v"(a));
-    return c;
-#else
-    c += (vf)((vu)w << 16) * (vf)((vu)a << 16);
-    return c + (vf)(w & (int32_t)0xffff0000) * (vf)(a & (int32_t)0xffff0000);
-#endif
-}
-
-/* c + w . a of four unsigned bytes w and four signed bytes a in each word. */
-INLINE vi dot_bytes(vi c, vi w, vi a) {
-#if defined(__AVX512VNNI__)
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(c) : "v"(w), "v"(a));
-    return c;
-#elif defined(__AVX2__)
-    typedef union { vi whole; __m256i half[2]; } two;
-    two sum = {c}, weights = {w}, acts = {a};
-    for (int i = 0; i < 2; i++) {
-#if defined(__AVXVNNI__)
-        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum.half[i]) : "x"(weights.half[i]), "x"(acts.half[i]));
-#else
-        /* In words of 16 bits: the instruction for bytes saturates. */
-        __m256i even = _mm256_madd_epi16(_mm256_and_si256(weights.half[i], _mm256_set1_epi16(255)),
-                                         _mm256_srai_epi16(_mm256_slli_epi16(acts.half[i], 8), 8));
-        __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(weights.half[i], 8), _mm256_srai_epi16(acts.half[i], 8));
-        sum.half[i] = _mm256_add_epi32(sum.half[i], _mm256_add_epi32(even, odd));
-#endif
-    }
-    return sum.whole;
-#else
-    for (int shift = 0; shift < 32; shift += 8)
-        c += (vi)(((vu)w >> shift) & 255) * ((vi)((vu)a << (24 - shift)) >> 24);
-    return c;
 #endif
 }
 

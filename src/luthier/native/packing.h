@@ -15,7 +15,7 @@ void pack_bytes(const int8_t *from, uint8_t *to, int64_t n, int64_t k) {
         for (int64_t at = 0; at < k / 4; at++)
             for (int64_t i = 0; i < LANE; i++)
                 for (int64_t j = 0; j < 4; j++)
-                    to[tile * k * LANE + (at * LANE + i) * 4 + j] = (uint8_t)(from[(tile * LANE + i) * k + at * 4 + j] + 128);
+                    to[tile * k * LANE + (at * LANE + i) * 4 + place_in_four((int)j)] = (uint8_t)(from[(tile * LANE + i) * k + at * 4 + j] + 128);
 }
 
 void pack_nibbles(const uint8_t *from, uint8_t *to, int64_t n, int64_t k) {
@@ -26,7 +26,7 @@ void pack_nibbles(const uint8_t *from, uint8_t *to, int64_t n, int64_t k) {
                 for (int64_t i = 0; i < LANE; i++)
                     for (int64_t j = 0; j < 4; j++) {
                         const uint8_t *row = from + (tile * LANE + i) * k + g * GROUP + at * 4 + j;
-                        to[tile * k * LANE / 2 + g * 512 + at * 64 + i * 4 + j] = (uint8_t)(row[0] | row[32] << 4);
+                        to[tile * k * LANE / 2 + (g * 8 + at) * WIDE + i * 4 + j] = (uint8_t)(row[0] | row[32] << 4);
                     }
 }
 
@@ -67,7 +67,12 @@ int pack_rounded(const uint16_t *from, uint8_t *to, float *scale, int64_t rows, 
                 scale[row] = row_to_bytes(from + row * stride, own + i * k, row < rows ? given : 0, k);
             }
             for (int64_t at = 0; at < k / 4; at++)
-                for (int64_t i = 0; i < LANE; i++) memcpy(to + tile * k * LANE + (at * LANE + i) * 4, own + i * k + at * 4, 4);
+                for (int64_t i = 0; i < LANE; i++) {
+                    uint32_t word;
+                    memcpy(&word, own + i * k + at * 4, 4);
+                    word = in_places(word);
+                    memcpy(to + tile * k * LANE + (at * LANE + i) * 4, &word, 4);
+                }
         }
         free(own);
     }

@@ -1,22 +1,20 @@
 /* Products of few rows with a weight that is packed once: bf16, int8 with a scale a row of it, int4 with one for 64.
  *
- * A weight [n, k] lies in tiles of 16 of its rows: for every word of 4 bytes along k, the 16 rows' words side by side.
+ * A weight [n, k] lies in tiles of LANE of its rows: for every word of 4 bytes along k, the rows' words side by side.
  * What a row of the result is does not depend on the rows beside it: every sum runs along k in one order. */
 
 /* Tiles and rows at once: as many sums as there are registers for. */
-#if defined(__AVX512F__)
+#if LANE == 16
 #define TILES 3
 #define MOST 8
-#define MOST_NIBBLES 4
 #define FEW 8
-#define FEW_NIBBLES 4
 #else
-#define TILES 1
+#define TILES 2
 #define MOST 4
-#define MOST_NIBBLES 2
-#define FEW 1
-#define FEW_NIBBLES 1
+#define FEW 4
 #endif
+#define MOST_NIBBLES 4
+#define FEW_NIBBLES 4
 /* Bytes before they are read that weights are fetched, where rows are few. */
 #define BEFORE 8192
 #define GROUP 64
@@ -25,20 +23,21 @@ typedef struct {
     int64_t n, k, bits;         /* n whole tiles; k a multiple of GROUP for bytes, of 2 for halves */
     const uint8_t *weight;
     const float *scale;         /* [n], int8 */
-    const uint16_t *scales;     /* [n / 16][k / GROUP][16] in bf16, int4 */
+    const uint16_t *scales;     /* [n / LANE][k / GROUP][LANE] in bf16, int4 */
     const float *bias;          /* [n], or none */
 } Product;
 
-/* Rows to multiply, in the form of the weight: bf16, or bytes with a scale a row and the sums of each GROUP and of all. */
+/* Rows to multiply, in the form of the weight: as Half, or whole numbers of a byte with a scale a row and the sums of each GROUP
+ * and of all; as Byte for weights in bytes, as they are for nibbles. */
 typedef struct {
     int64_t k;
-    uint16_t *halves;
-    int8_t *bytes;
+    Half *halves;
+    Byte *bytes;
     float *scale;
     int32_t *sums;
 } Rows;
 
-/* The best of 16 columns' places, of each row. */
+/* The best of LANE columns' places, of each row. */
 typedef struct {
     float *value;
     int32_t *at;
@@ -64,14 +63,12 @@ INLINE void halves_block(const Product *p, int64_t tile, int64_t m, const int MR
     vf sum[MOST][TILES];
     UNROLL for (int i = 0; i < MR; i++) UNROLL for (int n = 0; n < NR; n++) sum[i][n] = all(0);
     for (int64_t at = 0; at < k / 2; at++) {
-        vi word[TILES];
-        UNROLL for (int n = 0; n < NR; n++) word[n] = load_words(w + n * step + at * 64);
-        UNROLL for (int n = 0; n < lines; n++) fetch_far(ahead + (at * lines + n) * 64);
+        Twos word[TILES];
+        UNROLL for (int n = 0; n < NR; n++) word[n] = twos(load_words(w + n * step + at * WIDE));
+        UNROLL for (int n = 0; n < lines; n++) fetch_far(ahead + (at * lines + n) * WIDE);
         UNROLL for (int i = 0; i < MR; i++) {
-            int32_t pair;
-            memcpy(&pair, rows->halves + (m + i) * rows->k + at * 2, 4);
-            vi a = all_words(pair);
-            UNROLL for (int n = 0; n < NR; n++) sum[i][n] = dot_halves(sum[i][n], word[n], a);
+            Twos a = same_twos(rows->halves + (m + i) * rows->k + at * 2);
+            UNROLL for (int n = 0; n < NR; n++) sum[i][n] = dot_twos(sum[i][n], word[n], a);
         }
     }
     UNROLL for (int i = 0; i < MR; i++) UNROLL for (int n = 0; n < NR; n++)
@@ -89,14 +86,12 @@ INLINE void bytes_block(const Product *p, int64_t tile, int64_t m, const int MR,
         UNROLL for (int n = 0; n < NR; n++) sum[i][n] = shift;
     }
     for (int64_t at = 0; at < k / 4; at++) {
-        vi word[TILES];
-        UNROLL for (int n = 0; n < NR; n++) word[n] = load_words(w + n * step + at * 64);
-        UNROLL for (int n = 0; n < lines; n++) fetch_far(ahead + (at * lines + n) * 64);
+        Fours word[TILES];
+        UNROLL for (int n = 0; n < NR; n++) word[n] = fours(load_words(w + n * step + at * WIDE));
+        UNROLL for (int n = 0; n < lines; n++) fetch_far(ahead + (at * lines + n) * WIDE);
         UNROLL for (int i = 0; i < MR; i++) {
-            int32_t four;
-            memcpy(&four, rows->bytes + (m + i) * rows->k + at * 4, 4);
-            vi a = all_words(four);
-            UNROLL for (int n = 0; n < NR; n++) sum[i][n] = dot_bytes(sum[i][n], word[n], a);
+            Fours a = same_fours(rows->bytes + (m + i) * rows->k + at * 4);
+            UNROLL for (int n = 0; n < NR; n++) sum[i][n] = dot_fours(sum[i][n], word[n], a);
         }
     }
     UNROLL for (int i = 0; i < MR; i++) {
@@ -119,25 +114,27 @@ INLINE void nibbles_block(const Product *p, int64_t tile, int64_t m, const int M
             vi shift = all_words(-8 * rows->sums[(m + i) * (groups + 1) + g]);
             UNROLL for (int n = 0; n < NR; n++) sum[i][n] = shift;
         }
-        for (int at = 0; at < 8; at++) {
-            vi low[TILES], high[TILES];
-            UNROLL for (int n = 0; n < NR; n++) {
-                vi word = load_words(w + n * step + g * 512 + at * 64);
-                low[n] = word & 0x0f0f0f0f;
-                high[n] = (vi)((vu)word >> 4) & 0x0f0f0f0f;
-            }
-            UNROLL for (int n = 0; n < lines; n++) fetch_far(ahead + ((g * 8 + at) * lines + n) * 64);
-            UNROLL for (int i = 0; i < MR; i++) {
-                int32_t first, second;
-                const int8_t *four = rows->bytes + (m + i) * rows->k + g * GROUP + at * 4;
-                memcpy(&first, four, 4);
-                memcpy(&second, four + 32, 4);
-                vi a = all_words(first), b = all_words(second);
+        for (int begin = 0; begin < 8; begin += RUN / 2) {
+            Small run[MOST][TILES];
+            UNROLL for (int i = 0; i < MR; i++) UNROLL for (int n = 0; n < NR; n++) run[i][n] = small(sum[i][n]);
+            for (int at = begin; at < begin + RUN / 2; at++) {
+                vi low[TILES], high[TILES];
                 UNROLL for (int n = 0; n < NR; n++) {
-                    sum[i][n] = dot_bytes(sum[i][n], low[n], a);
-                    sum[i][n] = dot_bytes(sum[i][n], high[n], b);
+                    vi word = load_words(w + n * step + (g * 8 + at) * WIDE);
+                    low[n] = word & 0x0f0f0f0f;
+                    high[n] = (vi)((vu)word >> 4) & 0x0f0f0f0f;
+                }
+                UNROLL for (int n = 0; n < lines; n++) fetch_far(ahead + ((g * 8 + at) * lines + n) * WIDE);
+                UNROLL for (int i = 0; i < MR; i++) {
+                    const int8_t *four = (const int8_t *)rows->bytes + (m + i) * rows->k + g * GROUP + at * 4;
+                    vi a = same_small(four), b = same_small(four + 32);
+                    UNROLL for (int n = 0; n < NR; n++) {
+                        run[i][n] = dot_small(run[i][n], low[n], a);
+                        run[i][n] = dot_small(run[i][n], high[n], b);
+                    }
                 }
             }
+            UNROLL for (int i = 0; i < MR; i++) UNROLL for (int n = 0; n < NR; n++) sum[i][n] = taken(sum[i][n], run[i][n]);
         }
         UNROLL for (int n = 0; n < NR; n++) {
             vf scale = from_halves(p->scales + ((tile + n) * groups + g) * LANE);
@@ -213,7 +210,7 @@ INLINE const uint8_t *before_long(const uint8_t *w, const uint8_t *end, const ui
 
 INLINE void bytes_few(const Product *p, const int MR, const Rows *rows, float *out, int64_t stride, Best *best, int64_t from,
                       int64_t to, const uint8_t *then) {
-    const int sums = MR > 4 ? 2 : 4;
+    const int sums = 2 * MR > FEW ? 2 : 4;
     int64_t k = p->k, groups = rows->k / GROUP;
     const uint8_t *w = p->weight + from * tile_bytes(p), *end = p->weight + to * tile_bytes(p);
     for (int64_t tile = from; tile < to; tile++) {
@@ -223,15 +220,12 @@ INLINE void bytes_few(const Product *p, const int MR, const Rows *rows, float *o
             sum[i][0] = all_words(-128 * rows->sums[i * (groups + 1) + groups]);
             UNROLL for (int n = 1; n < sums; n++) sum[i][n] = all_words(0);
         }
-        for (int64_t at = 0; at < k / 4; at += 4, w += 256, next += 256)
+        for (int64_t at = 0; at < k / 4; at += 4, w += 4 * WIDE, next += 4 * WIDE)
             UNROLL for (int n = 0; n < 4; n++) {
-                vi word = held(load_words(w + n * 64));
-                fetch_far(next + n * 64);
-                UNROLL for (int i = 0; i < MR; i++) {
-                    int32_t four;
-                    memcpy(&four, rows->bytes + i * rows->k + (at + n) * 4, 4);
-                    sum[i][n % sums] = dot_bytes(sum[i][n % sums], word, all_words(four));
-                }
+                Fours word = fours(load_words(w + n * WIDE));
+                if (n * WIDE % 64 == 0) fetch_far(next + n * WIDE);
+                UNROLL for (int i = 0; i < MR; i++)
+                    sum[i][n % sums] = dot_fours(sum[i][n % sums], word, same_fours(rows->bytes + i * rows->k + (at + n) * 4));
             }
         UNROLL for (int i = 0; i < MR; i++) {
             vi whole = sum[i][0] + sum[i][1];
@@ -240,6 +234,9 @@ INLINE void bytes_few(const Product *p, const int MR, const Rows *rows, float *o
         }
     }
 }
+
+/* So many sums for the low halves, and for the high ones. */
+#define CHAINS (LANE == 16 ? 2 : 1)
 
 INLINE void nibbles_few(const Product *p, const int MR, const Rows *rows, float *out, int64_t stride, Best *best,
                         int64_t from, int64_t to, const uint8_t *then) {
@@ -250,27 +247,30 @@ INLINE void nibbles_few(const Product *p, const int MR, const Rows *rows, float 
         const uint8_t *next = before_long(w, end, then);
         vf whole[FEW];
         UNROLL for (int i = 0; i < MR; i++) whole[i] = all(0);
-        for (int64_t g = 0; g < groups; g++, w += 512, next += 512, scales += LANE) {
-            vi sum[FEW][4];
+        for (int64_t g = 0; g < groups; g++, w += 8 * WIDE, next += 8 * WIDE, scales += LANE) {
+            Small run[FEW][2 * CHAINS];
+            vi shift[FEW];
             UNROLL for (int i = 0; i < MR; i++) {
-                sum[i][0] = all_words(-8 * rows->sums[i * (groups + 1) + g]);
-                UNROLL for (int n = 1; n < 4; n++) sum[i][n] = all_words(0);
+                shift[i] = all_words(-8 * rows->sums[i * (groups + 1) + g]);
+                run[i][0] = small(shift[i]);
+                UNROLL for (int n = 1; n < 2 * CHAINS; n++) run[i][n] = small(all_words(0));
             }
             UNROLL for (int at = 0; at < 8; at++) {
-                vi word = load_words(w + at * 64), low = word & 0x0f0f0f0f, high = (vi)((vu)word >> 4) & 0x0f0f0f0f;
-                fetch_far(next + at * 64);
+                vi word = load_words(w + at * WIDE), low = word & 0x0f0f0f0f, high = (vi)((vu)word >> 4) & 0x0f0f0f0f;
+                if (at * WIDE % 64 == 0) fetch_far(next + at * WIDE);
                 UNROLL for (int i = 0; i < MR; i++) {
-                    int32_t first, second;
-                    const int8_t *four = rows->bytes + i * rows->k + g * GROUP + at * 4;
-                    memcpy(&first, four, 4);
-                    memcpy(&second, four + 32, 4);
-                    sum[i][at % 2] = dot_bytes(sum[i][at % 2], low, all_words(first));
-                    sum[i][2 + at % 2] = dot_bytes(sum[i][2 + at % 2], high, all_words(second));
+                    const int8_t *four = (const int8_t *)rows->bytes + i * rows->k + g * GROUP + at * 4;
+                    Small *one = run[i] + at % CHAINS, *two = one + CHAINS;
+                    *one = dot_small(*one, low, same_small(four));
+                    *two = dot_small(*two, high, same_small(four + 32));
                 }
             }
             vf scale = from_halves(scales);
-            UNROLL for (int i = 0; i < MR; i++)
-                whole[i] += from_words(sum[i][0] + sum[i][1] + (sum[i][2] + sum[i][3])) * scale;
+            UNROLL for (int i = 0; i < MR; i++) {
+                vi sum = taken(shift[i], run[i][0]), zero = all_words(0);
+                UNROLL for (int n = 1; n < 2 * CHAINS; n++) sum += taken(zero, run[i][n]);
+                whole[i] += from_words(sum) * scale;
+            }
         }
         UNROLL for (int i = 0; i < MR; i++) keep(p, tile, i, whole[i] * all(rows->scale[i]), out, stride, best);
     }

@@ -63,19 +63,21 @@ INLINE float to_bytes(const float *y, int64_t width, int8_t *to, int32_t *sum) {
 /* One row for a product of `bits`: y has `width` values, and the rest of the row is zero. */
 static void prepare(const Rows *rows, int64_t bits, int64_t m, const float *y, int64_t width) {
     if (bits == 16) {
-        uint16_t *to = rows->halves + m * rows->k;
-        for (int64_t i = 0; i < width; i += LANE) store_halves(to + i, load(y + i));
-        memset(to + width, 0, (size_t)(rows->k - width) * 2);
+        Half *to = rows->halves + m * rows->k;
+        for (int64_t i = 0; i < width; i += LANE) store_half(to + i, load(y + i));
+        memset(to + width, 0, (size_t)(rows->k - width) * sizeof(Half));
         return;
     }
-    int8_t *to = rows->bytes + m * rows->k;
+    Byte *to = rows->bytes + m * rows->k;
+    int8_t *own = (int8_t *)rows->bytes + m * rows->k;
     int64_t groups = rows->k / GROUP;
     int32_t *sums = rows->sums + m * (groups + 1), total = 0;
     float scale = scale_of(y, width);
     rows->scale[m] = scale;
     if (!(scale < INFINITY)) {
         /* Bytes have no such number; the scale makes the row's results none. */
-        memset(to, 0, (size_t)rows->k);
+        if (bits == 8) memset(to, 0, (size_t)rows->k * sizeof(Byte));
+        else memset(own, 0, (size_t)rows->k);
         memset(sums, 0, (size_t)(groups + 1) * 4);
         return;
     }
@@ -85,7 +87,8 @@ static void prepare(const Rows *rows, int64_t bits, int64_t m, const float *y, i
         for (int64_t i = g * GROUP; i < (g + 1) * GROUP; i += LANE) {
             vi whole = i < width ? round_words(load(y + i) * inverse) : all_words(0);
             sum += whole;
-            *(vb_any *)(to + i) = __builtin_convertvector(whole, vb);
+            if (bits == 8) store_bytes(to + i, whole);
+            else *(vb_any *)(own + i) = __builtin_convertvector(whole, vb);
         }
         sums[g] = total_of(sum);
         total += sums[g];
