@@ -77,8 +77,8 @@ def attend_flat(
         return _attend_plainly(q_NHD, k_NKD, v_NKD, segments, rules)
     if not segments.short:
         return _attend_long(q_NHD, k_NKD, v_NKD, segments, rules)
-    out_NHD = ShortAttention.apply(q_NHD, k_NKD, v_NKD, segments, rules)
-    if segments.long:
+    out_NHD: Tensor = ShortAttention.apply(q_NHD, k_NKD, v_NKD, segments, rules)  # type: ignore[no-untyped-call]
+    if segments.long_tokens is not None:
         return out_NHD.index_copy(0, segments.long_tokens, _attend_long(q_NHD, k_NKD, v_NKD, segments, rules))
     return out_NHD
 
@@ -184,16 +184,19 @@ def _put_keys(made: Tensor, grads: Tensor, segments: Segments, at: int, kv: int)
 
 def _attend_long(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, segments: Segments, rules: Rules) -> Tensor:
     """[M, H, D] of the long segments, end to end: the fused kernel for each."""
-    pieces = [one.split(segments.lengths) for one in (q_NHD, k_NKD, v_NKD)]
+    pieces = [torch.split(one, list(segments.lengths)) for one in (q_NHD, k_NKD, v_NKD)]
     parts = []
     for at in segments.long:
-        q_THD, k_PKD, v_PKD = pieces[0][at], *(_seen(one, segments, at) for one in pieces[1:])
+        q_THD, k_PKD, v_PKD = pieces[0][at], _seen(pieces[1], segments, at), _seen(pieces[2], segments, at)
         width, whole = len(q_THD), len(k_PKD)
         # The kernel's own causal mask begins at the first key, which is not where a continuation begins.
         masked = (rules.causal and whole > width) or (rules.window is not None and whole > rules.window)
         mask_TP = segments.mask(width, whole - width, rules.causal, rules.window, q_NHD.dtype) if masked else None
+        q_1HTD, k_1KPD, v_1KPD = (one.transpose(0, 1)[None] for one in (q_THD, k_PKD, v_PKD))
         out_HTD = F.scaled_dot_product_attention(
-            *(one.transpose(0, 1)[None] for one in (q_THD, k_PKD, v_PKD)),
+            q_1HTD,
+            k_1KPD,
+            v_1KPD,
             attn_mask=mask_TP,
             is_causal=rules.causal and not masked,
             scale=rules.scale,
@@ -212,7 +215,7 @@ def _seen(pieces: Sequence[Tensor], segments: Segments, at: int) -> Tensor:
 def _attend_plainly(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, segments: Segments, rules: Rules) -> Tensor:
     """[N, H, D], segment by segment in plain operations: what soft-caps, sinks and dropout ask for, and the reference."""
     times = q_NHD.shape[1] // k_NKD.shape[1]
-    pieces = [one.split(segments.lengths) for one in (q_NHD, k_NKD, v_NKD)]
+    pieces = [torch.split(one, list(segments.lengths)) for one in (q_NHD, k_NKD, v_NKD)]
     parts = []
     for at, q_THD in enumerate(pieces[0]):
         k_HPD, v_HPD = (_seen(one, segments, at).transpose(0, 1).repeat_interleave(times, 0) for one in pieces[1:])

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import MethodType
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 
 from luthier.core.errors import ConfigError, ModelError
 from luthier.models.layers import layers_of
@@ -30,7 +32,7 @@ def checkpoint_layers(model: LoadedModel, how: Checkpointing) -> int:
     """
     for layer in model.network.modules():
         if "own_forward" in vars(layer):
-            layer.forward = vars(layer).pop("own_forward")  # type: ignore[method-assign]
+            layer.forward = vars(layer).pop("own_forward")
     if how == "none":
         return 0
     if how == "offload" and model.device.type == "cpu":
@@ -40,7 +42,7 @@ def checkpoint_layers(model: LoadedModel, how: Checkpointing) -> int:
         raise ModelError(f"{model.spec.family}: no list of layers was found to compute again; use checkpointing: none")
     for layer in found:
         vars(layer).update(own_forward=layer.forward, offloads=how == "offload")
-        layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
+        layer.forward = MethodType(_forward, layer)
     return len(found)
 
 
@@ -52,7 +54,7 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     else:
         states = kwargs.pop("hidden_states")
     # What is computed again reads this, and not the argument, which is let go when there is a copy on the host.
-    held: list[Callable[[], Tensor]] = [lambda kept=states: kept]  # type: ignore[misc]
+    held: list[Callable[[], Tensor]] = [partial(_itself, states)]
 
     def run(_: Tensor) -> Any:
         return layer.own_forward(held[0](), *args, **kwargs)
@@ -66,11 +68,16 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
+def _itself(states: Tensor) -> Tensor:
+    return states
+
+
 def _same_attention(
     layer: nn.Module,
 ) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
     """Compute again with the attention that was set when the layer was computed first."""
-    configs = {id(one.config): one.config for one in layer.modules() if hasattr(one, "config")}
+    held = (getattr(one, "config", None) for one in layer.modules())
+    configs = {id(one): one for one in held if isinstance(one, PreTrainedConfig)}
     chosen = [(one, one._attn_implementation) for one in configs.values()]
 
     @contextmanager

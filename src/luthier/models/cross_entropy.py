@@ -10,48 +10,50 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from luthier.models.output import Head, OwnHead
+from luthier.models.output import AnyHead, Head
 from luthier.native.layers import cross_entropy_, usable
 
 # Bytes of the logits of one chunk: enough rows for fast products (256 of 49,152 in bf16), few enough for a large cache.
 CHUNK = 24 * 2**20
 
 
-def token_loss(
-    head: Head | OwnHead, hidden_NE: Tensor, target_N: Tensor, weight_N: Tensor, smoothing: float = 0.0
-) -> Tensor:
+def token_loss(head: AnyHead, hidden_NE: Tensor, target_N: Tensor, weight_N: Tensor, smoothing: float = 0.0) -> Tensor:
     """Sum of -weight x log p(target), in fp32, from the states that predict the targets.
 
     `smoothing` spreads that share of the mass over the vocabulary (Szegedy et al. 2016, arXiv:1512.00567).
     """
     if isinstance(head, Head) and not smoothing:
-        return LinearCrossEntropy.apply(
+        loss: Tensor = LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden_NE, head.weight_VE, head.bias_V, target_N, weight_N, head.scale, head.softcap
         )
+        return loss
     total = hidden_NE.new_zeros((), dtype=torch.float32)
     rows = _rows(head, hidden_NE)
-    for chunk in zip(hidden_NE.split(rows), target_N.split(rows), weight_N.split(rows)):
+    for chunk in zip(torch.split(hidden_NE, rows), torch.split(target_N, rows), torch.split(weight_N, rows)):
         # Made again on the way back: only the states are kept.
         total = total + checkpoint(_chunk_loss, head, *chunk, smoothing, use_reentrant=False)
     return total
 
 
 def naive_token_loss(
-    head: Head | OwnHead, hidden_NE: Tensor, target_N: Tensor, weight_N: Tensor, smoothing: float = 0.0
+    head: AnyHead, hidden_NE: Tensor, target_N: Tensor, weight_N: Tensor, smoothing: float = 0.0
 ) -> Tensor:
     """The same from all logits at once: the reference."""
     return _chunk_loss(head, hidden_NE, target_N, weight_N, smoothing)
 
 
-def token_nll(head: Head | OwnHead, hidden_NE: Tensor, target_N: Tensor) -> Tensor:
+def token_nll(head: AnyHead, hidden_NE: Tensor, target_N: Tensor) -> Tensor:
     """[N]: -log p(target) of each, in fp32, from the states that predict them; a gradient for each token flows back.
 
     For losses that are no weighted sum of tokens. Logits are made once forward and once more backward, in chunks.
     """
     if isinstance(head, Head):
-        return LinearTokenNLL.apply(hidden_NE, head.weight_VE, head.bias_V, target_N, head.scale, head.softcap)
+        nll_N: Tensor = LinearTokenNLL.apply(  # type: ignore[no-untyped-call]
+            hidden_NE, head.weight_VE, head.bias_V, target_N, head.scale, head.softcap
+        )
+        return nll_N
     rows = _rows(head, hidden_NE)
-    chunks = list(zip(hidden_NE.split(rows), target_N.split(rows)))
+    chunks = list(zip(torch.split(hidden_NE, rows), torch.split(target_N, rows)))
     if not torch.is_grad_enabled():
         parts = [naive_token_nll(head, *chunk) for chunk in chunks]
     else:
@@ -59,19 +61,17 @@ def token_nll(head: Head | OwnHead, hidden_NE: Tensor, target_N: Tensor) -> Tens
     return torch.cat(parts) if parts else hidden_NE.new_zeros(0, dtype=torch.float32)
 
 
-def naive_token_nll(head: Head | OwnHead, hidden_NE: Tensor, target_N: Tensor) -> Tensor:
+def naive_token_nll(head: AnyHead, hidden_NE: Tensor, target_N: Tensor) -> Tensor:
     """The same from all logits at once: the reference."""
     return F.cross_entropy(head.logits(hidden_NE).float(), target_N, reduction="none")
 
 
-def _rows(head: Head | OwnHead, hidden_NE: Tensor) -> int:
+def _rows(head: AnyHead, hidden_NE: Tensor) -> int:
     vocabulary = head.weight_VE.shape[0] if isinstance(head, Head) else head.module.config.vocab_size
     return max(32, CHUNK // (vocabulary * hidden_NE.element_size()))
 
 
-def _chunk_loss(
-    head: Head | OwnHead, hidden_NE: Tensor, target_N: Tensor, weight_N: Tensor, smoothing: float
-) -> Tensor:
+def _chunk_loss(head: AnyHead, hidden_NE: Tensor, target_N: Tensor, weight_N: Tensor, smoothing: float) -> Tensor:
     logits_NV = head.logits(hidden_NE).float()
     return (F.cross_entropy(logits_NV, target_N, reduction="none", label_smoothing=smoothing) * weight_N).sum()
 

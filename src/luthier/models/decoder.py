@@ -18,7 +18,7 @@ from luthier.models.adapters.additions import Addition
 from luthier.models.adapters.freeze import find_layers
 from luthier.models.adapters.inject import LoraLinear, shape_of
 from luthier.models.output import Head, head_of
-from luthier.models.quantised.linear import QuantisedLinear
+from luthier.models.quantised.linear import AnyLinear, QuantisedLinear
 from luthier.models.rules import TOLERANCE, TRIED, Unlike, read_rules
 from luthier.models.spec import LoadedModel
 from luthier.native.plain import activate
@@ -48,7 +48,7 @@ def _describe(model: LoadedModel, apart: bool) -> Decoder:
     if not isinstance(head, Head):
         raise Unlike("makes its logits in a way of its own")
     base = network.base_model
-    layers: Sequence[Any] = find_layers(model)[1]
+    layers = list(find_layers(model)[1])
     attention = _part(layers[0], "self_attn", "attn")
     heads = int(config.num_attention_heads)
     size = int(getattr(attention, "head_dim", None) or config.hidden_size // heads)
@@ -183,9 +183,9 @@ def _linears(layer: Any) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
     return _qkv(attention), [out], _ups(mlp), [_part(mlp, "down_proj", "fc2", "c_proj")]
 
 
-def _base(module: Any) -> Any:
+def _base(module: Any) -> AnyLinear:
     """The layer under an adapter. Raises Unlike for one of another kind."""
-    base = module.base if isinstance(module, LoraLinear) else module
+    base: AnyLinear = module.base if isinstance(module, LoraLinear) else module
     if type(base) not in (nn.Linear, Conv1D) and not isinstance(base, QuantisedLinear):
         raise Unlike(f"has layers of a kind of their own ({type(base).__name__})")
     return base
@@ -319,9 +319,9 @@ def _turns(base: Any, longest: int) -> Callable[[Any], Turns | None]:
             if not all(torch.allclose(one[:2], other, atol=1e-5) for one, other in zip(far, near)):
                 raise Unlike("makes other rotary positions for long texts")
             start = "" if own is None else f"{own}_"
-            speeds = getattr(rotary, f"{start}inv_freq", None), getattr(rotary, f"{start}attention_scaling", None)
-            known = isinstance(speeds[0], Tensor) and isinstance(speeds[1], int | float)
-            kinds[own] = Turns(partial(_tables, rotary, own), longest, speeds if known else None)
+            speeds, scaling = (getattr(rotary, start + name, None) for name in ("inv_freq", "attention_scaling"))
+            known = (speeds, scaling) if isinstance(speeds, Tensor) and isinstance(scaling, int | float) else None
+            kinds[own] = Turns(partial(_tables, rotary, own), longest, known)
             kinds[own].tables(2)
         return kinds[own]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from luthier.models.cross_entropy import CHUNK, collect, scale_gradients, start_gradients
-from luthier.models.output import Head, OwnHead
+from luthier.models.output import AnyHead, Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ class Aim:
 
 
 def divergence_loss(
-    head: Head | OwnHead,
+    head: AnyHead,
     hidden_NE: Tensor,
-    teacher: Head | OwnHead,
+    teacher: AnyHead,
     taught_ND: Tensor,
     target_N: Tensor,
     weight_N: Tensor,
@@ -64,21 +64,22 @@ def divergence_loss(
     Logits of a chunk of tokens are made, for both, and dropped; the teacher gets no gradient.
     """
     if isinstance(head, Head):
-        return LinearDivergence.apply(
+        loss: Tensor = LinearDivergence.apply(  # type: ignore[no-untyped-call]
             hidden_NE, head.weight_VE, head.bias_V, head, teacher, taught_ND, target_N, weight_N, aim
         )
+        return loss
     total = hidden_NE.new_zeros((), dtype=torch.float32)
     rows = _rows(head.module.config.vocab_size)
-    for chunk in zip(*(one.split(rows) for one in (hidden_NE, taught_ND, target_N, weight_N))):
+    for chunk in zip(*(torch.split(one, rows) for one in (hidden_NE, taught_ND, target_N, weight_N))):
         # Made again on the way back: only the states are kept.
         total = total + checkpoint(_chunk_loss, head, teacher, aim, *chunk, use_reentrant=False)
     return total
 
 
 def naive_divergence_loss(
-    head: Head | OwnHead,
+    head: AnyHead,
     hidden_NE: Tensor,
-    teacher: Head | OwnHead,
+    teacher: AnyHead,
     taught_ND: Tensor,
     target_N: Tensor,
     weight_N: Tensor,
@@ -93,7 +94,7 @@ def _rows(vocabulary: int) -> int:
 
 
 def _chunk_loss(
-    head: Head | OwnHead, teacher: Head | OwnHead, aim: Aim, hidden_NE: Tensor, taught_ND: Tensor, *gold: Tensor
+    head: AnyHead, teacher: AnyHead, aim: Aim, hidden_NE: Tensor, taught_ND: Tensor, *gold: Tensor
 ) -> Tensor:
     target_N, weight_N = gold
     with torch.no_grad():
@@ -111,7 +112,7 @@ class LinearDivergence(torch.autograd.Function):
         weight_VE: Tensor,
         bias_V: Tensor | None,
         head: Head,
-        teacher: Head | OwnHead,
+        teacher: AnyHead,
         taught_ND: Tensor,
         target_N: Tensor,
         weight_N: Tensor,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from luthier.core.errors import ModelError
 from luthier.core.events import Events
@@ -42,7 +41,7 @@ def manner_of(model: LoadedModel, events: Events | None = None) -> Manner:
     Raises ModelError for files that ask for more than that, or cannot be read."""
     if model.manner is None:
         model.manner = _read_manner(model, events)
-    return model.manner  # type: ignore[no-any-return]
+    return model.manner
 
 
 def _read_manner(model: LoadedModel, events: Events | None) -> Manner:
@@ -77,7 +76,7 @@ def _read_manner(model: LoadedModel, events: Events | None) -> Manner:
     return Manner(WAYS[asked[0]], normalised)
 
 
-def read_part(source: str, name: str, events: Events | None = None) -> Any:
+def read_part(source: str, name: str, events: Events | None = None) -> object:
     """A JSON file of a model; None where there is none, and with a warning where the hub would have to say so and is not
     reached. Raises ModelError for one that cannot be fetched or read."""
     place = resolve_source(source)
@@ -103,6 +102,7 @@ def read_part(source: str, name: str, events: Events | None = None) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found: object = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
         raise ModelError(f"{path}: cannot be read ({type(err).__name__}); fetch the model again") from None
+    return found

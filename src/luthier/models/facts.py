@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from luthier.models.heads import width_of
 from luthier.models.mapped import AT_ONCE
 from luthier.models.quantised.linear import QuantisedLinear, sample
 from luthier.models.spec import Kind, LoadedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ def read_facts(network: Any) -> ModelFacts:
     )
 
 
-def kind_of(config: Any) -> Kind:
+def kind_of(config: PreTrainedConfig) -> Kind:
     """Decoder, encoder or encoder-decoder, from a transformers config. Raises ModelError for none of them."""
     from transformers.models.auto import modeling_auto as names
 
@@ -68,7 +71,7 @@ def kind_of(config: Any) -> Kind:
     )
 
 
-def context_of(config: Any) -> int | None:
+def context_of(config: PreTrainedConfig) -> int | None:
     """The longest input in tokens that has a position; None where positions are relative and set no limit."""
     if config.model_type in ("t5", "mt5", "umt5") or (
         config.model_type.startswith("deberta") and not config.position_biased_input
@@ -99,7 +102,7 @@ def fingerprint(network: nn.Module, let_go: Callable[[], None] = lambda: None) -
     if any(parameter.is_meta for parameter in network.parameters()):
         return ""
     digest = hashlib.sha256()
-    below: Any = getattr(network, "base_model", network)
+    below: nn.Module = getattr(network, "base_model", network)
     found, read = {}, 0
     for name, tensor in below.state_dict().items():
         found[name] = tuple(tensor.shape), sample(tensor)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def fuse(model: LoadedModel, events: Events | None = None) -> int:
             if forward is False:
                 other[name] += 1
             elif forward is not None:
-                module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+                module.forward = MethodType(forward, module)
                 found[name] += 1
     if found and events is not None:
         events.choose("fused", _list(found), "they give what the model's own parts give, in fewer passes")
@@ -61,50 +61,78 @@ def unfuse(model: LoadedModel) -> None:
             del module.forward
 
 
-def fused_parts(model: LoadedModel) -> dict[str, dict[str, Any]]:
+class FusedPart(TypedDict):
+    """The faster form of a part, and what it reads of its module beside what the family put there; made of JSON."""
+
+    form: str
+    held: dict[str, float]
+
+
+def fused_parts(model: LoadedModel) -> dict[str, FusedPart]:
     """Which parts of `model` have a faster form, by name, each as `fuse_as` takes it."""
-    found = {}
+    found: dict[str, FusedPart] = {}
     for name, module in model.network.named_modules():
         form = getattr(getattr(vars(module).get("forward"), "__func__", None), "__name__", None)
         if form in FORMS:
-            found[name] = {
-                "form": form,
-                **{key: one for key, one in vars(module).items() if key.startswith("luthier_")},
-            }
+            held = {key: one for key, one in vars(module).items() if key.startswith("luthier_")}
+            found[name] = {"form": form, "held": held}
     return found
 
 
-def fuse_as(model: LoadedModel, parts: Mapping[str, Mapping[str, Any]]) -> None:
+def fuse_as(model: LoadedModel, parts: Mapping[str, FusedPart]) -> None:
     """Put in the faster forms that another model of this shape was found to allow."""
-    for name, settings in parts.items():
+    for name, part in parts.items():
         module = model.network.get_submodule(name)
-        module.forward = MethodType(FORMS[settings["form"]], module)
-        vars(module).update({key: one for key, one in settings.items() if key.startswith("luthier_")})
+        module.forward = MethodType(FORMS[part["form"]], module)
+        vars(module).update(part["held"])
 
 
-def norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
+class _Norm(Protocol):
+    """A module that `norm_forward` is a method of; `_norm` puts the last two into it."""
+
+    weight: Tensor
+    luthier_eps: float
+    luthier_shift: float
+
+
+class _MLP(Protocol):
+    """A module that `mlp_forward` is a method of."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+
+def norm_forward(self: _Norm, hidden_states: Tensor) -> Tensor:
     """RMS norm in one pass."""
-    return RMSNorm.apply(hidden_states, self.weight, self.luthier_eps, self.luthier_shift)  # type: ignore[no-any-return]
+    return _norm_rows(hidden_states, self.weight, self.luthier_eps, self.luthier_shift)
 
 
-def mlp_forward(self: Any, x: Tensor) -> Tensor:
+def _norm_rows(x: Tensor, weight: Tensor, eps: float, shift: float) -> Tensor:
+    y: Tensor = RMSNorm.apply(x, weight, eps, shift)  # type: ignore[no-untyped-call]
+    return y
+
+
+def mlp_forward(self: _MLP, x: Tensor) -> Tensor:
     """down(silu(gate(x)) up(x)) without the tensors between."""
     gate_NF, up_NF = project(x.flatten(0, -2), (self.gate_proj, self.up_proj))
-    return self.down_proj(SwiGLU.apply(gate_NF, up_NF)).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+    y_NE: Tensor = self.down_proj(SwiGLU.apply(gate_NF, up_NF))  # type: ignore[no-untyped-call]
+    return y_NE.view(*x.shape[:-1], -1)
 
 
 def attention_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     """Attention over segments with positions turned in place; as the family wrote it where there are none."""
     segments: Segments | None = kwargs.get("segments")
     if segments is None or args or self.config._attn_implementation != NAME:
-        return type(self).forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+        own: tuple[Tensor, None] = type(self).forward(self, hidden_states, *args, **kwargs)
+        return own
     cosine, sine = kwargs["position_embeddings"]
     size, flat_NE = self.head_dim, hidden_states[0]
     made = project(flat_NE, (self.q_proj, self.k_proj, self.v_proj))
     q_NHD, k_NKD, v_NKD = (one.view(len(flat_NE), -1, size) for one in made)
     if hasattr(self, "q_norm"):
         q_NHD, k_NKD = self.q_norm(q_NHD), self.k_norm(k_NKD)
-    q_NHD, k_NKD = (Rotate.apply(one, cosine[0], sine[0]) for one in (q_NHD, k_NKD))
+    q_NHD, k_NKD = (Rotate.apply(one, cosine[0], sine[0]) for one in (q_NHD, k_NKD))  # type: ignore[no-untyped-call]
     rules = Rules(True, self.scaling, getattr(self, "sliding_window", None))
     out_NHD = attend_flat(q_NHD, k_NKD, v_NKD, segments, rules, getattr(self, "layer_idx", None))
     return self.o_proj(out_NHD.reshape(len(flat_NE), -1))[None], None
@@ -121,15 +149,15 @@ def _list(counts: Counter[str]) -> str:
 
 
 def _norm(module: nn.Module) -> Callable[..., Any] | Literal[False] | None:
-    weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     parts = dict(module.named_parameters(recurse=False))
     if "RMSNorm" not in type(module).__name__ or set(parts) != {"weight"} or not isinstance(eps, float):
         return None
-    x = torch.randn(TRIED, len(parts["weight"]), generator=torch.Generator().manual_seed(0)).to(parts["weight"].dtype)
+    weight = parts["weight"]
+    x = torch.randn(TRIED, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     for shift in (0.0, 1.0):  # Gemma's weights are kept as their distance from one
         with torch.no_grad():
-            if _close(RMSNorm.apply(x, weight, eps, shift), module(x)):
+            if _close(_norm_rows(x, weight, eps, shift), module(x)):
                 vars(module).update(luthier_eps=eps, luthier_shift=shift)
                 return norm_forward
     return False

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 
-def describe_hardware() -> dict[str, Any]:
+class Device(TypedDict):
+    """A CUDA device."""
+
+    name: str
+    memory_bytes: int
+    capability: str
+    dtypes: list[str]
+
+
+class Hardware(TypedDict):
+    """What a machine computes with, as plain values."""
+
+    torch: str
+    threads: int
+    instruction_set: str
+    cpu_dtypes: list[str]
+    bfloat16_is_fast: bool
+    mkldnn: bool
+    cuda: list[Device]
+    mps: bool
+
+
+def describe_hardware() -> Hardware:
     """Threads, instruction set and fast precisions of the processor; name, memory and precisions of each CUDA device."""
-    devices = []
+    devices: list[Device] = []
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         devices.append(
@@ -21,15 +43,14 @@ def describe_hardware() -> dict[str, Any]:
             }
         )
     isa = torch.backends.cpu.get_cpu_capability()
+    mkldnn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "instruction_set": isa,
         "cpu_dtypes": ["float32", "bfloat16"],
-        "bfloat16_is_fast": bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        if torch.backends.mkldnn.is_available()
-        else False,
-        "mkldnn": torch.backends.mkldnn.is_available(),
+        "bfloat16_is_fast": mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        "mkldnn": mkldnn,
         "cuda": devices,
         "mps": torch.backends.mps.is_available(),
     }

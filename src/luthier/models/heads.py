@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from luthier.models.segments import owners
 from luthier.models.spec import Pooling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 class Pooled(nn.Module):
@@ -40,11 +43,13 @@ class Pooled(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Scores [B, C] in fp32 from ids [B, T] and mask [B, T] (1: token, 0: padding)."""
-        return self.head(self.dropout(self.pool(input_ids, attention_mask)))
+        scores_BC: Tensor = self.head(self.dropout(self.pool(input_ids, attention_mask)))
+        return scores_BC
 
     def score(self, hidden_NE: Tensor, lengths: Sequence[int]) -> Tensor:
         """Scores [S, C] in fp32 from the last hidden states of texts laid end to end."""
-        return self.head(self.dropout(pool_flat(hidden_NE.float(), lengths, self.pooling)))
+        scores_SC: Tensor = self.head(self.dropout(pool_flat(hidden_NE.float(), lengths, self.pooling)))
+        return scores_SC
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Pooled vectors [B, E] in fp32."""
@@ -86,12 +91,12 @@ def pool_flat(hidden_NE: Tensor, lengths: Sequence[int], pooling: Pooling) -> Te
     return hidden_NE[ends_S - 1 if pooling == "last" else ends_S - sizes_S]
 
 
-def width_of(config: Any) -> int:
+def width_of(config: PreTrainedConfig) -> int:
     """Size of the hidden states."""
     return int(getattr(config, "hidden_size", None) or config.d_model)
 
 
-def dropout_of(config: Any) -> float:
+def dropout_of(config: PreTrainedConfig) -> float:
     """The dropout that the family puts before a classification head; 0 where it names none."""
     for name in ("classifier_dropout", "hidden_dropout_prob", "dropout_rate"):
         found = getattr(config, name, None)

@@ -13,16 +13,18 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+T = TypeVar("T")
 COMPILER = "torch._dynamo"
 SYMBOLS = "torch.fx.experimental.symbolic_shapes"
 INDEXING = f"{COMPILER}._trace_wrapped_higher_order_op"
@@ -30,6 +32,8 @@ INDEXING = f"{COMPILER}._trace_wrapped_higher_order_op"
 ABSENT = ("is_torch_distributed_available", "is_torch_flex_attn_available", "is_scipy_available")
 MODELS = "models"
 WANTED = ("transformers.modeling_utils", "transformers.generation.utils")
+Structure: TypeAlias = dict[frozenset[str], dict[str, set[str]]]
+"""What the files of a package define, by what must be installed for it and by file."""
 
 
 def import_lean() -> bool:
@@ -54,7 +58,7 @@ def import_lean() -> bool:
     return True
 
 
-def _part_of_distributed(name: str) -> Any:
+def _part_of_distributed(name: str) -> ModuleType:
     """Others take these parts of torch.distributed to be there, since transformers imports them."""
     if name not in ("tensor", "fsdp", "checkpoint", "device_mesh"):
         raise AttributeError(f"module 'torch.distributed' has no attribute {name!r}")
@@ -123,19 +127,19 @@ class _Symbols(_Unasked):
     expect_true = guard_or_false = guard_or_true = guard_size_oblivious = statically_known_true = staticmethod(bool)
 
     @staticmethod
-    def guarding_hint_or_throw(number: Any) -> Any:
+    def guarding_hint_or_throw(number: T) -> T:
         return number
 
     @staticmethod
-    def has_guarding_hint(number: Any) -> bool:
+    def has_guarding_hint(number: object) -> bool:
         return True
 
     @staticmethod
-    def free_unbacked_symbols(numbers: Any) -> frozenset[Any]:
+    def free_unbacked_symbols(numbers: object) -> frozenset[object]:
         return frozenset()
 
     @staticmethod
-    def is_nested_int(number: Any) -> bool:
+    def is_nested_int(number: object) -> bool:
         return isinstance(number, torch.SymInt) and number.node.is_nested_int()
 
     @staticmethod
@@ -147,7 +151,7 @@ class _Symbols(_Unasked):
         return any(found)
 
     @staticmethod
-    def sym_eq(left: Any, right: Any) -> bool:
+    def sym_eq(left: object, right: object) -> bool:
         return bool(left == right)
 
 
@@ -179,14 +183,16 @@ def _told_absent() -> Iterator[None]:
 @contextmanager
 def _looked_once() -> Iterator[None]:
     """transformers looks through the files of all its models for what they define, and then once more."""
-    utils = import_module("transformers.utils.import_utils")
+    import transformers.utils.import_utils as utils
+
     look = utils.define_import_structure
 
-    def define_import_structure(path: Any, prefix: str | None = None) -> Any:
-        models = Path(path).parent
+    @lru_cache
+    def define_import_structure(module_path: str, prefix: str | None = None) -> Structure:
+        models = Path(module_path).parent
         if prefix is not None or models.name != MODELS or models.parent != Path(utils.__file__).parents[1]:
-            return look(path, prefix)
-        return models_structure(look(models, MODELS))
+            return look(module_path, prefix)
+        return models_structure(look(str(models), MODELS))
 
     utils.define_import_structure = define_import_structure
     try:
@@ -195,7 +201,7 @@ def _looked_once() -> Iterator[None]:
         utils.define_import_structure = look
 
 
-def models_structure(whole: dict[Any, dict[str, set[str]]]) -> dict[Any, dict[str, set[str]]]:
+def models_structure(whole: Structure) -> Structure:
     """Of what transformers defines, what its models do, as they are called among themselves."""
     start = f"{MODELS}."
     return {

@@ -9,11 +9,13 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
 )
 
 from luthier.core.errors import ConfigError, ModelError
@@ -109,7 +111,7 @@ def load_model(
     # What PiSSA leaves in the base is taken from it in full precision, and rounded or quantised after.
     pissa = saved is not None and (saved.adapter or {}).get("kind") == "pissa"
     late = pissa and dtype == "bfloat16" and quantize == "none"
-    form: Form | None = None if quantize in ("auto", "none") else quantize  # type: ignore[assignment]
+    form: Form | None = quantize if quantize == "int8" or quantize == "nf4" else None
     # In the precision of the files, weights are read from the disk only when their layer is quantised.
     first = "float32" if late else dtype if quantize == "none" or from_scratch else "file"
     hollow = device == "meta"
@@ -151,7 +153,7 @@ def load_model(
                 cast_network(network, DTYPES[dtype])
         else:
             settings = read_peft(network, spec, place, adapter)
-        update = {"adapter": settings, "base": lasting_name(base_name), "base_fingerprint": found}
+        update: dict[str, Any] = {"adapter": settings, "base": lasting_name(base_name), "base_fingerprint": found}
         if adapter.get("peft_type") != "LORA":
             update["max_length"] = room_left(network, spec.max_length)
         spec = spec.model_copy(update=update)
@@ -201,7 +203,7 @@ def read_kind(source: str) -> Kind:
 
 def load_network(
     place: Path | str,
-    config: Any,
+    config: PreTrainedConfig,
     task: Task,
     hub: dict[str, Any],
     *,
@@ -218,7 +220,7 @@ def load_network(
         raise ConfigError(f"dtype: {dtype!r} is not among {', '.join(DTYPES)}")
     factory = AUTO_CLASSES[task]
     if from_scratch:
-        return ask(place, "model", lambda: factory.from_config(config, dtype=DTYPES[dtype]))
+        return ask(place, "model", lambda: factory.from_config(config, dtype=DTYPES[dtype]))  # type: ignore[no-untyped-call]
     if isinstance(place, Path) and not any((*place.glob("*.safetensors"), *place.glob("pytorch_model*.bin"))):
         raise ModelError(
             f"{place}: there is a config.json but no weights; ask for random ones with `from_scratch: true` "
@@ -248,9 +250,9 @@ def load_network(
     return network
 
 
-def _is_computed(network: Any, name: str) -> bool:
+def _is_computed(network: nn.Module, name: str) -> bool:
     """Whether a weight is computed by its module and never saved (Marian's sinusoidal positions)."""
-    owner = network
+    owner: object = network
     for part in name.split(".")[:-1]:
         owner = getattr(owner, part, None)
     return "Sinusoidal" in type(owner).__name__

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +85,7 @@ def _regions(text: str) -> Iterator[Region]:
             yield Region(start, end, offset, path, rest[0] == "0")
 
 
-def find_mapped(network: Any) -> list[tuple[int, int]]:
+def find_mapped(network: nn.Module) -> list[tuple[int, int]]:
     """(address, bytes) of the mapped files in which weights of `network` lie, none of whose pages was written to since: what
     was would be lost. Empty where the system does not tell."""
     weights = sorted(one.data_ptr() for one in network.parameters())
@@ -97,7 +96,7 @@ def find_mapped(network: Any) -> list[tuple[int, int]]:
     ]
 
 
-def letting_go(network: Any) -> Callable[[], None]:
+def letting_go(network: nn.Module) -> Callable[[], None]:
     """What gives back the pages of the weights that were read since; nothing is done where they lie in no file."""
     places = find_mapped(network)
 
@@ -109,12 +108,12 @@ def letting_go(network: Any) -> Callable[[], None]:
 
 
 @contextmanager
-def by_layers(network: Any) -> Iterator[Callable[[], None]]:
+def by_layers(network: nn.Module) -> Iterator[Callable[[], None]]:
     """Inside, the pages of weights in a file that layers read are given back after some of them; gives what does that, for all
     others."""
     let_go, read = letting_go(network), 0
 
-    def count(layer: Any, *_: Any) -> None:
+    def count(layer: nn.Module, *_: object) -> None:
         nonlocal read
         read += sum(one.nbytes for one in layer.parameters())
         if read >= AT_ONCE:
@@ -173,5 +172,5 @@ class Files:
 
 
 @cache
-def _library() -> Any:
+def _library() -> ctypes.CDLL:
     return ctypes.CDLL(None)

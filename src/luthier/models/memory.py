@@ -9,7 +9,6 @@ import platform
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -121,7 +120,7 @@ def shown(size: float) -> str:
 
 
 @cache
-def _glibc() -> Any:
+def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import AutoConfig, AutoTokenizer
 
@@ -15,6 +15,11 @@ from luthier.models.facts import kind_of
 from luthier.models.quiet import quiet
 from luthier.models.sources import knock, resolve_source
 from luthier.models.spec import Kind, ModelSpec, read_spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class Origin:
     hub: dict[str, Any]
     """How the hub is asked for the base (`sources.knock`)."""
     config: Any
-    """The transformers config of the base."""
+    """The transformers config of the base; None where only its tokenizer is asked for (`engine.recalled`)."""
     kind: Kind
 
 
@@ -48,11 +53,12 @@ def find_origin(source: str) -> Origin:
     return Origin(source, place, saved, adapter, base, base_name, hub, config, kind_of(config))
 
 
-def read_config(place: Path | str, hub: dict[str, Any]) -> Any:
+def read_config(place: Path | str, hub: dict[str, Any]) -> PreTrainedConfig:
     """The transformers config at `place`. Raises ModelError."""
     if isinstance(place, Path) and not (place / "config.json").is_file():
         raise ModelError(f"{place}: no config.json here, so this is no model directory")
-    return ask(place, "config", lambda: AutoConfig.from_pretrained(str(place), **hub))
+    config: PreTrainedConfig = ask(place, "config", lambda: AutoConfig.from_pretrained(str(place), **hub))
+    return config
 
 
 def read_tokenizer(origin: Origin) -> Any:
@@ -76,7 +82,7 @@ def base_of(source: str, base: str) -> Path | str:
     return place
 
 
-def ask(place: Path | str, what: str, load: Callable[[], Any]) -> Any:
+def ask(place: Path | str, what: str, load: Callable[[], T]) -> T:
     """Run `load` quietly, and turn whatever transformers raises into one sentence."""
     try:
         with quiet():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,8 @@ class OwnHead:
             for one in bodies:
                 held.enter_context(_giving(one, hidden_NE[None]))
             ids_1N = torch.zeros(1, len(hidden_NE), dtype=torch.long, device=hidden_NE.device)
-            return self.module(**_inputs(self.module, ids_1N)).logits[0]  # type: ignore[no-any-return]
+            logits_NV: Tensor = self.module(**_inputs(self.module, ids_1N)).logits[0]
+            return logits_NV
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,10 @@ class Tempered:
         return self.head.logits(hidden_NE) / self.temperature
 
 
-def at_temperature(model: LoadedModel, temperature: float) -> Any:
+AnyHead: TypeAlias = Head | OwnHead | Tempered
+
+
+def at_temperature(model: LoadedModel, temperature: float) -> AnyHead:
     """The head of a loaded language model with its logits over `temperature`: what is drawn from, as a likelihood."""
     head = head_of(model)
     if temperature == 1:
@@ -88,7 +92,7 @@ def head_of(model: LoadedModel) -> Head | OwnHead:
         model.head = (layer, read_head(model.module))
     head = model.head[1]
     # Read anew each time: a sharded weight is another tensor while its model computes.
-    return replace(head, weight_VE=layer.weight, bias_V=layer.bias) if isinstance(head, Head) else head  # type: ignore[no-any-return]
+    return replace(head, weight_VE=layer.weight, bias_V=layer.bias) if isinstance(head, Head) else head
 
 
 @torch.no_grad()
@@ -121,9 +125,10 @@ def decoder_states(module: Any, ids_ST: Tensor, mask_ST: Tensor | None, target_S
     """[S, M, E]: the last hidden states of an encoder-decoder's decoder, given source and target ids."""
     source_STE = module.get_encoder()(input_ids=ids_ST, attention_mask=mask_ST)[0]
     decoder = module.get_decoder()
-    return decoder(  # type: ignore[no-any-return]
+    states_SME: Tensor = decoder(
         input_ids=target_SM, encoder_hidden_states=source_STE, encoder_attention_mask=mask_ST, use_cache=False
     )[0]
+    return states_SME
 
 
 def _inputs(module: Any, ids_1N: Tensor) -> dict[str, Tensor]:
@@ -165,11 +170,11 @@ class _Given(tuple[Tensor]):
 def _giving(body: nn.Module, hidden_1NE: Tensor) -> Iterator[None]:
     """Inside, `body` gives these states instead of computing any."""
     own = vars(body).get("forward")
-    body.forward = lambda *args, **kwargs: _Given((hidden_1NE,))  # type: ignore[method-assign]
+    body.forward = lambda *args, **kwargs: _Given((hidden_1NE,))
     try:
         yield
     finally:
         if own is None:
             del body.forward
         else:
-            body.forward = own  # type: ignore[method-assign]
+            body.forward = own

@@ -38,11 +38,11 @@ def hidden_states(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int], par
 
 def _repeated(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int], parents: Sequence[int]) -> Tensor:
     """Children read by reading their parent again before each: the reference for reading it once."""
-    pieces = ids_N.split(list(lengths))
+    pieces = torch.split(ids_N, list(lengths))
     whole = [piece if up < 0 else torch.cat([pieces[up], piece]) for piece, up in zip(pieces, parents)]
     states_NE = hidden_states(model, torch.cat(whole), [len(one) for one in whole])
-    found = [one[-length:] for one, length in zip(states_NE.split([len(one) for one in whole]), lengths)]
-    return torch.cat(found)
+    states = torch.split(states_NE, [len(one) for one in whole])
+    return torch.cat([one[-length:] for one, length in zip(states, lengths)])
 
 
 def packs(model: LoadedModel, events: Events | None = None) -> bool:
@@ -109,13 +109,12 @@ def _packed(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int], parents: 
     inputs["segments"] = Segments(lengths, ids_N.device, parents)
     separator = getattr(model.module, "separator", None)
     if separator is not None:
-        inputs["token_type_ids"] = torch.cat([text_of_pair(part, separator) for part in ids_N.split(list(lengths))])[
-            None
-        ]
+        parts = torch.split(ids_N, list(lengths))
+        inputs["token_type_ids"] = torch.cat([text_of_pair(part, separator) for part in parts])[None]
     if hasattr(network.config, "use_cache"):
         inputs["use_cache"] = False
     with packed_attention(network):
-        states_NE = network.base_model(**inputs).last_hidden_state[0]
+        states_NE: Tensor = network.base_model(**inputs).last_hidden_state[0]
     return states_NE if text_N is None else states_NE[text_N]
 
 
@@ -140,7 +139,7 @@ def _padded(model: LoadedModel, ids_N: Tensor, lengths: Sequence[int]) -> Tensor
 
 def pad(flat_N: Tensor, lengths: Sequence[int], fill: int | float) -> Tensor:
     """[S, T]: segments side by side, `fill` to their right."""
-    return pad_sequence(list(flat_N.split(list(lengths))), batch_first=True, padding_value=fill)
+    return pad_sequence(list(torch.split(flat_N, list(lengths))), batch_first=True, padding_value=fill)
 
 
 def mask_of(lengths: Sequence[int], device: torch.device | None = None) -> Tensor:

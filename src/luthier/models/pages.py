@@ -135,7 +135,8 @@ def read_pages(model: LoadedModel, ids_N: Tensor, pages: Pages) -> Tensor:
     if hasattr(network.config, "use_cache"):
         inputs["use_cache"] = False
     with packed_attention(network):
-        return network.base_model(**inputs).last_hidden_state[0]  # type: ignore[no-any-return]
+        states_NE: Tensor = network.base_model(**inputs).last_hidden_state[0]
+        return states_NE
 
 
 def writes_by_pages(model: LoadedModel) -> bool:

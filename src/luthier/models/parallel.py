@@ -3,7 +3,7 @@ Shoeybi et al. 2019, arXiv:1909.08053)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -11,8 +11,11 @@ from torch import Tensor
 
 from luthier.core.errors import ModelError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-def check_shared(source: str, config: Any, parts: int, *, writes: bool, whole: bool) -> None:
+
+def check_shared(source: str, config: PreTrainedConfig, parts: int, *, writes: bool, whole: bool) -> None:
     """Raises ModelError for a model that cannot be shared out over so many processes: one that is no decoder and `writes` no
     text, one that is not loaded `whole` from its files as they are, or whose family or numbers of heads do not allow it."""
 
@@ -36,7 +39,7 @@ def check_shared(source: str, config: Any, parts: int, *, writes: bool, whole: b
             raise refuse(f"it has {count} {name}; start so many processes that this is a multiple of them")
 
 
-def _kept_heads(config: Any, heads: int) -> int:
+def _kept_heads(config: PreTrainedConfig, heads: int) -> int:
     return int(getattr(config, "num_key_value_heads", None) or heads)
 
 
@@ -44,7 +47,7 @@ def shared_out(parts: int) -> dict[str, Any]:
     """How transformers loads a model that so many processes share; nothing where there is one."""
     if parts == 1:
         return {}
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     return {"distributed_config": DistributedConfig(tp_size=parts, tp_plan="auto")}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from luthier.models.spec import LoadedModel
 ROWS = 32
 # Of the memory that is free, the copies take no more than this share.
 SHARE = 0.5
-Product = Callable[[Tensor], Tensor]
+Product: TypeAlias = Callable[[Tensor], Tensor]
+Multiplier: TypeAlias = nn.Linear | Literal["head"]
+"""What multiplies: a layer, or the head."""
 
 
 class Prepared:
@@ -32,7 +34,7 @@ class Prepared:
     put elsewhere, are laid out again."""
 
     def __init__(self, model: LoadedModel):
-        self._model, self._made = model, dict[Any, tuple[tuple[int, ...], Product]]()
+        self._model, self._made = model, dict[Multiplier, tuple[tuple[int, ...], Product]]()
         plain = _plain(model)
         if _can(model, plain) and not _fits(model, plain):
             warnings.warn(
@@ -61,7 +63,7 @@ class Prepared:
             return head.logits(states_NE).float()
         return head.finish(self._product("head", head.weight_VE, head.bias_V)(states_NE)).float()
 
-    def _product(self, key: Any, weight: Tensor, bias: Tensor | None) -> Product:
+    def _product(self, key: Multiplier, weight: Tensor, bias: Tensor | None) -> Product:
         state = (weight.data_ptr(), weight._version, -1 if bias is None else bias.data_ptr())
         made = self._made.get(key)
         if made is None or made[0] != state:
@@ -72,7 +74,7 @@ class Prepared:
 def _lay_out(weight: Tensor, bias: Tensor | None) -> Product:
     ops = torch.ops.mkldnn
     laid, multiply = ops._reorder_linear_weight(weight, ROWS), ops._linear_pointwise.default
-    return lambda x: multiply(x, laid, bias, "none", [], "")  # type: ignore[no-any-return]
+    return lambda x: multiply(x, laid, bias, "none", [], "")
 
 
 def copied(model: LoadedModel) -> int:

@@ -16,6 +16,8 @@ from luthier.text.render import Renderer
 from luthier.text.template import Template, choose_template
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from luthier.models.origin import Origin
 
 DEFAULT_LENGTH = 512
@@ -37,7 +39,7 @@ def check_task(task: Task, kind: Kind, source: str) -> Task:
     return task
 
 
-def choose_length(asked: int | None, saved: ModelSpec | None, config: Any, tokenizer: Any) -> int:
+def choose_length(asked: int | None, saved: ModelSpec | None, config: PreTrainedConfig, tokenizer: Any) -> int:
     """The longest row in tokens: what is asked, else what was saved, else the context. Raises ConfigError beyond it."""
     context = context_of(config)
     if asked is not None:
@@ -66,10 +68,10 @@ def begin_spec(origin: Origin, task: Task, tokenizer: Any, max_length: int | Non
     )
 
 
-def choose_pooling(asked: str, saved: ModelSpec | None, kind: Kind) -> Pooling:
+def choose_pooling(asked: Pooling | Literal["auto"], saved: ModelSpec | None, kind: Kind) -> Pooling:
     """How a text becomes one vector: as asked, as saved, else the last token of a decoder and the mean of an encoder."""
     if asked != "auto":
-        return asked  # type: ignore[return-value]
+        return asked
     if saved is not None and saved.task in ("classify", "regress"):
         return saved.pooling
     return "last" if kind == "decoder" else "mean"

@@ -33,11 +33,11 @@ NAMES = (("query", "q"), ("key", "k"), ("value", "v"))
 PRODUCTS = {aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.addmm_: (1, 2), aten.baddbmm: (1, 2)}
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the tensors that are alive, and FLOPs and bytes of the operations, while it is entered."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held = 0
         """Bytes held now."""
         self.peak = 0
@@ -48,7 +48,7 @@ class Ledger(TorchDispatchMode):
         """Bytes read and written by all other operations."""
         self.operations = 0
         self.stand_ins: dict[int, Tensor] = {}
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def know(self, tensors: Iterable[Tensor]) -> None:
         """Do not count these."""
@@ -88,7 +88,7 @@ class Ledger(TorchDispatchMode):
             return
         size = storage.nbytes() if size is None else size
 
-        def strike(_: Any) -> None:
+        def strike(_: object) -> None:
             self.held -= size
             del self._known[key]
 
@@ -112,10 +112,10 @@ class _Fused(TorchFunctionMode):
         mask = asked.get("attn_mask")
         if asked.get("dropout_p") or (mask is not None and mask.requires_grad):
             # No kernel of the CPU's is fused then.
-            return torch._scaled_dot_product_attention_math(q, k, v, **asked)[0]  # type: ignore[attr-defined]
+            return torch._scaled_dot_product_attention_math(q, k, v, **asked)[0]
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.empty_like(mask, dtype=q.dtype)
-        return _FusedAttention.apply(self.ledger, q, k, v, mask)
+        return _FusedAttention.apply(self.ledger, q, k, v, mask)  # type: ignore[no-untyped-call]
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -146,7 +146,8 @@ def rehearse(modules: Iterable[nn.Module], device: torch.device) -> Iterator[Led
     stand_ins = ledger.stand_ins
     for module in modules:
         for part in module.modules():
-            for held in (part._parameters, part._buffers):
+            holders: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for held in holders:
                 for name, tensor in held.items():
                     if tensor is not None:
                         swapped.append((held, name, tensor))

@@ -72,7 +72,7 @@ class Segments:
         self.short = [self._group(one) for one in groups]
         inside = [torch.arange(self._starts[at], self._starts[at + 1]) for at in self.long]
         self.long_tokens = torch.cat(inside).to(self.device) if inside else None
-        self._kept: dict[tuple[Any, ...], Any] = {}
+        self._kept: dict[tuple[object, ...], Any] = {}
 
     def before(self, at: int) -> int:
         """How many tokens stand before segment `at`: the length of its parent."""
@@ -158,10 +158,11 @@ class Segments:
     def _heads(self, heads: int) -> Tensor:
         return torch.arange(heads, device=self.device)[:, None]
 
-    def _once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    def _once(self, key: tuple[object, ...], make: Callable[[], T]) -> T:
         if key not in self._kept:
             self._kept[key] = make()
-        return self._kept[key]  # type: ignore[no-any-return]
+        made: T = self._kept[key]
+        return made
 
 
 def owners(lengths: Sequence[int]) -> Tensor:

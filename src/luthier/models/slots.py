@@ -16,9 +16,9 @@ from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from luthier.core.errors import ModelError
 from luthier.models.output import head_of
@@ -80,12 +80,12 @@ class Slots:
         self.layers = self.layers or [(Rows(blank), Rows(blank), Rows(blank), Rows(blank)) for _ in own]
         start, stop = len(self.written), len(self.written) + len(keys)
         for layer, one, other in zip(self.layers, own, cross, strict=True):
-            for rows, new in zip(layer, (one.keys, one.values, other.keys, other.values)):
-                new_STHD = new.transpose(1, 2)
+            for rows, new_SHTD in zip(layer, (*held_in(one), *held_in(other))):
+                new_STHD = new_SHTD.transpose(1, 2)
                 rows.reserve(stop, new_STHD.shape[1], new_STHD)
                 rows.held[start:stop, : new_STHD.shape[1]] = new_STHD
         self.places.update(zip(keys, range(start, stop)))
-        self.written += [own[0].keys.shape[2]] * len(keys)
+        self.written += [held_in(own[0])[0].shape[2]] * len(keys)
         self.sources += sources
 
     def copy(self, source: int, target: int) -> None:
@@ -121,11 +121,18 @@ class Slots:
             self.layers = []
 
 
-class _Growing(DynamicLayer):
+def held_in(layer: object) -> tuple[Tensor, Tensor]:
+    """The keys and values [S, H, T, D] of a layer of transformers' cache. Raises ValueError where it holds something else."""
+    if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
+        raise ValueError("a layer of this model keeps no keys and values of what came before")
+    return layer.keys, layer.values
+
+
+class _Growing(DynamicLayer):  # type: ignore[no-untyped-call]
     """Some of the rows of a layer, each with one token more at its own end."""
 
     def __init__(self, keys: Rows, values: Rows, rows_R: Tensor, ends_R: Tensor, width: int, take: Taken):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._pair, self._rows_R, self._ends_R, self._width, self._take = (keys, values), rows_R, ends_R, width, take
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -186,7 +193,7 @@ def begin(
 
 def go_on(model: LoadedModel, slots: Slots, keys: Sequence[int], ids: Sequence[int]) -> Tensor:
     """[S, E]: the states of one token more of each of these texts."""
-    decoder, device = model.module.get_decoder(), model.device  # type: ignore[operator]
+    decoder, device = model.network.get_decoder(), model.device
     rows = [slots.places[key] for key in keys]
     order = sorted(range(len(rows)), key=rows.__getitem__)
     chosen = [rows[at] for at in order]
@@ -213,13 +220,13 @@ def go_on(model: LoadedModel, slots: Slots, keys: Sequence[int], ids: Sequence[i
     own, cross, take = [], [], taken(wide)
     for keys_own, values_own, keys_cross, values_cross in slots.layers:
         own.append(_Growing(keys_own, values_own, rows_R, ends_R, width, taken(width)))
-        layer = DynamicLayer()
-        layer.is_initialized = True
-        layer.keys, layer.values = take(keys_cross.held), take(values_cross.held)
-        cross.append(layer)
-    cache = EncoderDecoderCache(Cache(layers=own), Cache(layers=cross))
+        read = DynamicLayer()  # type: ignore[no-untyped-call]
+        read.is_initialized = True
+        read.keys, read.values = take(keys_cross.held), take(values_cross.held)
+        cross.append(read)
+    cache = EncoderDecoderCache(Cache(layers=[*own]), Cache(layers=[*cross]))
     with _by_row(slots, decoder, ends_R), _attending(decoder, NAME if direct else None):
-        states_R1E = decoder(
+        states_R1E: Tensor = decoder(
             input_ids=ids_R[:, None],
             attention_mask=seen(ends_R + 1, width, first[0].held),
             # Their keys and values are there: it is only asked whether there are any.
@@ -231,7 +238,7 @@ def go_on(model: LoadedModel, slots: Slots, keys: Sequence[int], ids: Sequence[i
     for row in chosen:
         slots.written[row] += 1
     if order == list(range(len(order))):
-        return states_R1E[:, 0]  # type: ignore[no-any-return]
+        return states_R1E[:, 0]
     found_SE = torch.empty_like(states_R1E[:, 0])
     found_SE[order] = states_R1E[:, 0]
     return found_SE
@@ -275,33 +282,34 @@ def _by_row(slots: Slots, decoder: Any, places_R: Tensor) -> Iterator[None]:
         yield
 
 
-def _places(embed: Any, places_R: Tensor) -> Any:
+def _places(embed: nn.Module, places_R: Tensor) -> Callable[..., Tensor]:
     whole = embed.forward
-    named = "position_ids" in _named(type(embed))
+    named = "position_ids" in _named(type(embed).forward)
     some = 0 if getattr(embed, "padding_idx", None) != 0 else 1
 
     def forward(first: Any, *_: Any, **__: Any) -> Tensor:
+        vectors: Tensor
         if named:
             vectors = whole(first, position_ids=places_R)
         else:
             # Places are counted from ids that are no padding: all are made, and those of the rows taken.
             count = int(places_R.max()) + 1
             vectors = whole(torch.full((1, count), some, device=places_R.device))[0][places_R]
-        return vectors.reshape(len(places_R), 1, -1)  # type: ignore[no-any-return]
+        return vectors.reshape(len(places_R), 1, -1)
 
     return forward
 
 
-def _bias(whole: Any, places_R: Tensor) -> Any:
+def _bias(whole: Callable[..., Tensor], places_R: Tensor) -> Callable[..., Tensor]:
     def compute_bias(queries: int, keys: int, device: Any = None, past_seen_tokens: Any = 0) -> Tensor:
         bias_1HRK = whole(queries, keys, device=device, past_seen_tokens=places_R[:, None])
-        return bias_1HRK[0].transpose(0, 1)[:, :, None]  # type: ignore[no-any-return]
+        return bias_1HRK[0].transpose(0, 1)[:, :, None]
 
     return compute_bias
 
 
 @contextmanager
-def _instead(owner: Any, name: str, other: Any) -> Iterator[None]:
+def _instead(owner: nn.Module, name: str, other: Callable[..., Tensor]) -> Iterator[None]:
     """Inside, `owner` has another method of that name."""
     setattr(owner, name, other)
     try:
@@ -310,15 +318,15 @@ def _instead(owner: Any, name: str, other: Any) -> Iterator[None]:
         delattr(owner, name)
 
 
-def _cache_name(decoder: Any) -> str:
+def _cache_name(decoder: nn.Module) -> str:
     """What its forward calls the keys and values: transformers renamed them."""
-    return "cache" if "cache" in _named(type(decoder)) else "past_key_values"
+    return "cache" if "cache" in _named(type(decoder).forward) else "past_key_values"
 
 
 @lru_cache(maxsize=64)
-def _named(kind: Any) -> frozenset[str]:
-    """What the forward of such a module can be given by name: asked once, as it takes as long as a layer."""
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _named(forward: Callable[..., Any]) -> frozenset[str]:
+    """What the forward of a kind of module can be given by name: asked once, as it takes as long as a layer."""
+    return frozenset(inspect.signature(forward).parameters)
 
 
 @torch.no_grad()
@@ -327,11 +335,11 @@ def slot_bytes(model: LoadedModel) -> int:
     training = model.module.training
     model.module.eval()
     try:
-        start = model.module.config.decoder_start_token_id
+        start = model.config.decoder_start_token_id
         _, cache = begin(model, [[0]], (int(start or 0),))
     finally:
         model.module.train(training)
-    return sum(one.keys.nbytes + one.values.nbytes for one in cache.cross_attention_cache.layers)
+    return sum(part.nbytes for one in cache.cross_attention_cache.layers for part in held_in(one))
 
 
 def writes_by_slots(model: LoadedModel, opening: Sequence[int]) -> bool:

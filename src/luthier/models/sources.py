@@ -79,7 +79,10 @@ def knock(source: str) -> dict[str, Any]:
     does not know, does not show to this user, or takes for no name.
     """
     from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.utils import HFValidationError, build_hf_headers, get_session, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+
+    # Its door is lazy, and does not say what it exports.
+    from huggingface_hub.utils import build_hf_headers, get_session, validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(source)
@@ -123,7 +126,7 @@ def cached_snapshot(source: str) -> Path | None:
     """The folder in the local cache that holds the newest known state of a hub id; None where there is none, as for what is no
     hub id."""
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.utils import HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         found = try_to_load_from_cache(source, "config.json")

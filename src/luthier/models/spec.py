@@ -15,6 +15,10 @@ from luthier.core.errors import ModelError
 from luthier.core.types import Task
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from luthier.models.embedding import Manner
+    from luthier.models.output import Head, OwnHead
     from luthier.text.render import Renderer
 
 Kind: TypeAlias = Literal["decoder", "encoder", "encoder-decoder"]
@@ -100,8 +104,8 @@ class LoadedModel:
     native: Any = None
     """Its weights packed for the native decoder; None: texts are written by the module itself (`engine.native`)."""
 
-    manner: Any = None
-    """How it makes one vector of a text, as `models.embedding.Manner`; None: not read yet."""
+    manner: Manner | None = None
+    """How it makes one vector of a text; None: not read yet (`models.embedding.manner_of`)."""
 
     server: Any = None
     """The server that has its weights and writes in its place (`engine.remote`); None: they are here."""
@@ -121,7 +125,7 @@ class LoadedModel:
     fingerprint: str | None = None
     """Of its weights; None: not taken yet (`models.facts.base_fingerprint`)."""
 
-    head: Any = None
+    head: tuple[nn.Module, Head | OwnHead] | None = None
     """Its output layer, and how logits are made with it; None: not read yet (`models.output.head_of`)."""
 
     @property
@@ -135,9 +139,10 @@ class LoadedModel:
         return getattr(self.module, "backbone", self.module)
 
     @property
-    def config(self) -> Any:
+    def config(self) -> PreTrainedConfig:
         """The transformers config of that."""
-        return self.network.config
+        config: PreTrainedConfig = self.network.config
+        return config
 
     @property
     def vocabulary(self) -> int:

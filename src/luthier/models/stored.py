@@ -51,7 +51,7 @@ def find_twins(network: Any, place: Path) -> list[Twin]:
         flat, own = files.tensor(place_there).reshape(-1), weight.detach()
         if own.is_contiguous() and all(
             torch.equal(one.to(weight.dtype), other)
-            for one, other in zip(flat.split(AT_ONCE), own.view(-1).split(AT_ONCE))
+            for one, other in zip(torch.split(flat, AT_ONCE), torch.split(own.view(-1), AT_ONCE))
         ):
             start = weight.data_ptr()
             found.append(Twin(start, start + weight.nbytes, place_there.offset, place_there.path, place_there.dtype))
@@ -85,4 +85,4 @@ def _files(place: Path | str, hub: dict[str, Any]) -> Iterator[Path]:
     if (whole := cached_file(place, FILE, **hub, **missing)) is not None:
         yield Path(whole)
     elif (index := cached_file(place, INDEX, **hub, **missing)) is not None:
-        yield from map(Path, get_checkpoint_shard_files(place, index, **hub)[0])
+        yield from map(Path, get_checkpoint_shard_files(place, index, **hub)[0])  # type: ignore[no-untyped-call]

@@ -138,16 +138,16 @@ class Trees:
 
 
 @torch.no_grad()
-def grow_trunk(model: LoadedModel, trunk: Trunk, ids: Sequence[int]) -> None:
+def grow_trunk(model: LoadedModel, trunk: Trunk, ids: tuple[int, ...]) -> None:
     """Make the trunk `ids`: what it has in common with them stays, the rest is read."""
     trunk.cut(shared_length([trunk.ids, ids]))
     for start in range(len(trunk.ids), len(ids), PIECE):
-        piece = tuple(ids[start : start + PIECE])
+        piece = ids[start : start + PIECE]
         read_trees(model, [Tree(piece, tuple(range(-1, len(piece) - 1)))], trunk, keeps=True)
         trunk.ids += piece
 
 
-def shared_length(rows: Sequence[Sequence[int]]) -> int:
+def shared_length(rows: Sequence[tuple[int, ...]]) -> int:
     """How many first tokens are the same in all rows."""
     low, high = min(rows), max(rows)  # in the order of a dictionary all others lie between these two
     return next((at for at, (one, other) in enumerate(zip(low, high)) if one != other), min(len(low), len(high)))
@@ -165,6 +165,7 @@ def read_trees(model: LoadedModel, trees: Sequence[Tree], trunk: Trunk, *, keeps
     model.module.eval()
     try:
         with packed_attention(network):
-            return network.base_model(**inputs).last_hidden_state[0]  # type: ignore[no-any-return]
+            states_NE: Tensor = network.base_model(**inputs).last_hidden_state[0]
+            return states_NE
     finally:
         model.module.train(training)

@@ -53,11 +53,11 @@ def texts_of(
     """Texts of which `before` tokens lie in their pages, and `lengths` new ones come."""
     wide = max(map(len, tables))
     seen = [one + more for one, more in zip(before, lengths)]
-    rows = [block for table in tables for block in (*table, *table[:1] * (wide - len(table)))]
+    rows = [block for table in tables for block in (*table, *list(table[:1]) * (wide - len(table)))]
     numbers = [*rows, *accumulate(lengths, initial=0), *accumulate(seen, initial=0), *seen]
     # One copy to the device, not four.
     there, count = torch.tensor(numbers, dtype=torch.int32).to(device), len(tables)
-    tables_N, starts, keys, seen_S = there.split([len(rows), count + 1, count + 1, count])
+    tables_N, starts, keys, seen_S = torch.split(there, [len(rows), count + 1, count + 1, count])
     return Texts(tables_N.view(count, wide), starts, keys, seen_S, max(lengths), max(seen), lengths, seen)
 
 
@@ -82,7 +82,8 @@ def attend_by_text(
     """The same in plain torch, one text after the other, with soft-caps and sinks; `block` tokens are in a page."""
     assert texts.lengths is not None and texts.seen is not None
     parts, inside_P = [], torch.arange(block, device=q_NHD.device)
-    for q_THD, table_W, seen in zip(q_NHD.split(list(texts.lengths)), texts.tables_SW.long(), texts.seen):
+    texts_THD = torch.split(q_NHD, list(texts.lengths))
+    for q_THD, table_W, seen in zip(texts_THD, texts.tables_SW.long(), texts.seen):
         slots_P = (table_W[: -(-seen // block), None] * block + inside_P).flatten()[:seen]
         k_KPD, v_KPD = (one[slots_P].transpose(0, 1) for one in (keys_SKD, values_SKD))
         new_T = torch.arange(seen - len(q_THD), seen, device=q_NHD.device)[:, None]
@@ -139,7 +140,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < OLDEST:
         return "devices older than Ampere"
     draw = torch.Generator().manual_seed(0)
-    pool = [torch.randn(6 * PAGE, 2, 64, generator=draw).to(device, dtype) for _ in range(2)]
+    keys, values = (torch.randn(6 * PAGE, 2, 64, generator=draw).to(device, dtype) for _ in range(2))
     tables, seen = [[3, 1], [5], [0, 2]], [PAGE + 44, 5, 2 * PAGE]
     for lengths in ([40, 3, 1], [1, 1, 1]):
         texts = texts_of(tables, [one - more for one, more in zip(seen, lengths)], lengths, device)
@@ -147,11 +148,11 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         for window in (None, 20):
             rules = Rules(True, 0.125, window)
             try:
-                found = attend_varlen(q_NHD, *pool, texts, rules)
+                found = attend_varlen(q_NHD, keys, values, texts, rules)
             except (RuntimeError, TypeError, ValueError, ImportError, AttributeError) as err:
                 said = str(err).splitlines()[0][:120] if str(err) else type(err).__name__
                 return f"this device, where it fails ({said})"
-            right = attend_by_text(q_NHD, *pool, texts, rules, PAGE)
+            right = attend_by_text(q_NHD, keys, values, texts, rules, PAGE)
             if not float((found.float() - right.float()).abs().max()) <= TOLERANCE:
                 return "this device, where it gives other numbers than plain torch"
     return None

@@ -23,7 +23,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 class VirtualEmbedding(nn.Module):
     """The embedding of a vocabulary of V tokens, and of P learned vectors [P, E] under the ids V .. V + P - 1."""
 
-    def __init__(self, base: nn.Module, learned: nn.Module, vectors: Callable[[], Tensor], count: int):
+    def __init__(self, base: nn.Embedding, learned: nn.Module, vectors: Callable[[], Tensor], count: int):
         super().__init__()
         self.base, self.count, self.vectors = base, count, vectors
         # After the base: a model's dtype is that of its first parameter, which must stay the base's.
@@ -32,7 +32,7 @@ class VirtualEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[V, E]: the vectors of the vocabulary."""
-        return self.base.weight  # type: ignore[return-value]
+        return self.base.weight
 
     @property
     def ids_P(self) -> Tensor:
@@ -43,10 +43,11 @@ class VirtualEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids of any shape to their vectors, in the precision of the base."""
         first = self.weight.shape[0]
-        found, virtual = self.base(ids.clamp(max=first - 1)), ids >= first
+        found: Tensor = self.base(ids.clamp(max=first - 1))
+        virtual = ids >= first
         if not virtual.any():
-            return found  # type: ignore[no-any-return]
-        return found.index_put((virtual,), self.vectors().to(found.dtype)[ids[virtual] - first])  # type: ignore[no-any-return]
+            return found
+        return found.index_put((virtual,), self.vectors().to(found.dtype)[ids[virtual] - first])
 
 
 def insert(
@@ -58,7 +59,7 @@ def insert(
     if not isinstance(embedding, VirtualEmbedding):
         return ids_N, lengths, None
     ids_P, pieces, more, real = embedding.ids_P, [], [], []
-    for at, piece in enumerate(ids_N.split(list(lengths))):
+    for at, piece in enumerate(torch.split(ids_N, list(lengths))):
         before = len(ids_P) if not parents or parents[at] < 0 else 0
         pieces += [ids_P[:before], piece]
         more.append(before + len(piece))

@@ -31,7 +31,8 @@ def wrap_model(module: Any, tokenizer: Any) -> LoadedModel:
     kind = kind_of(config)
     task = NATURAL_TASK[kind]
     factory = AUTO_CLASSES[task]
-    if not isinstance(module, factory._model_mapping[type(config)]):
+    # transformers says that it is None, as it is of the class that these are made from.
+    if not isinstance(module, factory._model_mapping[type(config)]):  # type: ignore[index]
         raise ModelError(
             f"{type(module).__name__}: a plain transformers model must come from {factory.__name__}; "
             "for another purpose use luthier.load"

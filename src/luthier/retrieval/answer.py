@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from luthier.core.types import Message
 from luthier.retrieval.citations import check_citations
@@ -96,8 +97,27 @@ def finish(text: str, sources: tuple[Source, ...]) -> Answer:
     return Answer(kept, sources, cited, removed, True)
 
 
-def as_row(found: Answer) -> dict[str, object]:
-    """An answer's sources as plain values: the number, where it stands, its text, and whether it is cited."""
+class SourceRow(TypedDict):
+    """A source as plain values: where it stands, its text, and whether it is cited."""
+
+    number: int
+    passage: str
+    file: str
+    place: str
+    text: str
+    cited: bool
+
+
+class SourcesRow(TypedDict):
+    """What a row says of where its answer is from."""
+
+    known: bool
+    sources: list[SourceRow]
+    removed_citations: int
+
+
+def as_row(found: Answer) -> SourcesRow:
+    """An answer's sources as plain values."""
     cited = {one.number for one in found.cited}
     return {
         "known": found.known,

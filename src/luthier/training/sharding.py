@@ -81,6 +81,7 @@ class Sharded:
             layer, head = model.head
             inner = self._plain.get_output_embeddings()  # type: ignore[operator]
             if isinstance(head, Head):
+                assert isinstance(layer, nn.Linear)
                 # Not the whole ones, which would stay in memory.
                 model.head = (layer, replace(head, weight_VE=layer.weight, bias_V=layer.bias))
                 self._plain_head = (inner, replace(head, weight_VE=inner.weight, bias_V=inner.bias))

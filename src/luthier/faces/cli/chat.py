@@ -17,11 +17,12 @@ from luthier.core.types import Message
 from luthier.engine.backend import Backend, refuse_here
 from luthier.engine.sampling import Execution, Sampling
 from luthier.faces.cli.chinese import say
-from luthier.faces.cli.flags import add_structure, make_parser, read_structure
+from luthier.faces.cli.flags import Parser, add_structure, make_parser, read_structure
 from luthier.faces.cli.progress import show_progress
 
 if TYPE_CHECKING:
     from luthier.retrieval.prompt import Source
+    from luthier.verbs.grounding import Prompt
 
 # Tokens of a talk that are kept at most.
 ROOM = 32768
@@ -50,7 +51,7 @@ class Chat(Config):
         return self
 
 
-def parser():  # type: ignore[no-untyped-def]
+def parser() -> Parser:
     made = make_parser("chat", "Talk to a model. Commands while talking: /help.")
     made.add_argument("model", help="a shipped model, a hub id, a directory, or run:ID")
     made.add_argument("--system", metavar="TEXT", help="a system message to begin with")
@@ -148,7 +149,7 @@ def run(arguments: Sequence[str]) -> int:
                 print(say(HELP if command == "/help" else f"no command {command}; {did_you_mean(command, COMMANDS)}"))
             continue
         said: list[str] = []
-        asked: Any = (*system, *turns, Message("user", line))
+        asked: Prompt = (*system, *turns, Message("user", line))
         try:
             if grounded is not None:
                 found_there = grounded.look_up([asked])[0]

@@ -110,7 +110,8 @@ def _sentences() -> tuple[dict[str, str], list[Sentence]]:
 
 def _say_line(line: str) -> str:
     # One space in front belongs to a sentence that goes on; more are an indent.
-    indent = re.match(r"(?:  +)?", line)[0]  # type: ignore[index]
+    found = re.match("  +", line)
+    indent = found[0] if found is not None else ""
     return indent + _translate(line[len(indent) :])
 
 

@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from luthier.core.errors import ModelError
 from luthier.core.record import collect_versions, describe_machine
 from luthier.core.run import runs_root
 from luthier.faces.cli.chinese import pad, say
-from luthier.faces.cli.flags import make_parser
+from luthier.faces.cli.flags import Parser, make_parser
 from luthier.faces.cli.results import print_json
+
+if TYPE_CHECKING:
+    from luthier.models.hardware import Hardware
 
 EXTRAS = {"parquet": ("pyarrow", "parquet files"), "hub-data": ("datasets", "data sets of the hub"),
           "sentencepiece": ("sentencepiece", "tokenizers made with it"),
@@ -24,7 +27,7 @@ EXTRAS = {"parquet": ("pyarrow", "parquet files"), "hub-data": ("datasets", "dat
 LITTLE_DISK = 2 * 10**9
 
 
-def parser():  # type: ignore[no-untyped-def]
+def parser() -> Parser:
     made = make_parser("doctor", "What this machine has, which extras are usable, and what is missing.")
     made.add_argument("model", nargs="?", help="say too how this model writes here, and why")
     made.add_argument("--json", action="store_true", help="print the findings as JSON")
@@ -65,14 +68,37 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def examine() -> dict[str, Any]:
-    """Every finding, as plain values; `troubles` are sentences with what to do."""
+class Runs(TypedDict):
+    """Where runs go."""
+
+    path: str
+    writable: bool
+    free_bytes: int
+
+
+class Findings(TypedDict):
+    """What was found, as plain values; `troubles` are sentences with what to do."""
+
+    machine: dict[str, Any]
+    hardware: Hardware
+    versions: dict[str, str]
+    kernels: str
+    decoder: str
+    extras: dict[str, str]
+    hub: dict[str, str]
+    runs: Runs
+    troubles: list[str]
+    model: NotRequired[dict[str, tuple[str, str]]]
+
+
+def examine() -> Findings:
+    """Every finding but those of a model."""
     from luthier.models.hardware import describe_hardware
 
     root = runs_root().absolute()
     nearest = next(path for path in (root, *root.parents) if path.exists())
     free = shutil.disk_usage(nearest).free
-    runs = {"path": str(root), "writable": os.access(nearest, os.W_OK), "free_bytes": free}
+    runs: Runs = {"path": str(root), "writable": os.access(nearest, os.W_OK), "free_bytes": free}
     extras = {}
     for extra, (package, purpose) in EXTRAS.items():
         extras[extra] = (

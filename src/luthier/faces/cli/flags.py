@@ -6,10 +6,12 @@ import argparse
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 from luthier.core.config import Config, Resolved, parse_scalar, resolve
 from luthier.core.errors import ConfigError, did_you_mean
+
+C = TypeVar("C", bound=Config)
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,10 +45,10 @@ def _spell_out(arguments: Sequence[str]) -> list[str]:
         flag, given, value = one.partition("=")
         if flag.startswith("--") and "." in flag:
             path = flag.removeprefix("--").replace("-", "_")
-            value = value if given else next(rest, None)  # type: ignore[assignment]
-            if value is None:
+            written = value if given else next(rest, None)
+            if written is None:
                 raise ConfigError(f"{flag}: write a value after it")
-            spelt += ["--set", f"{path}={value}"]
+            spelt += ["--set", f"{path}={written}"]
         else:
             spelt.append(one)
     return spelt
@@ -108,8 +110,8 @@ def read_structure(found: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_fields(
-    found: argparse.Namespace, config: type[Config], *, file: str | None = None, skip: Sequence[str] = (), **values: Any
-) -> Resolved[Any]:
+    found: argparse.Namespace, config: type[C], *, file: str | None = None, skip: Sequence[str] = (), **values: Any
+) -> Resolved[C]:
     """The resolved config of a parsed command line: file, then flags, then --set."""
     for name in config.model_fields:
         value = None if name in skip else getattr(found, name, None)
@@ -128,11 +130,11 @@ def read_fields(
     return resolve(config, file=file, values=given, overrides=found.set)
 
 
-def _is_bool(annotation: Any) -> bool:
+def _is_bool(annotation: object) -> bool:
     return annotation is bool
 
 
-def _metavar(annotation: Any) -> str:
+def _metavar(annotation: object) -> str:
     """What kind of value a flag takes, in a word."""
     if get_origin(annotation) is Annotated:
         return _metavar(get_args(annotation)[0])
@@ -140,4 +142,4 @@ def _metavar(annotation: Any) -> str:
         return "|".join(dict.fromkeys(_metavar(one) for one in get_args(annotation) if one is not type(None)))
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
-    return {int: "N", float: "X"}.get(annotation, "VALUE")
+    return "N" if annotation is int else "X" if annotation is float else "VALUE"

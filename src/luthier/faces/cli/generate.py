@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from luthier.faces.cli.chinese import say
-from luthier.faces.cli.flags import add_fields, add_structure, make_parser, read_fields, read_structure
+from luthier.faces.cli.flags import Parser, add_fields, add_structure, make_parser, read_fields, read_structure
 from luthier.faces.cli.progress import show_progress
 
 SAMPLING = (
@@ -17,7 +17,7 @@ SAMPLING = (
 )  # fmt: skip
 
 
-def parser():  # type: ignore[no-untyped-def]
+def parser() -> Parser:
     from luthier.verbs.generate import Generate
 
     made = make_parser("generate", "Answer one text, a file of rows, or a pipe (one text a line).")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from luthier.core.run import runs_root
 from luthier.faces.cli.chinese import say
-from luthier.faces.cli.flags import add_fields, make_parser, read_fields
+from luthier.faces.cli.flags import Parser, add_fields, make_parser, read_fields
 from luthier.faces.cli.progress import show_progress
 
 
-def parser():  # type: ignore[no-untyped-def]
+def parser() -> Parser:
     from luthier.verbs.index import Index
 
     made = make_parser("index", "Index documents, so that chat and generate answer from them: --index NAME.")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from luthier.faces.cli.flags import add_fields, make_parser, read_fields
+from luthier.faces.cli.flags import Parser, add_fields, make_parser, read_fields
 from luthier.faces.cli.progress import show_progress
 from luthier.faces.cli.results import print_json
 
 
-def parser():  # type: ignore[no-untyped-def]
+def parser() -> Parser:
     from luthier.verbs.merge import Merge
 
     made = make_parser(

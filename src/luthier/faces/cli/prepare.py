@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from luthier.core.errors import ConfigError, did_you_mean
 from luthier.core.events import Event
 from luthier.faces.cli.chinese import say
-from luthier.faces.cli.flags import add_fields, make_parser, read_fields
+from luthier.faces.cli.flags import Parser, add_fields, make_parser, read_fields
 from luthier.faces.cli.progress import describe
 from luthier.faces.cli.results import print_json
 
@@ -17,7 +17,7 @@ ACTIONS = ("show", "profile")
 COLOUR, PLAIN = "\033[30;48;5;179m", "\033[0m"
 
 
-def parser():  # type: ignore[no-untyped-def]
+def parser() -> Parser:
     from luthier.verbs.prepare import Prepare
 
     made = make_parser(

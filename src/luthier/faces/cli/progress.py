@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from luthier.core.events import Event, Sink
 from luthier.faces.cli.chinese import say
@@ -106,9 +105,9 @@ def say_tally(event: Event) -> str:
     return "".join(f"  {name} {value:.3g}" for name, value in event.get("tally", {}).items())
 
 
-def say_time(seconds: Any) -> str:
+def say_time(seconds: float) -> str:
     """Seconds as people say them."""
-    whole = round(float(seconds))
+    whole = round(seconds)
     if whole < 90:
         return say(f"{whole} s")
     return say(f"{whole // 60} min" if whole < 5400 else f"{whole / 3600:.1f} h")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from luthier.faces.cli.chinese import say
-from luthier.faces.cli.flags import make_parser
+from luthier.faces.cli.flags import Parser, make_parser
 from luthier.faces.cli.progress import say_time, show_progress
 from luthier.faces.cli.results import print_json, print_record
 
 
-def parser():  # type: ignore[no-untyped-def]
+def parser() -> Parser:
     made = make_parser(
         "quickstart", "The whole way once: profile, tune, judge, use and report, on the shipped SMS spam data."
     )

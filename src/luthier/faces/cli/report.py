@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from luthier.faces.cli.flags import make_parser
+from luthier.faces.cli.flags import Parser, make_parser
 
 
-def parser():  # type: ignore[no-untyped-def]
+def parser() -> Parser:
     made = make_parser("report", "Write a run's page anew from its files.")
     made.add_argument("run", help="run:ID, run:last, or the run's directory")
     return made

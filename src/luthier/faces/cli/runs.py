@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 
 from luthier.core.run import list_runs, read_record, runs_root
 from luthier.faces.cli.chinese import pad, say
-from luthier.faces.cli.flags import make_parser
+from luthier.faces.cli.flags import Parser, make_parser
 from luthier.faces.cli.progress import say_time
 from luthier.faces.cli.results import SHOWN, print_json
 
 
-def parser():  # type: ignore[no-untyped-def]
+def parser() -> Parser:
     made = make_parser("runs", "Every run, oldest first, with its main result.")
     made.add_argument("--json", action="store_true", help="print the records as JSON")
     return made

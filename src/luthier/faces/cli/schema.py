@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from luthier.core.errors import ConfigError, did_you_mean
-from luthier.faces.cli.flags import make_parser
+from luthier.faces.cli.flags import Parser, make_parser
 from luthier.faces.cli.results import print_json
 
 VERBS = {
@@ -28,7 +28,7 @@ CATALOGS = {
 }
 
 
-def parser():  # type: ignore[no-untyped-def]
+def parser() -> Parser:
     made = make_parser("schema", "Every setting of a verb as JSON schema, with the parts that fit each catalog.")
     made.add_argument("verb", help=f"one of {', '.join(VERBS)}")
     return made

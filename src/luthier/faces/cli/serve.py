@@ -8,12 +8,12 @@ from pathlib import Path
 
 from luthier.core.errors import ConfigError
 from luthier.faces.cli.chinese import say
-from luthier.faces.cli.flags import add_fields, make_parser, read_fields
+from luthier.faces.cli.flags import Parser, add_fields, make_parser, read_fields
 from luthier.faces.server.keys import SCOPES, add_key
 from luthier.faces.server.settings import Serve
 
 
-def parser():  # type: ignore[no-untyped-def]
+def parser() -> Parser:
     made = make_parser("serve", "Serve models on this machine, in the words of OpenAI's API.")
     made.add_argument("models", nargs="*", metavar="MODEL", help="what to serve; NAME=MODEL gives it another name")
     made.add_argument("--config", metavar="FILE", help="a YAML file of settings")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from luthier.faces.cli.chinese import say
-from luthier.retrieval.answer import Answer, as_row
+from luthier.retrieval.answer import Answer, SourceRow, as_row
 from luthier.retrieval.prompt import Source
 
 
@@ -15,7 +14,7 @@ def show_sources(made: Answer) -> str:
     return show_rows(as_row(made)["sources"])
 
 
-def show_rows(rows: Any) -> str:
+def show_rows(rows: Sequence[SourceRow]) -> str:
     """The same of an answer as a row."""
     cited = [row for row in rows if row["cited"]]
     head = say("sources:" if cited else "no passage is cited; these were read:")

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from luthier.core.config import parse_scalar
 from luthier.core.errors import ConfigError, LuthierError
 from luthier.faces.cli.chinese import say
-from luthier.faces.cli.flags import add_fields, make_parser, read_fields
+from luthier.faces.cli.flags import Parser, add_fields, make_parser, read_fields
 from luthier.faces.cli.progress import show_progress
 from luthier.faces.cli.results import print_json, print_record
 
 
-def parser():  # type: ignore[no-untyped-def]
+def parser() -> Parser:
     from luthier.verbs.tune import Tune
 
     made = make_parser("tune", "Tune a model on data, and judge it beside plain baselines.")

@@ -171,11 +171,6 @@ def _check_settings(source: str, settings: Mapping[str, Any]) -> None:
     start = settings.get("init_lora_weights")
     if start not in PLAIN_STARTS:
         raise ModelError(f"{source}: the adapter began by changing its base (init_lora_weights: {start}), {MERGE}")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ModelError(f"{source}: {ADAPTER_CONFIG} gives the rank r as {rank!r}, which is no whole number above 0")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise ModelError(f"{source}: {ADAPTER_CONFIG} gives lora_alpha as {alpha!r}, which is no number")
 
 
 def _sort(model: LoadedModel, source: str, place: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:

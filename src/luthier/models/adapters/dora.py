@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 from luthier.models.adapters.lora import Lora
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from luthier.models.quantised.linear import Form
+    from luthier.models.adapters.inject import LoraLinear
+    from luthier.models.quantised.linear import AnyLinear, Form
 
 
 class Dora(Lora):
@@ -19,7 +18,7 @@ class Dora(Lora):
     kind: ClassVar[str] = "dora"
     embeds: ClassVar[bool] = False
 
-    def beside(self, base: nn.Module, form: Form | None = None) -> nn.Module:
+    def beside(self, base: AnyLinear, form: Form | None = None) -> LoraLinear:
         """The layer that takes the place of `base`."""
         from luthier.models.adapters.magnitude import DoraLinear
 

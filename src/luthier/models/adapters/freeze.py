@@ -11,7 +11,7 @@ from luthier.core.errors import ConfigError
 from luthier.models.adapters.part import Adapter
 
 if TYPE_CHECKING:
-    from torch.nn import ModuleList
+    from torch.nn import Module, ModuleList
 
     from luthier.models.spec import LoadedModel
 
@@ -55,7 +55,7 @@ class Freeze(Adapter):
             parameter.requires_grad_(id(parameter) in learning)
 
 
-def find_layers(loaded: LoadedModel) -> tuple[Any, ModuleList]:
+def find_layers(loaded: LoadedModel) -> tuple[Module, ModuleList]:
     """The stack of layers that ends in the head, and the module that holds it."""
     from torch.nn import ModuleList
 

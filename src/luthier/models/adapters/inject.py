@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.models.adapters.product import Factors, low_rank_products
 from luthier.models.heads import Pooled
-from luthier.models.quantised.linear import QuantisedLinear
+from luthier.models.quantised.linear import AnyLinear, QuantisedLinear
 
 if TYPE_CHECKING:
     from luthier.models.spec import LoadedModel
@@ -28,7 +28,7 @@ class LoraLinear(nn.Module):
     keeps_base = False
     """Whether its files hold the base's weight too, since the base's own files do not."""
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False):
+    def __init__(self, base: AnyLinear, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False):
         super().__init__()
         self.base, self.rank, self.alpha, self.rslora = base, rank, alpha, rslora
         self.dropout = nn.Dropout(dropout)
@@ -44,12 +44,12 @@ class LoraLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The base's weight: some families look at its dtype before they call the layer."""
-        return self.base.weight  # type: ignore[return-value]
+        return self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base's bias."""
-        return self.base.bias  # type: ignore[return-value]
+        return self.base.bias
 
     @property
     def matrix(self) -> Tensor:
@@ -72,14 +72,17 @@ class LoraLinear(nn.Module):
         if not self.drops:
             factors = Factors(self.matrix, bias, self.lora_a, self.lora_b, self.scale)
             return low_rank_products(x.flatten(0, -2), [factors])[0].view(*x.shape[:-1], -1)
-        low = (self.dropout(x).to(self.lora_a.dtype) @ self.lora_a.T) @ self.lora_b.T
-        return nn.functional.linear(x, self.matrix, bias) + (low * self.scale).to(x.dtype)
+        return nn.functional.linear(x, self.matrix, bias) + self._dropped(x)
 
     def _beside_quantised(self, x: Tensor, base: QuantisedLinear, bias: Tensor | None) -> Tensor:
         if not self.drops:
             return base.beside(x, bias, self.lora_a, self.lora_b, self.scale)
-        low = (self.dropout(x).to(self.lora_a.dtype) @ self.lora_a.T) @ self.lora_b.T
-        return base.beside(x, bias) + (low * self.scale).to(x.dtype)
+        return base.beside(x, bias) + self._dropped(x)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        """What the matrices add where inputs of A are dropped."""
+        kept: Tensor = self.dropout(x)
+        return ((kept.to(self.lora_a.dtype) @ self.lora_a.T @ self.lora_b.T) * self.scale).to(x.dtype)
 
     def whole(self) -> Tensor:
         """The weight that the layer as it stands amounts to, [out, in], in fp32 at least."""
@@ -99,13 +102,13 @@ class LoraEmbedding(nn.Module):
     keeps_base = False
     """Whether its files hold the base's weight too, since the base's own files do not."""
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False):
+    def __init__(self, base: nn.Embedding, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False):
         super().__init__()
         # Dropout is for inputs with values: here it stays what was asked, for the other layers and the files.
         self.base, self.rank, self.alpha, self.rslora = base, rank, alpha, rslora
         self.dropout = nn.Dropout(dropout)
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
-        rows, width = base.weight.shape  # type: ignore[misc,union-attr]
+        rows, width = base.weight.shape
         options: dict[str, Any] = {"dtype": torch.float32, "device": base.weight.device}
         # In a child after the base: a model's dtype is that of its first parameter, which must stay the base's.
         self.added = nn.ParameterDict(
@@ -114,28 +117,30 @@ class LoraEmbedding(nn.Module):
                 "lora_b": nn.Parameter(torch.randn(width, rank, **options)),
             }
         )
-        base.weight.requires_grad_(False)  # type: ignore[operator,union-attr]
+        base.weight.requires_grad_(False)
 
     @property
     def lora_a(self) -> nn.Parameter:
         """[rank, vocabulary]"""
-        return self.added["lora_a"]
+        a_RV: nn.Parameter = self.added["lora_a"]
+        return a_RV
 
     @property
     def lora_b(self) -> nn.Parameter:
         """[dim, rank]"""
-        return self.added["lora_b"]
+        b_ER: nn.Parameter = self.added["lora_b"]
+        return b_ER
 
     @property
     def weight(self) -> Tensor:
         """The base's weight."""
-        return self.base.weight  # type: ignore[return-value]
+        return self.base.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids of any shape to their vectors, in the base's precision."""
-        found = self.base(ids)
+        found: Tensor = self.base(ids)
         low = nn.functional.embedding(ids, self.lora_a.T) @ self.lora_b.T
-        return found + (low * (self.scale * factor_of(self.base))).to(found.dtype)  # type: ignore[no-any-return]
+        return found + (low * (self.scale * factor_of(self.base))).to(found.dtype)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
@@ -157,14 +162,14 @@ def factor_of(embedding: nn.Module) -> float | Tensor:
     return getattr(embedding, "embed_scale", 1.0)
 
 
-def shape_of(linear: nn.Module) -> tuple[int, int]:
+def shape_of(linear: AnyLinear) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer, or of GPT-2's Conv1D, whose weight may have been let go of."""
     if isinstance(linear, Conv1D):
         return int(linear.nf), int(linear.nx)
-    return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
+    return linear.out_features, linear.in_features
 
 
-def linear_layers(network: Any) -> dict[str, nn.Module]:
+def linear_layers(network: Any) -> dict[str, AnyLinear]:
     """Every linear layer by its name in the network, but for the output layer over the vocabulary."""
     output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
     return {
@@ -198,17 +203,19 @@ def lora_layers(network: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield name, module
 
 
-def project(x_NI: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
+def project(x_NI: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
     """The outputs [N, O] of linear layers that read the same x: together where all hold a plain adapter."""
-    if all(_plain(layer) for layer in layers):
-        factors = [Factors(one.matrix, one.bias, one.lora_a, one.lora_b, one.scale) for one in layers]
+    plain = [layer for layer in layers if _is_plain(layer)]
+    if len(plain) == len(layers):
+        factors = [Factors(one.matrix, one.bias, one.lora_a, one.lora_b, one.scale) for one in plain]
         return low_rank_products(x_NI, factors)
     return [layer(x_NI) for layer in layers]
 
 
-def _plain(layer: Any) -> bool:
-    alike = type(layer).forward is LoraLinear.forward
-    return alike and not layer.drops and not isinstance(layer.base, QuantisedLinear)
+def _is_plain(layer: nn.Module) -> TypeGuard[LoraLinear]:
+    if not isinstance(layer, LoraLinear) or type(layer).forward is not LoraLinear.forward:
+        return False
+    return not layer.drops and not isinstance(layer.base, QuantisedLinear)
 
 
 def replace_layer(network: nn.Module, name: str, layer: nn.Module) -> None:
@@ -217,7 +224,7 @@ def replace_layer(network: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(network.get_submodule(parent), leaf, layer)
 
 
-def sharers(network: nn.Module, weight: Any) -> list[str]:
+def sharers(network: nn.Module, weight: object) -> list[str]:
     """Names of all modules whose weight this one is: an embedding and the output layer tied to it."""
     named = network.named_modules(remove_duplicate=False)
     return [name for name, module in named if module._parameters.get("weight") is weight]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,9 +11,8 @@ from luthier.core.errors import ConfigError, did_you_mean
 from luthier.models.adapters.part import Adapter
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from luthier.models.quantised.linear import Form
+    from luthier.models.adapters.inject import LoraLinear
+    from luthier.models.quantised.linear import AnyLinear, Form
     from luthier.models.spec import LoadedModel
 
 
@@ -81,17 +80,16 @@ class Lora(Adapter):
 
         write_adapter(loaded, directory)
 
-    def beside(self, base: nn.Module, form: Form | None = None) -> nn.Module:
+    def beside(self, base: AnyLinear, form: Form | None = None) -> LoraLinear:
         """The layer that takes the place of `base`, which it is to hold in `form`; None: as it is."""
-        from torch import nn
+        from luthier.models.adapters.inject import LoraLinear
 
-        from luthier.models.adapters.inject import LoraEmbedding, LoraLinear
-
-        made = LoraEmbedding if isinstance(base, nn.Embedding) else LoraLinear
-        return made(base, self.rank, self.alpha, dropout=self.dropout, rslora=self.rslora)
+        return LoraLinear(base, self.rank, self.alpha, dropout=self.dropout, rslora=self.rslora)
 
     def _put_in(self, loaded: LoadedModel) -> None:
-        from luthier.models.adapters.inject import edge_layers, replace_layer
+        from torch import nn
+
+        from luthier.models.adapters.inject import LoraEmbedding, LoraLayer, edge_layers, replace_layer
         from luthier.models.adapters.tokens import add_tokens
         from luthier.models.facts import fingerprint
         from luthier.models.sources import lasting_name
@@ -112,7 +110,12 @@ class Lora(Adapter):
                 )
         base = {"base": lasting_name(loaded.spec.source), "base_fingerprint": fingerprint(network)}
         for name in names:
-            layer = self.beside(network.get_submodule(name), self._form_under(loaded, name))
+            under = network.get_submodule(name)
+            layer: LoraLayer
+            if isinstance(under, nn.Embedding):
+                layer = LoraEmbedding(under, self.rank, self.alpha, dropout=self.dropout, rslora=self.rslora)
+            else:
+                layer = self.beside(under, self._form_under(loaded, name))
             layer.train(network.training)
             replace_layer(network, name, layer)
         if self.tokens:
@@ -131,7 +134,7 @@ class Lora(Adapter):
         from luthier.models.heads import Pooled
 
         network = loaded.network
-        layers = linear_layers(network)
+        layers: dict[str, nn.Module] = dict(linear_layers(network))
         if isinstance(loaded.module, Pooled) and network.config.is_encoder_decoder:
             inside = {id(module) for module in network.get_encoder().modules()}
             layers = {name: layer for name, layer in layers.items() if id(layer) in inside}
@@ -172,7 +175,7 @@ class Lora(Adapter):
         """An embedding that an encoder and a decoder share has no place of its own in PEFT's files."""
         from luthier.models.adapters.inject import edge_layers, sharers
 
-        network: Any = loaded.network
+        network = loaded.network
         for name, layer in edge_layers(network).items():
             if name in names and network.config.is_encoder_decoder and len(sharers(network, layer.weight)) > 1:
                 raise ConfigError(

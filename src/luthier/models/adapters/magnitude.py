@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from luthier.models.adapters.inject import LoraLinear, widened
-from luthier.models.quantised.linear import QuantisedLinear
+from luthier.models.quantised.linear import AnyLinear, QuantisedLinear
+
+State: TypeAlias = tuple[object, ...]
+"""What changes whenever a weight does."""
 
 
 class DoraLinear(LoraLinear):
@@ -22,10 +25,10 @@ class DoraLinear(LoraLinear):
     PEFT drops from the part of W too that the magnitude adds.
     """
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False):
+    def __init__(self, base: AnyLinear, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False):
         super().__init__(base, rank, alpha, dropout=dropout, rslora=rslora)
-        self._squares: tuple[Any, Tensor] | None = None
-        self._norm: tuple[Any, Any, Tensor] | None = None
+        self._squares: tuple[State, Tensor] | None = None
+        self._norm: tuple[State, weakref.ref[nn.Parameter], Tensor] | None = None
         self.lora_magnitude = nn.Parameter(self.norm().clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ class DoraLinear(LoraLinear):
         else:
             yield slice(None), widened(self.matrix)
 
-    def _base_state(self) -> tuple[Any, ...]:
+    def _base_state(self) -> State:
         """What changes whenever W does."""
         if isinstance(self.base, QuantisedLinear):
             return self.base.version

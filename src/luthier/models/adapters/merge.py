@@ -100,7 +100,7 @@ def separate(network: Any) -> None:
             network.config.tie_word_embeddings = False
 
 
-def _same_rows(one: Any, other: Any) -> bool:
+def _same_rows(one: object, other: object) -> bool:
     return isinstance(one, TokenRows) and isinstance(other, TokenRows) and one.rows is other.rows
 
 

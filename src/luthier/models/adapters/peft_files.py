@@ -69,15 +69,24 @@ def read_adapter_config(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings: object = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError
     except (OSError, ValueError) as err:
         raise ModelError(f"{path}: cannot be read as an adapter's settings ({type(err).__name__})") from None
     if settings.get("peft_type") != "LORA":
-        return settings  # type: ignore[no-any-return]
+        return settings
     for name in UNSUPPORTED:
         if settings.get(name):
             raise ModelError(f"{path}: {name} is set, which cannot be loaded; merge the adapter with peft first")
-    return settings  # type: ignore[no-any-return]
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ModelError(
+            f"{directory}: {ADAPTER_CONFIG} gives the rank r as {rank!r}, which is no whole number above 0"
+        )
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise ModelError(f"{directory}: {ADAPTER_CONFIG} gives lora_alpha as {alpha!r}, which is no number")
+    return settings
 
 
 def attach_adapter(

@@ -8,9 +8,8 @@ from luthier.core.errors import ConfigError
 from luthier.models.adapters.lora import Lora
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from luthier.models.quantised.linear import Form
+    from luthier.models.adapters.inject import LoraLinear
+    from luthier.models.quantised.linear import AnyLinear, Form
     from luthier.models.spec import LoadedModel
 
 
@@ -27,7 +26,7 @@ class Pissa(Lora):
     reads_base: ClassVar[bool] = True
     embeds: ClassVar[bool] = False
 
-    def beside(self, base: nn.Module, form: Form | None = None) -> nn.Module:
+    def beside(self, base: AnyLinear, form: Form | None = None) -> LoraLinear:
         """The layer that takes the place of `base`, which keeps the rest in `form`."""
         from luthier.models.adapters.principal import PissaLinear
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from luthier.models.adapters.inject import LoraLinear, widened
-from luthier.models.quantised.linear import Form, QuantisedLinear
+from luthier.models.quantised.linear import AnyLinear, Form, QuantisedLinear
 
 # Directions drawn beyond those wanted, and passes over the weight, of the fast decomposition; up to EXACT x EXACT the
 # exact one is as fast.
@@ -23,7 +23,7 @@ class PissaLinear(LoraLinear):
 
     def __init__(
         self,
-        base: nn.Module,
+        base: AnyLinear,
         rank: int,
         alpha: float,
         *,

@@ -22,7 +22,9 @@ class Factors(NamedTuple):
 def low_rank_products(x_NI: Tensor, layers: Sequence[Factors]) -> tuple[Tensor, ...]:
     """The outputs [N, O] of layers that read the same x, in the precision of x."""
     tensors = [one for layer in layers for one in layer[:4]]
-    return LowRankProducts.apply(x_NI, tuple(layer.scale for layer in layers), *tensors)  # type: ignore[no-any-return]
+    scales = tuple(layer.scale for layer in layers)
+    outs: tuple[Tensor, ...] = LowRankProducts.apply(x_NI, scales, *tensors)  # type: ignore[no-untyped-call]
+    return outs
 
 
 class LowRankProducts(torch.autograd.Function):
@@ -41,7 +43,7 @@ class LowRankProducts(torch.autograd.Function):
         low_NQ = x_NI @ a_QI.T
         outs = [
             nn.functional.linear(x_NI, weight_OI, bias_O).addmm_(low_NR, b_OR.T)
-            for weight_OI, bias_O, low_NR, b_OR in zip(weights, biases, low_NQ.split(ranks, 1), scaled)
+            for weight_OI, bias_O, low_NR, b_OR in zip(weights, biases, torch.split(low_NQ, ranks, 1), scaled)
         ]
         ctx.save_for_backward(x_NI, low_NQ, a_QI, *weights, *scaled)
         ctx.scales, ctx.ranks, ctx.learned = scales, ranks, (a_s[0].dtype, b_s[0].dtype)
@@ -53,7 +55,7 @@ class LowRankProducts(torch.autograd.Function):
         count = len(ctx.ranks)
         weights, scaled = others[:count], others[count:]
         back_NQ = x_NI.new_empty(len(x_NI), sum(ctx.ranks))
-        for back_NR, grad_NO, b_OR in zip(back_NQ.split(ctx.ranks, 1), grads_NO, scaled):
+        for back_NR, grad_NO, b_OR in zip(torch.split(back_NQ, ctx.ranks, 1), grads_NO, scaled):
             torch.mm(grad_NO, b_OR, out=back_NR)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -61,11 +63,11 @@ class LowRankProducts(torch.autograd.Function):
             for grad_NO, weight_OI in zip(grads_NO[1:], weights[1:]):
                 grad_x.addmm_(grad_NO, weight_OI)
             grad_x.addmm_(back_NQ, a_QI)
-        grads_a = (back_NQ.T @ x_NI).to(ctx.learned[0]).split(ctx.ranks)
+        grads_a = torch.split((back_NQ.T @ x_NI).to(ctx.learned[0]), ctx.ranks)
         # low.T @ g takes two thirds of the time of g.T @ low.
         grads_b = [
             (low_NR.T @ grad_NO).T.to(ctx.learned[1]).mul_(scale)
-            for low_NR, grad_NO, scale in zip(low_NQ.split(ctx.ranks, 1), grads_NO, ctx.scales)
+            for low_NR, grad_NO, scale in zip(torch.split(low_NQ, ctx.ranks, 1), grads_NO, ctx.scales)
         ]
         made = [one for pair in zip(grads_a, grads_b) for one in (None, None, *pair)]
         return grad_x, None, *made

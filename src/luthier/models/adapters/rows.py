@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.models.adapters.additions import Addition
 
@@ -32,7 +32,9 @@ def pairs_of(layers: Mapping[str, Addition], device: torch.device) -> dict[str, 
 
 
 @contextmanager
-def adding(network: Any, parts: Sequence[tuple[Mapping[str, Pair], Tensor]], count: int) -> Iterator[dict[str, int]]:
+def adding(
+    network: nn.Module, parts: Sequence[tuple[Mapping[str, Pair], Tensor]], count: int
+) -> Iterator[dict[str, int]]:
     """Inside, of the `count` rows that go through the network at once, each of `parts` gets what its adapter adds to its rows.
 
     What it yields counts how often each layer was asked. Raises ValueError where a layer is given other rows than these.
@@ -53,11 +55,11 @@ def adding(network: Any, parts: Sequence[tuple[Mapping[str, Pair], Tensor]], cou
 
 
 @contextmanager
-def adding_to_all(network: Any, pairs: Mapping[str, Pair]) -> Iterator[None]:
+def adding_to_all(network: nn.Module, pairs: Mapping[str, Pair]) -> Iterator[None]:
     """Inside, every row that goes through the network gets what this adapter adds."""
 
-    def hook(pair: Pair) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
-        def add(module: Any, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    def hook(pair: Pair) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
             x_NI, out_NO = given[0].flatten(0, -2), out.flatten(0, -2)
             return (out_NO + multiply(x_NI.to(pair.a_IR.dtype), pair)).to(out.dtype).view(out.shape)
 
@@ -73,8 +75,8 @@ def adding_to_all(network: Any, pairs: Mapping[str, Pair]) -> Iterator[None]:
 
 def _hook(
     name: str, parts: Sequence[tuple[Pair, Tensor]], count: int, asked: dict[str, int]
-) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
-    def add(module: Any, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
         x_NI, out_NO = given[0].flatten(0, -2), out.flatten(0, -2)
         if len(x_NI) != count:
             raise ValueError(f"{name} reads {len(x_NI)} rows where {count} go through the model")
@@ -92,5 +94,5 @@ def multiply(x_KI: Tensor, pair: Pair) -> Tensor:
     """[K, out]: x A.T B.T, the same bits for a row whatever the others are."""
     short = -len(x_KI) % AT_ONCE
     x_KI = torch.cat([x_KI, x_KI[:1].expand(short, -1)])
-    made = [part @ pair.a_IR @ pair.b_RO for part in x_KI.split(AT_ONCE)]
+    made = [part @ pair.a_IR @ pair.b_RO for part in torch.split(x_KI, AT_ONCE)]
     return torch.cat(made)[: len(x_KI) - short]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class TokenRows(nn.Module):
     """An embedding, or an output layer, of which the rows `ids` are replaced by rows [len(ids), dim] learned in fp32."""
 
-    def __init__(self, base: nn.Module, ids: Sequence[int], rows: nn.Parameter):
+    def __init__(self, base: nn.Embedding | nn.Linear, ids: Sequence[int], rows: nn.Parameter):
         super().__init__()
         self.base, self.ids = base, tuple(ids)
         # In a child after the base: a model's dtype is that of its first parameter, which must stay the base's.
@@ -35,12 +35,13 @@ class TokenRows(nn.Module):
     @property
     def rows(self) -> nn.Parameter:
         """[tokens, dim]"""
-        return self.added["lora_rows"]
+        rows: nn.Parameter = self.added["lora_rows"]
+        return rows
 
     @property
     def weight(self) -> Tensor:
         """The base's weight."""
-        return self.base.weight  # type: ignore[return-value]
+        return self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -49,14 +50,14 @@ class TokenRows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Ids to vectors, or states to logits, in the base's precision."""
-        found = self.base(x)
+        found: Tensor = self.base(x)
         if isinstance(self.base, nn.Embedding):
             places = self.places_V[x]
             own = self.rows[places.clamp(min=0)] * factor_of(self.base)
             return torch.where((places >= 0)[..., None], own.to(found.dtype), found)
         ids = torch.tensor(self.ids, device=x.device)
         own = nn.functional.linear(x, self.rows.to(x.dtype), None if self.bias is None else self.bias[ids])
-        return found.index_copy(-1, ids, own)  # type: ignore[no-any-return]
+        return found.index_copy(-1, ids, own)
 
     @torch.no_grad()
     def merged(self) -> nn.Module:

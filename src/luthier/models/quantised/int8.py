@@ -30,8 +30,8 @@ class Int8(NamedTuple):
     def unpack(self, out: Tensor) -> None:
         """Write the weight to `out` [out * in], some rows at a time: the products in fp32, rounded once."""
         rows = rows_at_once(self.codes.shape[1])
-        found = zip(out.view(self.codes.shape).split(rows), self.codes.split(rows), self.scales.split(rows))
-        for part, codes, scales in found:
+        parts = torch.split(out.view(self.codes.shape), rows)
+        for part, codes, scales in zip(parts, torch.split(self.codes, rows), torch.split(self.scales, rows)):
             torch.mul(codes, scales, out=part)
 
 
@@ -43,7 +43,8 @@ def pack(weight_OI: Tensor) -> Int8:
     scales = weight_OI.abs().amax(1, keepdim=True).float() / 127
     found = Int8(torch.empty_like(weight_OI, dtype=torch.int8), scales)
     rows = rows_at_once(weight_OI.shape[1])
-    for codes, part, scale in zip(found.codes.split(rows), weight_OI.split(rows), scales.split(rows)):
+    parts = torch.split(weight_OI, rows)
+    for codes, part, scale in zip(torch.split(found.codes, rows), parts, torch.split(scales, rows)):
         codes.copy_((part.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)).round_())
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,8 +14,11 @@ from luthier.models.quantised import int8, nf4
 from luthier.models.quantised.int8 import rows_at_once
 
 Form: TypeAlias = Literal["int8", "nf4"]
-PACKED = {"int8": (int8.pack, int8.Int8), "nf4": (nf4.pack, nf4.NF4)}
-
+Packed: TypeAlias = int8.Int8 | nf4.NF4
+AnyLinear: TypeAlias = nn.Linear | Conv1D
+"""A layer that multiplies by one matrix, [out, in] or, GPT-2's, [in, out]."""
+PACK: dict[Form, Callable[[Tensor], Packed]] = {"int8": int8.pack, "nf4": nf4.pack}
+PACKED: dict[Form, type[Packed]] = {"int8": int8.Int8, "nf4": nf4.NF4}
 
 # Values sampled from each tensor for a fingerprint: enough to tell two trainings apart, quick for billions of weights.
 SAMPLES = 64
@@ -29,10 +32,10 @@ class QuantisedLinear(nn.Linear):
     nothing. `nn.Linear` and GPT-2's `Conv1D` can be taken.
     """
 
-    def __init__(self, linear: nn.Module, form: Form, weight_OI: Tensor | None = None):
+    def __init__(self, linear: AnyLinear, form: Form, weight_OI: Tensor | None = None):
         """`weight_OI` is held in place of the layer's own weight, which is still what a fingerprint sees."""
         nn.Module.__init__(self)
-        held: Tensor = linear.weight.detach()  # type: ignore[assignment,operator]
+        held: Tensor = linear.weight.detach()
         if weight_OI is None:
             weight_OI = held.T if isinstance(linear, Conv1D) else held
         self.out_features, self.in_features = weight_OI.shape
@@ -40,7 +43,7 @@ class QuantisedLinear(nn.Linear):
         self.bias = linear.bias
         # What the fingerprint of the model looks at, as it was.
         self.original_shape, self.original_sample = tuple(held.shape), sample(held)
-        parts = PACKED[form][0](weight_OI.contiguous())
+        parts = PACK[form](weight_OI.contiguous())
         self._names = parts._fields
         for name, part in zip(self._names, parts):
             self.register_buffer(name, part, persistent=False)
@@ -82,8 +85,8 @@ class QuantisedLinear(nn.Linear):
         return tuple((one.data_ptr(), one._version) for one in self._packed)
 
     @property
-    def _packed(self) -> Any:
-        return PACKED[self.form][1](*(getattr(self, name) for name in self._names))
+    def _packed(self) -> Packed:
+        return PACKED[self.form]._make(getattr(self, name) for name in self._names)
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] to [..., out], in the precision of the input."""
@@ -98,14 +101,15 @@ class QuantisedLinear(nn.Linear):
         scale: float = 0.0,
     ) -> Tensor:
         """x W.T + bias with scale x (x A.T) B.T added; without, where there is no A."""
-        flat = RebuiltProduct.apply(x.flatten(0, -2), self, bias_O, a_RI, b_OR, scale)
-        return flat.view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+        x_NI = x.flatten(0, -2)
+        y_NO: Tensor = RebuiltProduct.apply(x_NI, self, bias_O, a_RI, b_OR, scale)  # type: ignore[no-untyped-call]
+        return y_NO.view(*x.shape[:-1], -1)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantisedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
         # `.to(torch.bfloat16)` rounds every floating tensor: scales stay fp32, and what is computed in is remembered.
         own = {name: getattr(self, name) for name in self._names}
         self.dtype = fn(next(iter(own.values())).new_empty(0, dtype=self.dtype)).dtype
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, held in own.items():
             setattr(self, name, held.to(getattr(self, name).device))
         return self

@@ -73,7 +73,9 @@ def pack(weight_OI: Tensor) -> NF4:
     values_BK = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     scale_B = values_BK.abs().amax(1).float()
     codes = torch.empty(values_BK.numel() // 2, dtype=torch.uint8, device=flat.device)
-    pieces = zip(codes.split(AT_ONCE * BLOCK // 2), values_BK.split(AT_ONCE), scale_B.split(AT_ONCE))
+    pieces = zip(
+        torch.split(codes, AT_ONCE * BLOCK // 2), torch.split(values_BK, AT_ONCE), torch.split(scale_B, AT_ONCE)
+    )
     for part, values, scale in pieces:
         share = values.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         nearest = _nearest(share.flatten(), levels).view(-1, 2)

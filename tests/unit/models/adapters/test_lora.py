@@ -170,6 +170,22 @@ def test_half_an_adapter(tmp_path):
         load_model(str(tmp_path / "model"))
 
 
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda settings: [settings], "cannot be read as an adapter's settings"),
+        (lambda settings: {**settings, "r": None}, "gives the rank r as None"),
+        (lambda settings: {**settings, "lora_alpha": "16"}, "gives lora_alpha as '16'"),
+    ],
+)
+def test_settings_that_are_none(tmp_path, damage, words):
+    save_model(tuned(), tmp_path / "model")
+    path = tmp_path / "model" / "adapter_config.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(ModelError, match=words):
+        load_model(str(tmp_path / "model"))
+
+
 def test_it_starts_equal_to_the_last_bit():
     base = load_model(str(tiny_model("gpt2")))
     loaded = load_model(str(tiny_model("gpt2")))
