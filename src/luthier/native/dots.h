@@ -90,7 +90,19 @@ INLINE vi dot_words(vi a, vi b) {
     return ((vi)((vu)a << 16) >> 16) * ((vi)((vu)b << 16) >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
-INLINE vi dot_fours(vi c, Fours a, Fours b) { return c + (dot_words(a.even, b.even) + dot_words(a.odd, b.odd)); }
+INLINE vi dot_fours(vi c, Fours a, Fours b) {
+#if defined(X86) && LANE == 8
+    /* In assembly, since compilers make all products first, and have no registers left for the sums. */
+    vi one, two;
+    __asm__("vpmaddwd %[even], %[a_even], %[one]\n\tvpmaddwd %[odd], %[a_odd], %[two]\n\t"
+            "vpaddd %[two], %[one], %[one]\n\tvpaddd %[one], %[c], %[c]"
+            : [c] "+x"(c), [one] "=&x"(one), [two] "=&x"(two)
+            : [a_even] "x"(a.even), [a_odd] "x"(a.odd), [even] "x"(b.even), [odd] "x"(b.odd));
+    return c;
+#else
+    return c + (dot_words(a.even, b.even) + dot_words(a.odd, b.odd));
+#endif
+}
 INLINE void store_bytes(Byte *to, vi x) { *(vs_any *)to = __builtin_convertvector(x, vs); }
 #endif
 
@@ -108,7 +120,16 @@ INLINE vi taken(vi c, Small run) { (void)c; return run; }
 typedef v16 Small;
 
 INLINE Small small(vi c) { (void)c; return (Small){0}; }
-INLINE Small dot_small(Small c, vi w, vi a) { return c + (Small)X86(maddubs_epi16)((xi)w, (xi)a); }
+INLINE Small dot_small(Small c, vi w, vi a) {
+#if LANE == 8
+    vi one;
+    __asm__("vpmaddubsw %[a], %[w], %[one]\n\tvpaddw %[one], %[c], %[c]"
+            : [c] "+x"(c), [one] "=&x"(one) : [w] "x"(w), [a] "x"(a));
+    return c;
+#else
+    return c + (Small)X86(maddubs_epi16)((xi)w, (xi)a);
+#endif
+}
 INLINE vi taken(vi c, Small run) { return c + (vi)X86(madd_epi16)((xi)run, X86(set1_epi16)(1)); }
 #else
 #define RUN 8
