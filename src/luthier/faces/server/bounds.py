@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from luthier.faces.server.access import OPEN
@@ -39,7 +41,7 @@ class Bounds:
 
 
 class _TooLarge(Exception):
-    pass
+    """What reads a body may take this for a body that breaks off, and answer so: that answer is not sent."""
 
 
 class _Body:
@@ -63,14 +65,14 @@ class _Body:
 
         async def noted(message: Message) -> None:
             nonlocal begun
-            begun = True
-            await send(message)
+            if begun or got <= self._most:
+                begun = True
+                await send(message)
 
-        try:
+        with suppress(_TooLarge):
             await self._app(scope, counted, noted)
-        except _TooLarge:
-            if not begun:
-                await self._refuse(scope, receive, send)
+        if not begun and got > self._most:
+            await self._refuse(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = Refusal(413, f"the body is larger than {self._megabytes:g} MB, the most that is taken")

@@ -96,6 +96,8 @@ def test_malformed_bodies_are_answered(served):
     assert httpx.get(chat).status_code == 405
     large = httpx.post(chat, content=b" " * (33 * 2**20), headers={"Content-Type": "application/json"})
     assert large.status_code == 413 and "32 MB" in large.json()["error"]["message"]
+    pieces = httpx.post(chat, content=(b" " * 2**20 for _ in range(33)), headers={"Content-Type": "application/json"})
+    assert pieces.status_code == 413 and "32 MB" in pieces.json()["error"]["message"]
     lone = httpx.post(chat, content=json.dumps({**ASK, "max_tokens": 2}).replace("Once", "\\ud800").encode(),
                       headers={"Content-Type": "application/json"})  # fmt: skip
     assert lone.status_code == 400 and "half of a character" in lone.text
