@@ -53,6 +53,7 @@ EXEMPT_FILES = {
             "labelled",
             "limits",
             "metrics",
+            "mistakes",
             "models",
             "refusals",
             "response",

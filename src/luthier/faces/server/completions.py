@@ -129,7 +129,7 @@ def _choice(at: int, body: CompletionRequest, answer: dict[str, Any], whole: dic
     return TextChoice(
         index=at,
         text=text,
-        logprobs=text_logs(logs) if body.logprobs is not None else None,
+        logprobs=text_logs(logs, text=text) if body.logprobs is not None else None,
         finish_reason="length" if body.max_tokens == 0 else answer["finish"],
     )
 

@@ -185,7 +185,7 @@ class EngineProcess:
                 message = await inbox.get()
                 if message is None:
                     over = True
-                    raise Gone(STOPPED if self.state == "stopped" else BROKEN)
+                    raise self._gone()
                 if "error" in message:
                     over = True
                     kind, text = message["error"]["kind"], message["error"]["message"]
@@ -201,6 +201,10 @@ class EngineProcess:
             del self._waiting[id]
             if not over and self._writer is not None and not self._writer.is_closing():
                 wire.write(self._writer, {"leave": id})
+
+    def _gone(self) -> Gone:
+        """Why an answer is not written to its end."""
+        return Gone(STOPPED if self.state == "stopped" else BROKEN)
 
     async def _wake(self) -> None:
         """Load the model, once for all that ask; whoever leaves meanwhile does not end it."""

@@ -184,7 +184,10 @@ class Hands:
             yield {"end": {"usage": _usage(len(ids), answer)}}
 
     def go_on(self, part: dict[str, Any], prompt: Sequence[int], first: int) -> None:
-        """Let the beginning of an answer, whose first token is `first`, be what it adds to the text of its prompt."""
+        """Let the beginning of an answer, whose first token is `first`, be what it adds to the text of its prompt, from which
+        that of an encoder-decoder does not go on."""
+        if self.model.renderer.kind == "encoder-decoder":
+            return
         part["text"] = self._space(prompt, first) + part["text"] if part["text"] else ""
         for log in part.get("logs", ())[:1]:
             for one in (log, *log[3]):

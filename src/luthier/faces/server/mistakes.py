@@ -93,7 +93,7 @@ def _meant(mistakes: Sequence[Mistake], start: int) -> list[Mistake]:
     for place, branches in unions.items():
         kept = [_meant(one, len(place) + 1) for one in branches.values()]
         fitting = [one for one in kept if not any(_is_other(mistake, len(place) + 1) for mistake in one)]
-        found += min(fitting, key=len) if fitting else _neither(kept, place)
+        found += sorted(fitting, key=len)[0] if fitting else _neither(kept, place)
     return found
 
 

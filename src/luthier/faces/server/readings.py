@@ -97,10 +97,12 @@ async def _predict(
 ) -> tuple[list[Sequence[int]], list[Prediction]]:
     model = hands.model
     if model.spec.task not in ("classify", "regress"):
-        raise ConfigError(
-            f"model: {hands.called(message)} is made to {model.spec.task}, not to classify or to give numbers; choose another"
-            + (", or name the labels that it chooses among" if model.spec.task == "causal" else "")
-        )
+        called, task = hands.called(message), model.spec.task
+        if task == "causal":
+            raise ConfigError(
+                f"labels: {called} is a language model and has none of its own; name the labels that it chooses among"
+            )
+        raise ConfigError(f"model: {called} is made to {task}, not to classify or to give numbers; choose another")
     second = [item[1] is not None for item in items]
     if any(second) and gives_rewards(model) and not all(second):
         raise ConfigError("input: give a prompt and an answer each time, or an answer alone each time")

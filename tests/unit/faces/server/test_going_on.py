@@ -5,9 +5,16 @@ import asyncio
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from luthier.faces.server.hands import load
+from luthier.faces.server.logprobs import text_logs
 from tiny import CORPUS
 
 PROMPT = "the fox and"
@@ -26,17 +33,20 @@ def spaced():
     )
 
 
+def opened(place, module):
+    module.save_pretrained(place)
+    spaced().save_pretrained(place)
+    return load({"source": str(place), "streams": 4, "waiting": 8}, lambda event: None)
+
+
 @pytest.fixture(scope="module")
 def hands(tmp_path_factory):
-    place, tokenizer = tmp_path_factory.mktemp("spaced"), spaced()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(spaced()), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    found = load({"source": str(place), "streams": 4, "waiting": 8}, lambda event: None)
+    found = opened(tmp_path_factory.mktemp("spaced"), LlamaForCausalLM(config))
     yield found
     found.close()
 
@@ -88,3 +98,21 @@ def test_a_search_goes_on_from_its_text(hands):
     for answer in part["end"]["answers"]:
         first = hands.model.tokenizer(f"{PROMPT}{answer['text']}")["input_ids"]
         assert first[:4] == list(hands.model.renderer.prompt(PROMPT, raw=True))[:4]
+
+
+def test_an_answer_to_a_source_begins_anew(tmp_path):
+    config = T5Config(
+        vocab_size=len(spaced()), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=1,
+        eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    hands = opened(tmp_path, T5ForConditionalGeneration(config))
+    sampling = {"temperature": 0.1, "max_tokens": 2, "logit_bias": {word(hands): 100.0}}
+    (part,) = ask(hands, do="write", text=PROMPT, sampling=sampling)
+    assert part["end"]["answers"][0]["text"] == "the the"
+    hands.close()
+
+
+def test_places_of_tokens_are_those_in_the_text():
+    logs = [[1, "<s>", None, []], [5, "Once", -1.0, []], [6, " upon", -1.0, []]]
+    assert text_logs(logs, text="Once upon").text_offset == [0, 0, 4]
+    assert text_logs(logs[1:], 7).text_offset == [7, 11]
