@@ -54,6 +54,7 @@ EXEMPT_FILES = {
             "limits",
             "metrics",
             "mistakes",
+            "queries",
             "models",
             "refusals",
             "response",

@@ -64,7 +64,8 @@ class Hands:
 
     def __init__(self, model: LoadedModel, order: Order, events: Events):
         self.model, self.form = model, None
-        room = room_for(model, order.streams)
+        self.waiting, self.room = order.waiting, room_for(model, order.streams)
+        """Texts, and tokens of them, that may wait at the door."""
         engine: Engine | Pooler
         if model.spec.task in ("causal", "seq2seq"):
             if not uses_engine(model):
@@ -74,7 +75,7 @@ class Hands:
                 )
             settle_model(model, order.execution, events, sampling=Sampling(), max_length=order.context)
             self.form = find_form(model.renderer)
-            engine = Engine(model, room, streams=order.streams)
+            engine = Engine(model, self.room, streams=order.streams)
             for name, source in order.adapters.items():
                 try:
                     engine.load_adapter(name, source, events)
@@ -85,7 +86,7 @@ class Hands:
             events.choose("engine", "pooled", "each text is read once, beside others")
         # What a search may come to hold is kept from all others; and a scorer of an adapter holds what was planned for one.
         self.searching, self.lending = asyncio.Semaphore(1), asyncio.Semaphore(1)
-        self.door = Door(engine, waiting=order.waiting, waiting_tokens=room)
+        self.door = Door(engine, waiting=order.waiting, waiting_tokens=self.room)
         self.facts: dict[str, Any] = {
             "task": model.spec.task,
             "family": model.spec.family,

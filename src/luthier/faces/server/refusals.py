@@ -71,6 +71,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (401, "No key, or one that is not known."),
         (403, "The key may not do this."),
         (404, "There is no such thing."),
+        (408, "The body did not come."),
         (413, "The body is too large."),
         (429, "Too much at once; Retry-After says when to ask again."),
         (500, "A bug in Luthier."),

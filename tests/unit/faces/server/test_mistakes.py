@@ -4,6 +4,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from luthier.faces.server.app import make_app
 from luthier.faces.server.chat import ChatRequest
 from luthier.faces.server.completions import CompletionRequest
 from luthier.faces.server.embeddings import EmbeddingRequest
@@ -11,6 +12,8 @@ from luthier.faces.server.engines import Refused
 from luthier.faces.server.inputs import ResponsesRequest
 from luthier.faces.server.orders import JobRequest
 from luthier.faces.server.refusals import explain, refusal_of
+from luthier.faces.server.server import make_server
+from luthier.faces.server.settings import Serve
 
 TURNS = [{"role": "user", "content": "hi"}]
 CHAT = {"model": "mini", "messages": TURNS}
@@ -145,3 +148,21 @@ def test_settings_of_the_engine_are_named_as_they_were_sent():
     assert (str(found), found.param) == ("structure: `regex` cannot be followed; mend it", "structure")
     found = refusal_of(Refused("ConfigError", "stop_ids: there is no token 9"))
     assert (str(found), found.param) == ("stop_token_ids: there is no token 9", "stop_token_ids")
+
+
+def test_a_filter_that_is_not_applied_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path))
+    with TestClient(make_app(make_server(Serve(), print), None), base_url="http://127.0.0.1:8000") as client:
+        for address, name in (
+            ("/v1/fine_tuning/jobs?metadata[a]=b", "metadata[a]"),
+            ("/v1/files?limit=1&afer=x", "afer"),
+            ("/v1/models?page=2", "page"),
+        ):
+            found = client.get(address)
+            assert found.status_code == 400 and found.json()["error"]["param"] == name, found.text
+        assert client.get("/v1/files?limit=1&order=asc").status_code == 200
+        assert "did you mean 'after'?" in client.get("/v1/files?afer=x").text
+        # Clients say with a query which form of an API they speak.
+        assert (
+            client.post("/v1/messages?beta=true", json={}).json()["error"]["message"].startswith("model: is required")
+        )
