@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticUndefined
@@ -14,7 +15,7 @@ def _let_be_null(schema: dict[str, Any]) -> None:
     """Say in a schema that null may stand for what has a default."""
     required = schema.get("required", ())
     for name, one in schema.get("properties", {}).items():
-        if name not in required and one.get("default") is not None:
+        if name not in required and one.get("default") is not None and {"type": "null"} not in one.get("anyOf", ()):
             said = {key: one.pop(key) for key in ("default", "title", "description") if key in one}
             schema["properties"][name] = {"anyOf": [one, {"type": "null"}], **said}
 
@@ -32,8 +33,9 @@ class Body(BaseModel):
     def _leave_out_null(cls, sent: Any) -> Any:
         if not isinstance(sent, dict):
             return sent
+        # Where null is a value of its own, it stays one.
         unsaid = {one.alias or name for name, one in cls.model_fields.items()
-                  if one.default is not None and one.default is not PydanticUndefined}  # fmt: skip
+                  if one.default is not PydanticUndefined and NoneType not in get_args(one.annotation)}  # fmt: skip
         return {name: value for name, value in sent.items() if value is not None or name not in unsaid}
 
 

@@ -34,7 +34,7 @@ def client():
 
     @app.post("/completions")
     async def complete(body: CompletionRequest) -> dict:
-        return {"echo": body.echo}
+        return {"echo": body.echo, "most": body.max_tokens}
 
     @app.post("/embeddings")
     async def embed(body: EmbeddingRequest) -> dict:
@@ -58,7 +58,9 @@ def test_null_is_what_nobody_said(client):
     nulls = dict.fromkeys(("temperature", "parallel_tool_calls", "stream", "store", "tools", "truncation"))
     assert client.post("/responses", json={"model": "mini", "input": "hi"} | nulls).json()["temperature"] == 1.0
     asked = {"model": "mini", "prompt": "a", "echo": None, "stream": None, "n": None}
-    assert client.post("/completions", json=asked).json() == {"echo": False}
+    assert client.post("/completions", json=asked).json() == {"echo": False, "most": 16}
+    # As much as there is room for, where null is a value.
+    assert client.post("/completions", json=asked | {"max_tokens": None}).json()["most"] is None
     assert client.post("/jobs", json=JOB | {"seed": None, "suffix": None}).json() == {"seed": 0}
     # What must be there is not, and what is not known is not let through.
     assert client.post("/chat", json={"model": None, "messages": TURNS}).status_code == 400
