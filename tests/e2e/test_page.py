@@ -246,6 +246,9 @@ def use_phone(page):
     page.key("ArrowRight", 39)
     assert page.run(shown) == [False, True]
     assert page.run("document.documentElement.scrollWidth") <= 360
+    # Chinese may be broken after any character: a button is still one line.
+    heights = page.run("[...document.querySelectorAll('summary, button')].map((one) => one.offsetHeight)")
+    assert 0 < max(heights) < 48, heights
 
 
 def line_up(page):

@@ -85,6 +85,12 @@ def measure(
             )
     if questions is not None:
         _fit_questions(found, words, vectors_NE, encoder, questions)
+    if all(one.refusal is None for one in found.values()):
+        events.choose(
+            "refusal", "none",
+            "the documents hold too few sentences to learn from when they do not answer, so every question is answered; "
+            "--questions FILE gives questions of both kinds",
+        )  # fmt: skip
     return found
 
 

@@ -53,6 +53,8 @@ EXEMPT_FILES = {
             "labelled",
             "limits",
             "metrics",
+            "mistakes",
+            "queries",
             "models",
             "refusals",
             "response",

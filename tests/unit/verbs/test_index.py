@@ -20,7 +20,9 @@ def docs(tmp_path):
 def test_an_index_is_a_run_that_is_brought_up_to_date(docs, runs, capsys):
     encoder = ["--encoder", str(tiny_model("bert"))]
     assert main(["index", str(docs), "--name", "help", *encoder]) == 0
-    assert "2 files, 2 passages (2 embedded now)" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "2 files, 2 passages (2 embedded now)" in said.out
+    assert "the documents hold too few sentences" in said.out + said.err, "that nothing is refused is said"
     (docs / "zero.pdf").write_bytes(b"")
     (docs / "bow.txt").write_text("Bows need more rosin.", encoding="utf-8")
     assert main(["index", str(docs), "--name", "help", *encoder, "--json"]) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from luthier import __version__
@@ -31,6 +31,7 @@ from luthier.faces.server.bounds import Bounds
 from luthier.faces.server.journal import Journal
 from luthier.faces.server.keys import Key
 from luthier.faces.server.limits import Counted
+from luthier.faces.server.queries import check_query
 from luthier.faces.server.refusals import explain
 from luthier.faces.server.server import Server
 
@@ -43,7 +44,9 @@ ROUTES = (
 
 def make_app(server: Server, keys: Sequence[Key] | None, journal: Callable[[str], None] = lambda line: None) -> FastAPI:
     """The addresses of a server. `keys` None: whoever is on this machine may ask. `journal` gets a line for each request."""
-    app = FastAPI(title="Luthier", version=__version__, description=ABOUT, redoc_url=None)
+    app = FastAPI(
+        title="Luthier", version=__version__, description=ABOUT, redoc_url=None, dependencies=[Depends(check_query)]
+    )
     app.state.server = server
     explain(app, [one.routes for one in ROUTES])
     for one in ROUTES:

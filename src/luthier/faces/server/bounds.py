@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from luthier.faces.server.access import OPEN
@@ -31,47 +34,62 @@ class Bounds:
         server.going += 1
         server.idle.clear()
         try:
-            await _Body(self._app, megabytes).answer(scope, receive, send)
+            await _Body(self._app, megabytes, server.settings.timeout).answer(scope, receive, send)
         finally:
             server.going -= 1
             if not server.going:
                 server.idle.set()
 
 
-class _TooLarge(Exception):
-    pass
+class _Broken(Exception):
+    """What reads a body may take this for a body that breaks off, and answer so: that answer is not sent."""
 
 
 class _Body:
-    def __init__(self, app: ASGIApp, megabytes: float):
-        self._app, self._most, self._megabytes = app, int(megabytes * 2**20), megabytes
+    def __init__(self, app: ASGIApp, megabytes: float, seconds: float):
+        self._app, self._most, self._megabytes, self._seconds = app, int(megabytes * 2**20), megabytes, seconds
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         declared = next((int(v) for k, v in scope["headers"] if k == b"content-length" and v.isdigit()), 0)
         if declared > self._most:
-            await self._refuse(scope, receive, send)
+            await self._refuse(self._too_large, scope, receive, send)
             return
-        got, begun = 0, False
+        got, begun, whole = 0, False, False
+        refusal: Refusal | None = None
 
         async def counted() -> Message:
-            nonlocal got
-            message = await receive()
+            nonlocal got, whole, refusal
+            try:
+                # After its body nothing but the leaving of a client is waited for.
+                async with asyncio.timeout(None if whole else self._seconds):
+                    message = await receive()
+            except TimeoutError:
+                refusal = Refusal(408, f"nothing more of the body came within {self._seconds:g} s; send it again")
+                raise _Broken from None
             got += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if got > self._most:
-                raise _TooLarge
+                refusal = self._too_large
+                raise _Broken
             return message
 
         async def noted(message: Message) -> None:
             nonlocal begun
-            begun = True
-            await send(message)
+            if begun or refusal is None:
+                begun = True
+                await send(message)
 
-        try:
+        with suppress(_Broken):
             await self._app(scope, counted, noted)
-        except _TooLarge:
-            if not begun:
-                await self._refuse(scope, receive, send)
+        if not begun and refusal is not None:
+            await self._refuse(refusal, scope, receive, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = Refusal(413, f"the body is larger than {self._megabytes:g} MB, the most that is taken")
-        await answer_of(refusal, scope["path"])(scope, receive, send)
+    @property
+    def _too_large(self) -> Refusal:
+        return Refusal(413, f"the body is larger than {self._megabytes:g} MB, the most that is taken")
+
+    async def _refuse(self, refusal: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = answer_of(refusal, scope["path"])
+        # The rest of the body is not read.
+        answer.headers["Connection"] = "close"
+        await answer(scope, receive, send)

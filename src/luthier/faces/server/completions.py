@@ -83,7 +83,9 @@ async def complete_text(
     seconds = server.settings.timeout
     if body.stream:
         return await stream_events(request, _chunks(request, served, body, asked[0]), seconds)
-    found = await while_here(request, _ask_all(request, served, asked), seconds)
+    # As many as are written at once: more would wait, and no request fills alone what may wait.
+    at_once = max(1, min(served.process.facts["streams"], server.settings.waiting // 2) // body.n)
+    found = await while_here(request, _ask_all(request, served, asked, at_once), seconds)
     choices: list[TextChoice] = []
     for one in found:
         choices += [_choice(len(choices) + at, body, answer, one) for at, answer in enumerate(one["answers"])]
@@ -111,8 +113,14 @@ def _question(body: CompletionRequest, prompt: str | list[int], tenant: str) -> 
     }
 
 
-async def _ask_all(request: Request, served: Served, asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    tasks = [asyncio.create_task(write(request, served, one)) for one in asked]
+async def _ask_all(request: Request, served: Served, asked: list[dict[str, Any]], at_once: int) -> list[dict[str, Any]]:
+    turn = asyncio.Semaphore(at_once)
+
+    async def ask(one: dict[str, Any]) -> dict[str, Any]:
+        async with turn:
+            return await write(request, served, one)
+
+    tasks = [asyncio.create_task(ask(one)) for one in asked]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -129,7 +137,7 @@ def _choice(at: int, body: CompletionRequest, answer: dict[str, Any], whole: dic
     return TextChoice(
         index=at,
         text=text,
-        logprobs=text_logs(logs) if body.logprobs is not None else None,
+        logprobs=text_logs(logs, text=text) if body.logprobs is not None else None,
         finish_reason="length" if body.max_tokens == 0 else answer["finish"],
     )
 

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from types import NoneType
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic_core import PydanticUndefined
 
 TokenId = Annotated[int, Field(ge=0)]
 
 
-class Body(BaseModel):
-    """The body of a request: what is not known is refused, and nothing is taken for what it is not."""
+def _let_be_null(schema: dict[str, Any]) -> None:
+    """Say in a schema that null may stand for what has a default."""
+    required = schema.get("required", ())
+    for name, one in schema.get("properties", {}).items():
+        if name not in required and one.get("default") is not None and {"type": "null"} not in one.get("anyOf", ()):
+            said = {key: one.pop(key) for key in ("default", "title", "description") if key in one}
+            schema["properties"][name] = {"anyOf": [one, {"type": "null"}], **said}
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+class Body(BaseModel):
+    """The body of a request: what is not known is refused, and nothing is taken for what it is not. OpenAI's clients send null
+    for what nobody said: that is the default."""
+
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, json_schema_extra=_let_be_null
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_null(cls, sent: Any) -> Any:
+        if not isinstance(sent, dict):
+            return sent
+        # Where null is a value of its own, it stays one.
+        unsaid = {one.alias or name for name, one in cls.model_fields.items()
+                  if one.default is not PydanticUndefined and NoneType not in get_args(one.annotation)}  # fmt: skip
+        return {name: value for name, value in sent.items() if value is not None or name not in unsaid}
 
 
 class Drawing(Body):
@@ -102,6 +126,7 @@ class StreamOptions(Body):
     """What a stream holds beside the text."""
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class JsonSchema(Body):
@@ -119,11 +144,19 @@ class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
+            raise ValueError("type: json_schema needs json_schema, with the schema in json_schema.schema")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise ValueError(f"json_schema goes with type: json_schema, not with {self.type}; leave one of the two out")
+        return self
+
     def structure(self) -> dict[str, Any] | None:
         """The engine's. Every schema is kept to, whether that is asked for as `strict` or not."""
         if self.type == "text":
             return None
-        schema = self.json_schema.schema_ if self.type == "json_schema" and self.json_schema is not None else None
+        schema = None if self.json_schema is None else self.json_schema.schema_
         return {"json_schema": schema if schema is not None else {"type": "object"}}
 
 

@@ -21,6 +21,9 @@ State: TypeAlias = Literal["asleep", "loading", "ready", "broken", "stopped"]
 Tap: TypeAlias = Callable[[int, str], bool]
 # Seconds before a start that follows on a broken one: they double until an engine has run for as long.
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
+# What those are told whose answer is not written to its end.
+BROKEN = "the engine ended while this was written, and is started again; ask again"
+STOPPED = "this was not written to its end: the server is ending, or serves the model no longer; ask again later"
 # Seconds that a process has for ending by itself.
 GRACE = 5.0
 
@@ -182,7 +185,7 @@ class EngineProcess:
                 message = await inbox.get()
                 if message is None:
                     over = True
-                    raise Gone("the engine ended while this was written, and is started again; ask again")
+                    raise self._gone()
                 if "error" in message:
                     over = True
                     kind, text = message["error"]["kind"], message["error"]["message"]
@@ -198,6 +201,10 @@ class EngineProcess:
             del self._waiting[id]
             if not over and self._writer is not None and not self._writer.is_closing():
                 wire.write(self._writer, {"leave": id})
+
+    def _gone(self) -> Gone:
+        """Why an answer is not written to its end."""
+        return Gone(STOPPED if self.state == "stopped" else BROKEN)
 
     async def _wake(self) -> None:
         """Load the model, once for all that ask; whoever leaves meanwhile does not end it."""

@@ -150,8 +150,9 @@ async def delete_file(id: str, server: TheServer, key: TheKey) -> DeletedFile:
     user = _reader(store, id)
     if user is not None:
         raise Refusal(409, f"{id}: {user} reads this file and is not over; cancel it first", code="in_use")
-    store.drop("file", id)
+    # On a disk that is full nothing can be noted until there is room.
     store.path_of(found.content["stored"]).unlink(missing_ok=True)
+    store.drop("file", id)
     return DeletedFile(id=id)
 
 

@@ -64,7 +64,8 @@ class Hands:
 
     def __init__(self, model: LoadedModel, order: Order, events: Events):
         self.model, self.form = model, None
-        room = room_for(model, order.streams)
+        self.waiting, self.room = order.waiting, room_for(model, order.streams)
+        """Texts, and tokens of them, that may wait at the door."""
         engine: Engine | Pooler
         if model.spec.task in ("causal", "seq2seq"):
             if not uses_engine(model):
@@ -74,7 +75,7 @@ class Hands:
                 )
             settle_model(model, order.execution, events, sampling=Sampling(), max_length=order.context)
             self.form = find_form(model.renderer)
-            engine = Engine(model, room, streams=order.streams)
+            engine = Engine(model, self.room, streams=order.streams)
             for name, source in order.adapters.items():
                 try:
                     engine.load_adapter(name, source, events)
@@ -85,7 +86,7 @@ class Hands:
             events.choose("engine", "pooled", "each text is read once, beside others")
         # What a search may come to hold is kept from all others; and a scorer of an adapter holds what was planned for one.
         self.searching, self.lending = asyncio.Semaphore(1), asyncio.Semaphore(1)
-        self.door = Door(engine, waiting=order.waiting, waiting_tokens=room)
+        self.door = Door(engine, waiting=order.waiting, waiting_tokens=self.room)
         self.facts: dict[str, Any] = {
             "task": model.spec.task,
             "family": model.spec.family,
@@ -137,13 +138,15 @@ class Hands:
         if message.get("tools") and message.get("choice") != "none":
             sampling = self._with_calls(message, sampling)
         settings = {name: message[name] for name in ("priority", "tenant", "salt", "adapter") if name in message}
-        piecewise = bool(message.get("stream"))
+        piecewise, goes_on = bool(message.get("stream")), "messages" not in message
         with self.door.begin(ids, sampling, piecewise=piecewise, **settings) as answer:
             if not piecewise:
                 whole = await answer.whole()
                 found: dict[str, Any] = {"answers": [_answer(one) for one in (whole, *whole.others)]}
                 for one, said in zip(found["answers"], (whole, *whole.others)):
                     one |= self._stopped(sampling, said.finish, said.ids, said.text)
+                    if goes_on and said.ids:
+                        self.go_on(one, ids, said.ids[0])
                 found["usage"] = _usage(len(ids), answer)
                 if message.get("echo"):
                     found["prompt"] = self.model.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -151,7 +154,7 @@ class Hands:
                     found["prompt_logs"] = self._prompt_logs(ids, whole)
                 yield {"end": found}
                 return
-            ids_of, text_of = defaultdict[int, list[int]](list), defaultdict[int, str](str)
+            ids_of, text_of, begun = defaultdict[int, list[int]](list), defaultdict[int, str](str), set[int]()
 
             def keep(piece: Piece) -> bool:
                 if sampling.stop:
@@ -160,7 +163,9 @@ class Hands:
                 return True
 
             def pass_on(piece: Piece) -> bool:
-                return piece.logprobs is None and tell(piece.which, piece.text) and keep(piece)
+                if piece.logprobs is not None or (goes_on and piece.which not in begun):
+                    return False
+                return tell(piece.which, piece.text) and keep(piece)
 
             async for piece in answer:
                 part: dict[str, Any] = {"which": piece.which, "text": piece.text}
@@ -170,11 +175,29 @@ class Hands:
                 keep(piece)
                 if piece.logprobs is not None:
                     part["logs"] = [_log(one) for one in piece.logprobs]
+                if goes_on and piece.ids and piece.which not in begun:
+                    begun.add(piece.which)
+                    self.go_on(part, ids, piece.ids[0])
                 if piece.finish is not None:
                     part["finish"] = piece.finish
                     part |= self._stopped(sampling, piece.finish, ids_of[piece.which], text_of[piece.which])
                 yield {"piece": part}
             yield {"end": {"usage": _usage(len(ids), answer)}}
+
+    def go_on(self, part: dict[str, Any], prompt: Sequence[int], first: int) -> None:
+        """Let the beginning of an answer, whose first token is `first`, be what it adds to the text of its prompt, from which
+        that of an encoder-decoder does not go on."""
+        if self.model.renderer.kind == "encoder-decoder":
+            return
+        part["text"] = self._space(prompt, first) + part["text"] if part["text"] else ""
+        for log in part.get("logs", ())[:1]:
+            for one in (log, *log[3]):
+                one[1] = self._space(prompt, one[0]) + one[1]
+
+    def _space(self, prompt: Sequence[int], token: int) -> str:
+        """The space before a token that goes on from a prompt, where decoders (of SentencePiece) drop that of a first one."""
+        alone, here = self.model.renderer.decode([token]), added(self.model, prompt[-BEFORE:], token)
+        return " " if here == f" {alone}" else ""
 
     async def tokenize(self, message: dict[str, Any]) -> Parts:
         """The tokens of a prompt, as `write` takes it, and the text of each."""
@@ -284,12 +307,12 @@ class Hands:
                 raise ConfigError("messages: this model has no chat template; use /v1/completions")
             turns, tools = self._turns(message), message.get("tools") or ()
             if renderer.template.name == "raw":
-                return renderer.first_ids + renderer.tokens("\n".join(turn.content for turn in turns))[0]
+                return renderer.tokens("\n".join(turn.content for turn in turns))[0]
             return renderer.render(turns, tools, opened=True)[1]
         if "text" in message and renderer.kind == "encoder-decoder":
             return renderer.framed_ids(message["text"])
         if "text" in message:
-            return renderer.first_ids + renderer.tokens(message["text"])[0]
+            return renderer.tokens(message["text"])[0]
         count = len(self.model.tokenizer)
         strange = [one for one in message["ids"] if not 0 <= one < count]
         if strange:

@@ -104,6 +104,12 @@ class TextFormat(Body):
     schema_: dict[str, JsonValue] | None = Field(None, alias="schema")
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> TextFormat:
+        if self.type != "json_schema" and self.schema_ is not None:
+            raise ValueError(f"schema goes with type: json_schema, not with {self.type}; leave one of the two out")
+        return self
+
 
 class TextSettings(Body):
     format: TextFormat | None = None

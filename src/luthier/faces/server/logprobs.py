@@ -48,12 +48,13 @@ def chat_logs(logs: Sequence[Log] | None) -> ChatLogs | None:
     )
 
 
-def text_logs(logs: Sequence[Log], start: int = 0) -> TextLogs:
-    """Of the tokens of a text that begins at the character `start`."""
+def text_logs(logs: Sequence[Log], start: int = 0, text: str | None = None) -> TextLogs:
+    """Of the tokens of a text that begins at the character `start`. Where the whole `text` is given, tokens that it does not
+    show, such as the one it begins with, take no room in it."""
     offsets = []
     for one in logs:
         offsets.append(start)
-        start += len(one[1])
+        start += len(one[1]) if text is None or text.startswith(one[1], start) else 0
     return TextLogs(
         tokens=[one[1] for one in logs],
         token_logprobs=[None if one[2] is None else max(one[2], LEAST) for one in logs],

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from luthier.faces.server.drawing import Body
 from luthier.faces.server.refusals import RESPONSES, FaultBody, Refusal
@@ -54,9 +54,9 @@ class Deleted(BaseModel):
 class LoadRequest(Body):
     """A model to serve from now on."""
 
-    source: str
+    source: Annotated[str, Field(min_length=1)]
     """A shipped name, run:<id>, a directory or a hub id."""
-    name: str | None = None
+    name: Annotated[str, Field(min_length=1)] | None = None
     """The name under which it is asked for; by default its source."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -20,7 +20,8 @@ from luthier.models.embedding import made_for_vectors
 if TYPE_CHECKING:
     from luthier.faces.server.hands import Hands
 
-S, T = TypeVar("S"), TypeVar("T")
+T = TypeVar("T")
+Ids: TypeAlias = Sequence[int]
 # Texts of one request that wait at the door at once.
 AT_ONCE = 64
 
@@ -97,16 +98,18 @@ async def _predict(
 ) -> tuple[list[Sequence[int]], list[Prediction]]:
     model = hands.model
     if model.spec.task not in ("classify", "regress"):
-        raise ConfigError(
-            f"model: {hands.called(message)} is made to {model.spec.task}, not to classify or to give numbers; choose another"
-            + (", or name the labels that it chooses among" if model.spec.task == "causal" else "")
-        )
+        called, task = hands.called(message), model.spec.task
+        if task == "causal":
+            raise ConfigError(
+                f"labels: {called} is a language model and has none of its own; name the labels that it chooses among"
+            )
+        raise ConfigError(f"model: {called} is made to {task}, not to classify or to give numbers; choose another")
     second = [item[1] is not None for item in items]
     if any(second) and gives_rewards(model) and not all(second):
         raise ConfigError("input: give a prompt and an answer each time, or an answer alone each time")
     rows = [hands.within(encode_item(model, item, "input").ids) for item in items]
     settings = {name: message[name] for name in ("priority", "tenant") if name in message}
-    scores = await _each(rows, lambda ids: hands.door.pool(ids, **settings))
+    scores = await _each(hands, rows, lambda ids: hands.door.pool(ids, **settings))
     return rows, [prediction_of(model, one, "", item) for one, item in zip(scores, items)]
 
 
@@ -115,19 +118,24 @@ async def _vectors(
 ) -> list[Tensor]:
     embedding = Embedding(normalise=message.get("normalise", True), dimensions=dimensions)
     settings = {name: message[name] for name in ("priority", "tenant", "adapter") if name in message}
-    return await _each(rows, lambda ids: hands.door.pool(ids, embedding, **settings))
+    return await _each(hands, rows, lambda ids: hands.door.pool(ids, embedding, **settings))
 
 
-async def _each(rows: Sequence[S], work: Callable[[S], Awaitable[T]]) -> list[T]:
-    """What `work` makes of each row, a number of them at once; where one fails the others are left."""
-    turn = asyncio.Semaphore(AT_ONCE)
-
-    async def one(row: S) -> T:
-        async with turn:
-            return await work(row)
-
-    tasks = [asyncio.create_task(one(row)) for row in rows]
+async def _each(hands: Hands, rows: Sequence[Ids], work: Callable[[Ids], Awaitable[T]]) -> list[T]:
+    """What `work` makes of each row, some of them at once: no request fills alone what may wait at the door, or it would be
+    refused however idle the engine is. Where one fails the others are left."""
+    most, most_tokens = max(1, min(AT_ONCE, hands.waiting // 2)), hands.room // 2
+    tasks: list[asyncio.Task[T]] = []
+    going: dict[asyncio.Task[T], int] = {}
     try:
+        for row in rows:
+            while going and (len(going) >= most or sum(going.values()) + len(row) > most_tokens):
+                done, _ = await asyncio.wait(going, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    del going[task]
+                    task.result()
+            tasks.append(asyncio.ensure_future(work(row)))
+            going[tasks[-1]] = len(row)
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:

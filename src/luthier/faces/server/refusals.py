@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from luthier.core.errors import ConfigError, LuthierError, ModelError, RunError, did_you_mean
 from luthier.faces.server.engines import Gone, Refused
+from luthier.faces.server.mistakes import OBJECT, sentences_of
 
 
 class Fault(BaseModel):
@@ -61,6 +62,8 @@ class Refusal(LuthierError):
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 # What an engine says no with.
 STATUSES = {"Busy": 429, "Closed": 503, "Bug": 500, "MissingExtra": 501}
+# How settings of the engine are called in a request, where that is another name.
+SENT_AS = (("stop_ids", "stop_token_ids"), ("ignore_stop", "ignore_eos"))
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": FaultBody, "description": text}
     for status, text in (
@@ -68,6 +71,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         (401, "No key, or one that is not known."),
         (403, "The key may not do this."),
         (404, "There is no such thing."),
+        (408, "The body did not come."),
         (413, "The body is too large."),
         (429, "Too much at once; Retry-After says when to ask again."),
         (500, "A bug in Luthier."),
@@ -90,11 +94,9 @@ def refusal_of(err: Exception) -> Refusal:
     if isinstance(err, Refusal):
         return err
     if isinstance(err, Refused):
-        status = STATUSES.get(err.kind, 400)
+        status, said = STATUSES.get(err.kind, 400), _as_sent(str(err))
         code = "context_length_exceeded" if err.kind == "TooLong" else None
-        return Refusal(
-            status, str(err), param=_param(str(err)) if status == 400 else None, code=code, wait=_wait(status)
-        )
+        return Refusal(status, said, param=_param(said) if status == 400 else None, code=code, wait=_wait(status))
     if isinstance(err, Gone):
         return Refusal(503, str(err), code="engine_unavailable", wait=2.0)
     if isinstance(err, RunError):
@@ -102,6 +104,12 @@ def refusal_of(err: Exception) -> Refusal:
     if isinstance(err, ConfigError | ModelError | LuthierError):
         return Refusal(400, str(err), param=_param(str(err)))
     return Refusal(500, f"this is a bug in Luthier: {type(err).__name__}: {err}", code="bug")
+
+
+def _as_sent(message: str) -> str:
+    """An engine's sentence about a setting, with the name that it has in a request."""
+    said = message.removeprefix("sampling: ")
+    return next((f"{there}{said[len(here) :]}" for here, there in SENT_AS if said.startswith(here)), said)
 
 
 def _wait(status: int) -> float | None:
@@ -172,6 +180,9 @@ def _methods(routers: Sequence[APIRouter], request: Request) -> list[str]:
 def _sentence(err: HTTPException, path: str) -> str:
     if err.status_code == 405 and path.startswith("/v1/vector_stores"):
         return "indexes are read and searched here; `luthier index DOCS --name NAME` makes, updates and fills them"
+    if err.status_code == 400 and "parsing the body" in str(err.detail):
+        why = "it is no UTF-8, compressed, nested too deep, or holds a number that is too long"
+        return f"the body cannot be read as JSON: {why}; {OBJECT}"
     known = {
         404: "there is nothing at this address; /docs lists what there is",
         405: "this address does not take this method; /docs says which it takes",
@@ -181,26 +192,8 @@ def _sentence(err: HTTPException, path: str) -> str:
 
 def _invalid(err: RequestValidationError) -> Refusal:
     """All that is wrong with a body, in sentences."""
-    found, param = [], None
-    for mistake in err.errors():
-        # The first part says body, query or path.
-        path = ".".join(str(part) for part in mistake["loc"][1:] if not _is_branch(part)) or "body"
-        param = param or path
-        if mistake["type"] == "extra_forbidden":
-            found.append(f"{path}: this server does not support this field; leave it out")
-        elif mistake["type"] == "json_invalid":
-            found.append(f"the body is not valid JSON ({mistake.get('ctx', {}).get('error', mistake['msg'])})")
-        elif mistake["type"] == "missing":
-            found.append(f"{path}: is required")
-        else:
-            cause = mistake.get("ctx", {}).get("error")
-            found.append(f"{path}: {cause or mistake['msg'][:1].lower() + mistake['msg'][1:]}")
-    return Refusal(400, "; ".join(dict.fromkeys(found)), param=param)
-
-
-def _is_branch(part: int | str) -> bool:
-    """Branches of a union stand in a path under their types' names."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part or part in ("str", "int", "float", "bool"))
+    said, param = sentences_of(err.errors(), err.body)
+    return Refusal(400, "; ".join(said), param=param)
 
 
 def unknown(name: str, known: list[str]) -> Refusal:

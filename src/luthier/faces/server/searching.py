@@ -36,6 +36,10 @@ async def search(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[st
     whole = searched_for(model, searching.found, sampling, len(ids))
     found = [whole, *whole.others]
     answers = [{"text": one.text, "tokens": len(one.ids), "finish": one.finish} for one in found]
+    if "messages" not in message:
+        for answer, one in zip(answers, found):
+            if one.ids:
+                hands.go_on(answer, ids, one.ids[0])
     written = sum(len(one.ids) for one in found)
     usage = {"prompt": len(ids), "written": written, "reused": 0, "drafted": 0, "accepted": 0}
     end: dict[str, Any] = {"answers": answers, "usage": usage}

@@ -93,6 +93,8 @@ async def _run(settings: Serve, say: Say) -> int:
             ssl_keyfile=settings.private_key,
             timeout_keep_alive=75,
             lifespan="off",
+            # There are none here, and nobody is to be told to install them.
+            ws="none",
         )
         web = _Web(config, server, say)
         host, port = listening.getsockname()[:2]

@@ -51,7 +51,7 @@ class Serve(Config):
     file_megabytes: Annotated[float, Field(gt=0)] = 512.0
     """Largest file that is uploaded."""
     timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds that an answer may take."""
+    """Seconds that an answer may take, and that the server waits for more of a body."""
     log_prompts: bool = False
     """Write prompts and answers into the log."""
     keep_responses: bool = False

@@ -195,6 +195,10 @@ def _writing() -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as err:
+        if err.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise Refusal(
+                503, "another server is writing what both keep, so this was not noted; ask again", code="busy", wait=2.0
+            ) from None
         raise Refusal(507, f"the server could not note this ({err}); make room on its disk", code="disk_full") from None
 
 

@@ -79,6 +79,8 @@ class Form:
             self._out.write(data[start:end])
             return
         self._held += data[start:end]
+        if self._name == "file":
+            raise Refusal(400, "file: it has no filename; send it as a file, with one", param="file")
         if len(self._held) > FIELD:
             raise Refusal(400, f"{self._name}: is longer than {FIELD} bytes", param=self._name)
 

@@ -64,7 +64,7 @@ def test_adapters_are_models_beside_their_base(places, tmp_path):
             plain = say("mini")
             # A mistake is told of the model that was asked for, not of the base.
             for path, body, why in (
-                ("/v1/classify", {"input": "a"}, "model: red is made to causal, not to classify"),
+                ("/v1/classify", {"input": "a"}, "labels: red is a language model and has none of its own"),
                 ("/v1/score", {"text_1": "a", "text_2": "b"}, "model: red is a language model, and nothing says"),
             ):
                 wrong = httpx.post(running.url + path, json={"model": "red", **body}, timeout=60)

@@ -1,11 +1,14 @@
 """Files of a server, asked in process: what is taken, what is refused and how, lists, owners."""
 
 import resource
+import sqlite3
 
 import pytest
 
 from asking import ASKED, CHAT, LIKED, Asked, lines
 from luthier.faces.server.keys import Key, digest
+from luthier.faces.server.refusals import Refusal
+from luthier.faces.server.store import Store
 
 
 @pytest.fixture
@@ -90,6 +93,35 @@ def test_a_full_disk_is_said_and_leaves_nothing(ask, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert answer.status_code == 507 and "disk is full" in answer.json()["error"]["message"]
     assert kept(tmp_path) == []
+
+
+def test_deleting_makes_room_on_a_full_disk(ask, tmp_path):
+    id = ask.upload(lines(CHAT)).json()["id"]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+    try:
+        assert ask("DELETE", f"/v1/files/{id}").status_code == 507 and kept(tmp_path) == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ask("GET", f"/v1/files/{id}/content").status_code == 404
+    assert ask("DELETE", f"/v1/files/{id}").status_code == 200 and ask("GET", "/v1/files").json()["data"] == []
+
+
+def test_a_store_that_another_writes_is_said(tmp_path):
+    store, other = Store(tmp_path), sqlite3.connect(tmp_path / "server.sqlite3", isolation_level=None)
+    store._base.execute("PRAGMA busy_timeout = 1")
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(Refusal, match="another server is writing") as caught:
+        store.say("job", "hello")
+    assert caught.value.status == 503 and caught.value.wait
+    other.close()
+    store.close()
+
+
+def test_a_file_without_a_name(ask):
+    form = b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n{}\r\n--x--\r\n'
+    head = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert "it has no filename" in ask("POST", "/v1/files", content=form, headers=head).json()["error"]["message"]
 
 
 def test_a_form_that_is_none(ask, tmp_path):

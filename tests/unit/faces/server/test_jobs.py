@@ -59,7 +59,7 @@ def test_what_a_job_asks_of_tune(ask):
         ({"training_file": "file-x"}, 400, "training_file: there is no file 'file-x'"),
         ({"validation_file": "file-x"}, 400, "validation_file: there is no file"),
         ({"method": dpo()}, 400, "method dpo needs rows of input"),
-        ({"method": {"type": "reinforcement"}}, 400, "method.type: input should be 'supervised' or 'dpo'"),
+        ({"method": {"type": "reinforcement"}}, 400, "method.type: is 'reinforcement', expected 'supervised' or 'dpo'"),
         ({"method": {"type": "dpo", "supervised": {}}}, 400, "leave it out"),
         ({"hyperparameters": {"n_epochs": 0}}, 400, "hyperparameters.n_epochs"),
         ({"hyperparameters": {"beta": 1}}, 400, "hyperparameters.beta: this server does not support"),

@@ -1,5 +1,6 @@
 """Keys, limits, metrics, disconnects, crashes and the end: from outside, against real servers."""
 
+import asyncio
 import json
 import os
 import signal
@@ -13,10 +14,12 @@ import pytest
 
 from luthier.core.errors import ConfigError
 from luthier.faces.cli.main import main
+from luthier.faces.server.app import make_app
 from luthier.faces.server.keys import add_key, find_key, read_keys
 from luthier.faces.server.limits import Taken
 from luthier.faces.server.refusals import Refusal
-from luthier.faces.server.settings import Limits
+from luthier.faces.server.server import make_server
+from luthier.faces.server.settings import Limits, Serve
 from running import Running
 
 ASK = {
@@ -96,9 +99,38 @@ def test_malformed_bodies_are_answered(served):
     assert httpx.get(chat).status_code == 405
     large = httpx.post(chat, content=b" " * (33 * 2**20), headers={"Content-Type": "application/json"})
     assert large.status_code == 413 and "32 MB" in large.json()["error"]["message"]
+    pieces = httpx.post(chat, content=(b" " * 2**20 for _ in range(33)), headers={"Content-Type": "application/json"})
+    assert pieces.status_code == 413 and "32 MB" in pieces.json()["error"]["message"]
     lone = httpx.post(chat, content=json.dumps({**ASK, "max_tokens": 2}).replace("Once", "\\ud800").encode(),
                       headers={"Content-Type": "application/json"})  # fmt: skip
     assert lone.status_code == 400 and "half of a character" in lone.text
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path))
+    server = make_server(Serve(timeout=0.2), print)
+    app, sent = make_app(server, None), []
+
+    async def work():
+        pieces = iter([{"type": "http.request", "body": b'{"model"', "more_body": True}])
+
+        async def receive():
+            return next(pieces, None) or await asyncio.Event().wait()
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"content-length", b"50")]
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+            "path": "/v1/chat/completions", "raw_path": b"", "root_path": "", "query_string": b"", "headers": headers,
+            "client": None, "server": None,
+        }  # fmt: skip
+        await asyncio.wait_for(app(scope, receive, send), 10)
+
+    asyncio.run(work())
+    assert sent[0]["status"] == 408 and b"nothing more of the body came within 0.2 s" in sent[1]["body"]
+    assert (b"connection", b"close") in sent[0]["headers"] and server.going == 0
 
 
 def test_readiness_is_a_token(served):

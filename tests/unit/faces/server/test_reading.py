@@ -89,6 +89,18 @@ def test_many_texts_of_one_request(client):
     assert [one.index for one in found.data] == list(range(600))
 
 
+def test_more_long_texts_than_may_wait_are_one_request(reading, client):
+    """However many there are in it, a request to an idle server is not refused for being many."""
+    long = [f"{at} fox " * 120 for at in range(100)]
+    assert len(client.embeddings.create(model="mini", input=long).data) == 100
+    answer = client.post("/classify", body={"model": "judge", "input": long}, cast_to=object)
+    assert len(answer["data"]) == 100
+    many = client.completions.create(model="mini", prompt=[f"{at} fox" for at in range(300)], max_tokens=1)
+    assert [one.index for one in many.choices] == list(range(300))
+    few = client.completions.create(model="mini", prompt=long[:60], max_tokens=1, n=2)
+    assert len(few.choices) == 120
+
+
 def test_classes_are_those_of_predict(reading, places):
     answer = httpx.post(f"{reading.url}/v1/classify", json={"model": "judge", "input": TEXTS}).json()
     own = predict(load_model(str(places / "judge")), [(text, None) for text in TEXTS])
@@ -118,7 +130,7 @@ def test_models_do_what_they_are_made_for(reading, client):
     with pytest.raises(openai.BadRequestError, match="the context of this model is 512 tokens; the text has"):
         client.embeddings.create(model="encoder", input="word " * 3000)
     answer = httpx.post(f"{reading.url}/v1/classify", json={"model": "mini", "input": "Hello"})
-    assert answer.status_code == 400 and "not to classify" in answer.json()["error"]["message"]
+    assert answer.status_code == 400 and "none of its own" in answer.json()["error"]["message"]
     assert httpx.get(f"{reading.url}/health/ready").json() == {"status": "ready", "troubles": {}}
 
 

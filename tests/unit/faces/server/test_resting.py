@@ -3,8 +3,11 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
 import luthier
 from asking import until_async
+from luthier.faces.server.engines import Gone
 from luthier.faces.server.settings import Serve
 from luthier.faces.server.shelf import AWAKE, Shelf
 
@@ -56,5 +59,20 @@ def test_a_model_that_is_gone_is_said_each_time(tmp_path):
             else:
                 raise AssertionError
         await shelf.close()
+
+    asyncio.run(work())
+
+
+def test_an_answer_that_is_stopped_is_not_said_to_be_started_again():
+    async def work():
+        shelf = Shelf(Serve(), lambda event: None)
+        served = await shelf.load("mini")
+        sampling = {"max_tokens": 400, "ignore_stop": True}
+        parts = served.stream("write", text="Once", sampling=sampling, stream=True)
+        await anext(parts)
+        await shelf.close()
+        with pytest.raises(Gone, match="the server is ending, or serves the model no longer"):
+            async for _ in parts:
+                pass
 
     asyncio.run(work())
