@@ -40,7 +40,7 @@ def test_fused_equals_own(family, adapter):
     states, gradients = states_and_gradients(model)
     torch.testing.assert_close(states, own_states, rtol=1e-4, atol=1e-5)
     for mine, theirs in zip(gradients, own_gradients):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-4)
     unfuse(model)
     assert torch.equal(states_and_gradients(model)[0], own_states)
 
