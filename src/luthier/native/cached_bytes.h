@@ -25,7 +25,7 @@ INLINE void bytes_attend(const Cached *c, const int N, const Half *const *query,
             UNROLL for (int i = 0; i < N; i++) UNROLL for (int r = 0; r < wide_keys; r++) sum[i][r] = all_words(-128 * shift[i]);
             for (int64_t d = 0; d < size / 4; d++) {
                 Fours word[4];
-                UNROLL for (int r = 0; r < wide_keys; r++) word[r] = fours(load_words(keys + d * 128 + (part + r) * WIDE));
+                UNROLL for (int r = 0; r < wide_keys; r++) word[r] = fours(held(load_words(keys + d * 128 + (part + r) * WIDE)));
                 UNROLL for (int r = 0; r < wide_keys; r++)
                     if ((part + r) * WIDE % 64 == 0) fetch_far(next + d * 128 + (part + r) * WIDE);
                 UNROLL for (int i = 0; i < N; i++) {
@@ -94,7 +94,7 @@ INLINE void bytes_attend(const Cached *c, const int N, const Half *const *query,
             for (int64_t t = 0; t < TOKENS / 4; t++) {
                 Fours word[4];
                 UNROLL for (int r = 0; r < wide; r++)
-                    word[r] = signed_fours(r < columns ? load_words(values + (t * size + d + r * LANE) * 4) : all_words(0));
+                    word[r] = signed_fours(r < columns ? held(load_words(values + (t * size + d + r * LANE) * 4)) : all_words(0));
                 UNROLL for (int r = 0; r < wide; r++)
                     if (wide * WIDE < 64 || r * WIDE % 64 == 0) fetch_far(next + (t * size + d + r * LANE) * 4);
                 UNROLL for (int i = 0; i < N; i++) {

@@ -48,7 +48,7 @@ typedef struct { vi four; } Fours;
 
 INLINE int place_in_four(int number) { return number; }
 INLINE uint32_t in_places(uint32_t word) { return word; }
-INLINE Fours fours(vi words) { return (Fours){held(words)}; }
+INLINE Fours fours(vi words) { return (Fours){words}; }
 INLINE Fours signed_fours(vi words) { return fours(words); }
 INLINE Fours same_fours(const Byte *from) {
     int32_t four;

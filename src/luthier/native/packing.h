@@ -14,8 +14,9 @@ void pack_bytes(const int8_t *from, uint8_t *to, int64_t n, int64_t k) {
     for (int64_t tile = 0; tile < n / LANE; tile++)
         for (int64_t at = 0; at < k / 4; at++)
             for (int64_t i = 0; i < LANE; i++)
-                for (int64_t j = 0; j < 4; j++)
-                    to[tile * k * LANE + (at * LANE + i) * 4 + place_in_four((int)j)] = (uint8_t)(from[(tile * LANE + i) * k + at * 4 + j] + 128);
+                for (int j = 0; j < 4; j++)
+                    to[tile * k * LANE + (at * LANE + i) * 4 + place_in_four(j)] =
+                        (uint8_t)(from[(tile * LANE + i) * k + at * 4 + j] + 128);
 }
 
 void pack_nibbles(const uint8_t *from, uint8_t *to, int64_t n, int64_t k) {

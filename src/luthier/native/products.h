@@ -222,7 +222,7 @@ INLINE void bytes_few(const Product *p, const int MR, const Rows *rows, float *o
         }
         for (int64_t at = 0; at < k / 4; at += 4, w += 4 * WIDE, next += 4 * WIDE)
             UNROLL for (int n = 0; n < 4; n++) {
-                Fours word = fours(load_words(w + n * WIDE));
+                Fours word = fours(held(load_words(w + n * WIDE)));
                 if (n * WIDE % 64 == 0) fetch_far(next + n * WIDE);
                 UNROLL for (int i = 0; i < MR; i++)
                     sum[i][n % sums] = dot_fours(sum[i][n % sums], word, same_fours(rows->bytes + i * rows->k + (at + n) * 4));
