@@ -237,7 +237,9 @@ def _as_yaml(table: dict[str, Any]) -> str:
     # The one in C takes a quarter of the time, and escapes what it could write: characters that take four bytes.
     fast = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     text: str = yaml.dump(table, Dumper=fast, allow_unicode=True, sort_keys=False)
-    return yaml.safe_dump(table, allow_unicode=True, sort_keys=False) if "\\U" in text else text
+    if "\\U" in text:
+        text = yaml.safe_dump(table, allow_unicode=True, sort_keys=False)
+    return text
 
 
 def _put(tree: dict[str, Any], path: str, value: Any) -> None:
