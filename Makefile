@@ -29,8 +29,10 @@ check: $(VENV)/.developer
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Some hundred processes are started: what they import is compiled once, also where nothing else is to be.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.developer
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not e2e and not gpu'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not e2e and not gpu'
 
 e2e: $(VENV)/.developer
 	$(BIN)/python -m pytest -m e2e

@@ -1,11 +1,17 @@
 """Every test draws the same random numbers, on one thread, asks no hub, and has a place of its own for runs."""
 
 import os
+from contextlib import suppress
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("LUTHIER_LANG", "en")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of real servers come first: they wait for processes, and the last to end should be a short one."""
+    items.sort(key=lambda item: "/faces/server/" not in item.path.as_posix())
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -33,5 +39,13 @@ def runs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache that holds nothing yet. Not for every test: what is compiled lies there too."""
-    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    """A cache that holds nothing but what is compiled, which each process of a test would do again for half a minute."""
+    from luthier.native.build import NoLibrary, library_path, load_library
+
+    place = tmp_path / "cache"
+    place.mkdir()
+    for name in ("kernels", "decoder"):
+        with suppress(NoLibrary):
+            load_library(name)
+            (place / library_path(name).name).symlink_to(library_path(name))
+    monkeypatch.setenv("LUTHIER_CACHE", str(place))

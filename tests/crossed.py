@@ -1,5 +1,6 @@
 """Tiny encoder-decoders of many families, with random weights large enough that answers differ."""
 
+import copy
 from functools import cache
 
 import torch
@@ -42,9 +43,14 @@ def made(family):
     return str(place)
 
 
+@cache
+def _loaded_once(family):
+    return load_model(made(family))
+
+
 def crossed(family, ends=True):
-    """A loaded one; without `ends` it goes on to the last token it may write."""
-    model = load_model(made(family))
+    """A loaded one of the caller's own; without `ends` it goes on to the last token it may write."""
+    model = copy.deepcopy(_loaded_once(family))
     if not ends:
         model.spec = model.spec.model_copy(update={"stop_ids": ()})
     return model

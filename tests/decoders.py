@@ -1,11 +1,12 @@
 """Random decoders of many families, large enough for the native one: every norm and bias does something.
 
-`decoder_model("llama")` is loaded anew each time from a directory that is made once a session.
+`decoder_model("llama")` is a copy, the caller's own, of what is loaded once a session from a directory in MADE.
 """
 
 from __future__ import annotations
 
 import atexit
+import copy
 import shutil
 import tempfile
 from functools import cache
@@ -38,6 +39,7 @@ FAMILIES = {
 
 # Where each lies.
 MADE: dict[str, Path] = {}
+LOADED: dict[str, LoadedModel] = {}
 
 
 def decoder_model(family: str, **more: Any) -> LoadedModel:
@@ -45,7 +47,8 @@ def decoder_model(family: str, **more: Any) -> LoadedModel:
     key = f"{family} {sorted(more.items(), key=str)}"
     if key not in MADE:
         MADE[key] = _make(family, more)
-    return load_model(str(MADE[key]))
+        LOADED[key] = load_model(str(MADE[key]))
+    return copy.deepcopy(LOADED[key])
 
 
 @cache

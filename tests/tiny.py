@@ -2,11 +2,13 @@
 
 `tiny_model("llama")` gives a directory that loads like any other model: config.json, model.safetensors and tokenizer
 files. Directories are made once a session, in a temporary place, and are not to be changed (copy them first).
+`tiny_loaded("llama")` is loaded from there: a copy of what was loaded once, for tests that do not ask how one is loaded.
 """
 
 from __future__ import annotations
 
 import atexit
+import copy
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
+
+from luthier.models.load import load_model
+from luthier.models.spec import LoadedModel
 
 FAMILIES: dict[str, tuple[str, ...]] = {
     "decoder": ("gpt2", "opt", "gpt_neo", "llama", "qwen2", "qwen3", "gemma", "mistral"),
@@ -88,6 +93,16 @@ def tiny_model(family: str, task: str | None = None, seed: int = 0) -> Path:
     tokenizer.save_pretrained(path)
     logging.enable_progress_bar()
     return path
+
+
+@cache
+def _loaded_once(family: str, **options: Any) -> LoadedModel:
+    return load_model(str(tiny_model(family)), **options)
+
+
+def tiny_loaded(family: str, **options: Any) -> LoadedModel:
+    """A model of the caller's own, as `load_model` gives it."""
+    return copy.deepcopy(_loaded_once(family, **options))
 
 
 @cache

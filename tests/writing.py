@@ -2,12 +2,11 @@
 
 import random
 
-from luthier.models.load import load_model
-from tiny import tiny_model
+from tiny import tiny_loaded
 
 
 def endless(family="llama", **options):
-    model = load_model(str(tiny_model(family)), **options)
+    model = tiny_loaded(family, **options)
     model.spec = model.spec.model_copy(update={"stop_ids": ()})
     return model
 

@@ -8,7 +8,7 @@ from luthier.models.heads import Pooled
 from luthier.models.load import load_model
 from luthier.models.quantised.network import quantised_layers
 from luthier.models.save import save_model
-from tiny import ALL_FAMILIES, kind_of, tiny_model
+from tiny import ALL_FAMILIES, kind_of, tiny_loaded, tiny_model
 
 PURPOSES = [(family, task) for family in ALL_FAMILIES for task in (None, "classify")]
 
@@ -24,7 +24,7 @@ def outputs(loaded):
 
 
 def load(family, task):
-    return load_model(str(tiny_model(family)), task=task, labels=("a", "b") if task == "classify" else ())
+    return tiny_loaded(family, task=task, labels=("a", "b") if task == "classify" else ())
 
 
 @pytest.mark.parametrize("family, task", PURPOSES)

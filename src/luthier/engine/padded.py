@@ -66,7 +66,10 @@ def write(
                 generation_config=GenerationConfig(**_settings(model, sampling, room, begun, pad)),  # type: ignore[no-untyped-call]
                 stopping_criteria=StoppingCriteriaList(_stops(model, sampling, start)),
                 logits_processor=LogitsProcessorList(
-                    [*_processors(model, sampling, start), *([processor] if processor else [])]
+                    [
+                        _Processor(one)
+                        for one in (*_processors(model, sampling, start), *([processor] if processor else []))
+                    ]
                 ),
                 streamer=streamer,
             )
@@ -74,6 +77,16 @@ def write(
         module.train(training)
         own.forced_eos_token_id, own.eos_token_id = forced, ending
     return [row.tolist() for row in out[:, start:].cpu()]
+
+
+class _Processor:
+    """What transformers asks at each token which arguments it takes: of a plain function that takes it longest."""
+
+    def __init__(self, make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+        self.make = make
+
+    def __call__(self, ids_ST: torch.Tensor, scores_SV: torch.Tensor) -> torch.Tensor:
+        return self.make(ids_ST, scores_SV)
 
 
 def refuse_logprobs(model: LoadedModel, sampling: Sampling) -> None:

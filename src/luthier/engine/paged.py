@@ -53,7 +53,8 @@ class Paged:
             tables, before = [*tables, [self.blocks]], [*before, 0]
         device, module = self.model.device, self.model.module
         training = module.training
-        module.eval()
+        if training:
+            module.eval()
         try:
             # One new token of every text, all of the model itself.
             single = len(ids) == len(lengths) and [*rows] == [*range(len(ids))] and all(one < 0 for one in adapters)
@@ -70,7 +71,8 @@ class Paged:
             filled = [*rows, *[rows[0]] * (self._fewest - len(rows))]
             return self._said(states_NE[filled], likeliest)[: len(rows)]
         finally:
-            module.train(training)
+            if training:
+                module.train()
 
     def _said(self, states_RE: Tensor, likeliest: bool) -> Tensor:
         """The logits after these states, or the likeliest tokens."""

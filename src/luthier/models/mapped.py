@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import re
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,18 +73,18 @@ def read_regions() -> list[Region]:
     return list(_regions(text))
 
 
+# Address, rights, offset, device, inode, path: memory of no file has the inode 0. And what was written to since.
+LINES = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ (\d+) *(.*)$|^Anonymous: +(\d+)", re.MULTILINE)
+
+
 def _regions(text: str) -> Iterator[Region]:
-    start, end, offset, path = 0, 0, 0, ""
-    for line in text.splitlines():
-        name, *rest = line.split()
-        if not name.endswith(":"):
-            first, _, last = name.partition("-")
-            # Address, rights, offset, device, inode, path: memory of no file has the inode 0.
-            held = rest[3] != "0"
-            start, end = (int(first, 16), int(last, 16)) if held else (0, 0)
-            offset, path = int(rest[1], 16), line.split(maxsplit=5)[5] if held and len(rest) > 4 else ""
-        elif name == "Anonymous:" and end:
-            yield Region(start, end, offset, path, rest[0] == "0")
+    held: tuple[int, int, int, str] | None = None
+    for line in LINES.finditer(text):
+        start, end, offset, inode, path, written = line.groups()
+        if written is None:
+            held = None if inode == "0" else (int(start, 16), int(end, 16), int(offset, 16), path)
+        elif held is not None:
+            yield Region(*held, written == "0")
 
 
 def find_mapped(network: nn.Module) -> list[tuple[int, int]]:
@@ -92,7 +94,7 @@ def find_mapped(network: nn.Module) -> list[tuple[int, int]]:
     return [
         (one.start, one.end - one.start)
         for one in read_regions()
-        if one.whole and any(one.start <= weight < one.end for weight in weights)
+        if one.whole and bisect_left(weights, one.start) < bisect_left(weights, one.end)
     ]
 
 

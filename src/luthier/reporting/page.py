@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment
+from jinja2 import Environment, Template
 
 from luthier.core.run import read_record, write_atomically
 from luthier.reporting import sections
@@ -17,10 +18,8 @@ def write_report(path: Path) -> Path:
     Raises RunError when the record is damaged or the page cannot be written.
     """
     record = read_record(path)
-    source = (resources.files("luthier.reporting") / "page.html.jinja").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
     details = sections.read_json(path / "artefacts" / "details.json")
-    text = page.render(
+    text = _page().render(
         record=record,
         time=sections.show_time(record.seconds),
         verdict=sections.say_verdict(record),
@@ -36,3 +35,10 @@ def write_report(path: Path) -> Path:
     target = path / "report.html"
     write_atomically(target, text)
     return target
+
+
+@cache
+def _page() -> Template:
+    """Compiled once, for searches and comparisons write many."""
+    source = (resources.files("luthier.reporting") / "page.html.jinja").read_text(encoding="utf-8")
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)

@@ -40,6 +40,14 @@ def test_a_run_from_start_to_end(runs):
     assert [event["event"] for event in read_events(run.path / "events.jsonl")] == ["warning", "warning", "choice"]
 
 
+@pytest.mark.parametrize("said", ["房间 🎻 " * 20, "a: b\nc", "\\Users", "1e-3", "x" * 200])
+def test_what_was_asked_is_written_to_be_read(said):
+    run = Run.create("tune", resolve(Asked, values={"model": said}))
+    text = (run.path / "config.yaml").read_text(encoding="utf-8")
+    assert text == yaml.safe_dump({"model": said}, allow_unicode=True, sort_keys=False)
+    assert yaml.safe_load(text) == {"model": said}
+
+
 def test_the_end_is_recorded_whatever_it_was():
     for error, state in (
         (KeyboardInterrupt(), "interrupted"),

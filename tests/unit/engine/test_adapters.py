@@ -88,10 +88,10 @@ def test_three_adapters_and_none_in_one_step_write_as_each_merged_and_alone(fami
     for seed in range(3):
         engine.load_adapter(f"a{seed}", tuned(seed, family, **settings))
     given = [(prompt, name) for prompt in SOME for name in ("a0", "", "a2", "a1")]
+    others = {name: merged(tuned(int(name[1]), family, **settings)) for name in ("a0", "a1", "a2")}
     for sampling in (GREEDY, DRAWN):
         found = written(engine, given, sampling)
-        for name in ("a0", "a1", "a2", ""):
-            other = merged(tuned(int(name[1]), family, **settings)) if name else endless(family)
+        for name, other in {**others, "": endless(family)}.items():
             numbers = [at for at, (_, one) in enumerate(given) if one == name]
             alone = Engine(other, 4096)
             requests = [alone.add(given[at][0], sampling, draw=numbers_of(1, at)) for at in numbers]
@@ -137,17 +137,22 @@ def test_rows_with_an_adapter_have_the_same_bits_alone_beside_others_and_in_piec
             assert torch.equal(part, alone[start:stop])
 
 
-@pytest.mark.parametrize("settings", [{}, {"tokens": 16}, {"streams": 3}, {"room": 192}], ids=str)
-def test_what_is_written_is_the_same_however_a_step_is_filled(settings):
+def drawn_beside(**settings):
     given = [(prompt, name) for prompt in SOME for name in ("a0", "", "a1")]
+    engine = Engine(endless(), settings.pop("room", 4096), **settings)
+    for seed in range(2):
+        engine.load_adapter(f"a{seed}", tuned(seed))
+    return written(engine, given, DRAWN)
 
-    def made(**settings):
-        engine = Engine(endless(), settings.pop("room", 4096), **settings)
-        for seed in range(2):
-            engine.load_adapter(f"a{seed}", tuned(seed))
-        return written(engine, given, DRAWN)
 
-    assert made(**settings) == made(streams=1, guessed=0)
+@pytest.fixture(scope="module")
+def drawn_alone():
+    return drawn_beside(streams=1, guessed=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tokens": 16}, {"streams": 3}, {"room": 192}], ids=str)
+def test_what_is_written_is_the_same_however_a_step_is_filled(settings, drawn_alone):
+    assert drawn_beside(**settings) == drawn_alone
 
 
 def packed(family="llama", form="bfloat16"):

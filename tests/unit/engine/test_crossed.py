@@ -28,7 +28,7 @@ from luthier.models.slots import Slots, begin, go_on
 from writing import prompts
 
 FAMILIES = [family for family in SETTINGS if family not in PADDED]
-SIZES = tuple(random.Random(4).randrange(1, 60) for _ in range(32))
+SIZES = tuple(random.Random(4).randrange(1, 60) for _ in range(20))
 
 
 def alone(model, given, sampling):
@@ -70,7 +70,7 @@ def test_greedy_tokens_of_many_that_come_and_go_are_those_of_transformers_alone(
     given = prompts(SIZES)
     samplings = [Sampling(max_tokens=draw.randrange(1, 30)) for _ in given]
     right = [alone(model, [one], sampling)[0] for one, sampling in zip(given, samplings)]
-    assert len({tuple(one) for one in right}) > 20, "answers that are all alike show nothing"
+    assert len({tuple(one) for one in right}) > 12, "answers that are all alike show nothing"
     assert [one.written for one in written(model, given, samplings)] == right
     assert [one.written for one in written(model, given, samplings, 1, tokens=64, streams=5, room=512)] == right
 
@@ -192,8 +192,11 @@ def test_a_search_ends_when_the_models_own_settings_say(early, penalty):
         ] == (right)
 
 
-@pytest.mark.parametrize("penalty", [1.0, 0.0, 2.0])
-@pytest.mark.parametrize("family", FAMILIES)
+# How long answers are is asked of two families, and what each of the others computes once.
+PENALISED = [(family, penalty) for family in ("bart", "t5") for penalty in (0.0, 2.0)]
+
+
+@pytest.mark.parametrize(("family", "penalty"), [*((family, 1.0) for family in FAMILIES), *PENALISED])
 def test_a_search_finds_what_transformers_own_loop_finds(family, penalty):
     model = crossed(family)
     model.spec = model.spec.model_copy(update={"stop_ids": tuple(range(5, 400, 3))})

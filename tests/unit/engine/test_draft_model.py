@@ -1,6 +1,7 @@
 """A smaller model that guesses: never seen in what is written, only in how soon; whatever it is and whatever is asked for."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -74,11 +75,17 @@ def written(sampling, draft=None, *, guessed=64, room=2048, adapters=(), **setti
     return requests, steps
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@cache
+def plainly(name):
+    """Without a draft, all of it at once: the texts, which nothing changes, and the steps that they took."""
+    return written(SAMPLINGS[name], guessed=0)
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.parametrize("settings", [{}, {"tokens": 8}, {"room": 224}, {"streams": 2}], ids=str)
-def test_what_is_written_is_the_same_with_a_draft_model(sampling, settings):
-    plain, _ = written(sampling, guessed=0, **settings)
-    found, _ = written(sampling, blurred(), **settings)
+def test_what_is_written_is_the_same_with_a_draft_model(name, settings):
+    plain, _ = plainly(name)
+    found, _ = written(SAMPLINGS[name], blurred(), **settings)
     assert [one.written for one in found] == [one.written for one in plain]
     assert [one.logs for one in found] == [one.logs for one in plain]
     assert sum(one.accepted for one in found) > 0
@@ -95,7 +102,7 @@ def test_what_is_written_is_the_same_with_adapters_on_the_target(name):
 
 @pytest.mark.parametrize("name", ["greedy", "drawn", "penalised"])
 def test_a_draft_that_is_the_model_itself_is_always_right(name):
-    plain, steps = written(SAMPLINGS[name], guessed=0)
+    plain, steps = plainly(name)
     found, fewer = written(SAMPLINGS[name], endless(), guessed=64)
     assert [one.written for one in found] == [one.written for one in plain]
     # All that the text itself did not guess (which may be wrong) is right.
@@ -104,7 +111,7 @@ def test_a_draft_that_is_the_model_itself_is_always_right(name):
 
 
 def test_a_draft_of_another_kind_that_is_never_right_changes_nothing():
-    plain, _ = written(SAMPLINGS["greedy"], guessed=0)
+    plain, _ = plainly("greedy")
     found, _ = written(SAMPLINGS["greedy"], load_model(str(tiny_model("llama", seed=9))))
     assert [one.written for one in found] == [one.written for one in plain]
 
@@ -137,7 +144,7 @@ def test_what_the_draft_keeps_is_that_of_reading_the_text_anew():
 
 def test_long_prompts_are_caught_up_with_in_pieces(monkeypatch):
     monkeypatch.setattr("luthier.engine.draft_model.AT_ONCE", 20)
-    plain, _ = written(SAMPLINGS["greedy"], guessed=0)
+    plain, _ = plainly("greedy")
     found, _ = written(SAMPLINGS["greedy"], blurred())
     assert [one.written for one in found] == [one.written for one in plain]
     assert sum(one.accepted for one in found) > 0
@@ -147,7 +154,7 @@ def test_a_draft_with_a_shorter_context_stops_guessing_there():
     draft = blurred()
     draft.spec = draft.spec.model_copy(update={"max_length": 50})
     found, _ = written(SAMPLINGS["greedy"], draft)
-    assert [one.written for one in found] == [one.written for one in written(SAMPLINGS["greedy"], guessed=0)[0]]
+    assert [one.written for one in found] == [one.written for one in plainly("greedy")[0]]
     assert found[3].drafted < found[0].drafted
 
 
@@ -212,12 +219,12 @@ def test_a_draft_whose_logits_are_no_numbers_is_turned_off():
         draft.network.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.warns(UserWarning, match="guesses nothing from here on"):
         found, _ = written(SAMPLINGS["greedy"], draft)
-    assert [one.written for one in found] == [one.written for one in written(SAMPLINGS["greedy"], guessed=0)[0]]
+    assert [one.written for one in found] == [one.written for one in plainly("greedy")[0]]
 
 
 @pytest.mark.parametrize("name", ["structure", "drawn structure"])
 def test_a_draft_keeps_to_the_structure(name):
-    plain, steps = written(SAMPLINGS[name], guessed=0)
+    plain, steps = plainly(name)
     found, fewer = written(SAMPLINGS[name], endless(), guessed=64)
     assert [one.written for one in found] == [one.written for one in plain]
     # The model itself, within the structure, is always right; only what the text itself guesses may be wrong.

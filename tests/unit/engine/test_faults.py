@@ -1,5 +1,7 @@
 """What goes wrong with one text ends that text: the others become what they would have been, and no block is lost."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -54,11 +56,16 @@ def alone(model, samplings, sizes=SIZES):
     return [(one.written, one.logs, one.prompt_logs) for one in requests]
 
 
+@cache
+def two_alone(family):
+    return [one[0] for one in alone(endless(family), [DRAWN] * 2, (17, 33))]
+
+
 def goes_on(engine, model):
     """An engine after a fault writes as a new one does."""
     again = added(engine, [DRAWN] * 2, (17, 33))
     drained(engine)
-    assert [one.written for one in again] == [one[0] for one in alone(model, [DRAWN] * 2, (17, 33))]
+    assert [one.written for one in again] == two_alone(model.spec.family)
 
 
 def late_draw(engine, request):
@@ -96,14 +103,21 @@ def broken_logs(engine, request):
 FAULTS = [late_draw, nothing_left, broken_stop, broken_guess, broken_lesson, broken_name, broken_logs]
 
 
+MIXED = [DRAWN, GREEDY, DRAWN, DRAWN.model_copy(update={"logprobs": 2}), GREEDY]
+
+
+@pytest.fixture(scope="module")
+def mixed_alone():
+    return alone(endless("qwen3"), MIXED)
+
+
 @pytest.mark.parametrize("break_it", FAULTS, ids=lambda one: one.__name__)
 @pytest.mark.parametrize("settings", [{}, {"tokens": 16}, {"streams": 3}], ids=str)
-def test_a_fault_of_one_text_ends_that_text_alone(break_it, settings):
-    model, samplings = endless("qwen3"), [DRAWN, GREEDY, DRAWN, DRAWN.model_copy(update={"logprobs": 2}), GREEDY]
-    right = alone(model, samplings)
+def test_a_fault_of_one_text_ends_that_text_alone(break_it, settings, mixed_alone):
+    model, right = endless("qwen3"), mixed_alone
     decode = model.renderer.decode
     engine = Engine(model, 4096, **settings)
-    requests = added(engine, samplings)
+    requests = added(engine, MIXED)
     break_it(engine, requests[2])
     told = drained(engine)
     model.renderer.decode = decode

@@ -152,9 +152,9 @@ def test_no_more_blocks_are_held_than_are_planned():
     most = lanes.blocks_held(context, 8, 4096)
     scorer = Scorer(model)
     for start, size, prompts, labels, length in (
-        (1, 1, 8, 200, context // 2),
-        (context // 2, context // 4, 8, 64, context // 4),
-        (33, 9, 1, 100, context - 42),
+        (1, 1, 8, 24, context // 2),
+        (context // 2, context // 4, 8, 24, context // 4),
+        (33, 9, 1, 70, context - 42),
         (1, context - 3, 8, 2, 2),
         (5, 31, 8, 3, 1),
     ):

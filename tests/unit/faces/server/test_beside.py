@@ -40,10 +40,6 @@ def places(tmp_path_factory):
         (("red", "lora"), ("blue", "lora"), ("green", "dora")))]  # fmt: skip
 
 
-def children(pid: int) -> list[int]:
-    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def test_a_base_is_known_from_files(places):
     assert base_of("mini") is None and base_of("./nowhere") is None
     base = base_of(str(places[0]))
@@ -60,7 +56,7 @@ def test_adapters_are_models_beside_their_base(places, tmp_path):
                 found = client.chat.completions.create(model=model, messages=TURNS, max_tokens=24, temperature=0)
                 return found.choices[0].message.content
 
-            assert len(children(running.process.pid)) == 1
+            assert len(running.engines()) == 1
             plain = say("mini")
             # A mistake is told of the model that was asked for, not of the base.
             for path, body, why in (
@@ -75,26 +71,23 @@ def test_adapters_are_models_beside_their_base(places, tmp_path):
             admin = f"{running.url}/admin/models"
             made = httpx.post(admin, json={"source": str(blue), "name": "blue"}, timeout=60).json()
             assert made["parent"] == "mini" and say("blue") == own["blue"] and say("mini") == plain
-            assert len(children(running.process.pid)) == 1
+            assert len(running.engines()) == 1
             # What cannot be added layer by layer gets a process of its own.
             other = httpx.post(admin, json={"source": str(green), "name": "green"}, timeout=60).json()
-            assert other["parent"] is None and len(children(running.process.pid)) == 2 and say("green")
+            assert other["parent"] is None and len(running.engines()) == 2 and say("green")
             assert httpx.delete(f"{admin}/green", timeout=60).status_code == 200
             assert httpx.delete(f"{admin}/mini", timeout=60).status_code == 409
             assert httpx.delete(f"{admin}/blue", timeout=60).status_code == 200
             with pytest.raises(openai.NotFoundError):
                 say("blue")
             # An engine that is started again has them again.
-            (killed,) = children(running.process.pid)
+            (killed,) = running.engines()
             os.kill(killed, signal.SIGKILL)
-            while children(running.process.pid) == [killed]:
-                assert httpx.get(f"{running.url}/health/live", timeout=60).status_code == 200
+            running.alive_until(lambda: running.engines() != [killed])
             with pytest.raises(openai.InternalServerError, match="red: the engine of mini ended"):
                 say("red")
-            while children(running.process.pid) in ([], [killed]):
-                assert httpx.get(f"{running.url}/health/live", timeout=60).status_code == 200
-            while httpx.get(f"{running.url}/health/ready", timeout=60).status_code != 200:
-                pass
+            running.alive_until(lambda: running.engines() not in ([], [killed]))
+            running.ready()
             assert say("red") == own["red"]
     finally:
         assert running.stop() == 0

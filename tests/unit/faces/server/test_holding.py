@@ -30,9 +30,9 @@ async def ask(hands, asked):
 
 
 def labelled(at, adapter):
-    """Labels of which each needs many blocks, after texts that begin in their own way."""
+    """Labels of which each needs blocks of its own, after more texts than are read at once, which begin in their own way."""
     texts = [f"{at} once upon a time {one}" for one in range(9)]
-    labels = [f"{one} " + "the fox and the hen " * 40 for one in range(16)]
+    labels = [f"{one} " + "the fox and the hen " * 10 for one in range(4)]
     settings = {"labels": labels, "labelling": {"instruction": str(at)}, "shots": [], "raw": True}
     beside = {"adapter": adapter} if adapter else {}
     return {"do": "label", "inputs": texts, **settings, **beside}

@@ -24,10 +24,6 @@ def tuned(runs: Path, name: str, seed: int) -> None:
     (runs / name / "record.json").write_text(json.dumps({"id": name, "verb": "tune", "created": f"2026-01-0{seed}"}))
 
 
-def children(pid: int) -> list[int]:
-    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def test_an_engine_that_starts_again_loads_the_run_that_it_was(tmp_path):
     tuned(tmp_path, "first", 1)
     running = Running("it=run:last", runs=tmp_path)
@@ -39,12 +35,10 @@ def test_an_engine_that_starts_again_loads_the_run_that_it_was(tmp_path):
     try:
         before = say("it")
         tuned(tmp_path, "second", 2)
-        (engine,) = children(running.process.pid)
+        (engine,) = running.engines()
         os.kill(engine, signal.SIGKILL)
-        while children(running.process.pid) in ([], [engine]):
-            assert httpx.get(f"{running.url}/health/live", timeout=60).status_code == 200
-        while httpx.get(f"{running.url}/health/ready", timeout=60).status_code != 200:
-            pass
+        running.alive_until(lambda: running.engines() not in ([], [engine]))
+        running.ready()
         assert say("it") == before
         # Whoever says run:last now means the second one.
         made = httpx.post(f"{running.url}/admin/models", json={"source": "run:last", "name": "new"}, timeout=60).json()
