@@ -18,8 +18,8 @@ from luthier.native.build import NoLibrary, load_library
 from luthier.native.forms import BITS, GROUP, Form, filled, to_int4, to_int8
 from luthier.native.shape import ACTIVATIONS, PRODUCTS, Decoder, Linear, Low, Norm
 
-# Tokens of a block of keys and values (TOKENS in the C files), and what rows are filled up to: the most numbers that any processor
-# works on at once (LANE there).
+# Tokens of a block of keys and values (TOKENS in the C files), and what rows are filled up to: the most numbers that any
+# processor works on at once (LANE there).
 TOKENS, LANE = 32, 16
 # Rows of a weight that are packed at once, so that what is between takes little; whole tiles.
 AT_ONCE = 1024
