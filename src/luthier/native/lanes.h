@@ -228,5 +228,4 @@ INLINE vf exp_of(vf x) {
 #endif
 }
 
-INLINE void fetch(const void *from) { __builtin_prefetch(from, 0, 3); }
 INLINE void fetch_far(const void *from) { __builtin_prefetch(from, 0, 2); }

@@ -287,7 +287,13 @@ def test_a_server_of_other_models_is_refused_at_the_start(listed, settings, part
 
 def test_an_adapter_is_not_taken_for_its_base(tmp_path):
     base = tiny_model("llama")
-    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "target_modules": ["q_proj"]}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(base),
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": ["q_proj"],
+    }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
     def load(**card):

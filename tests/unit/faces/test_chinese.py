@@ -91,6 +91,7 @@ EXEMPT_CALLS = {
     **dict.fromkeys(("make_parser", "add_argument", "add_argument_group", "Field"), "the --help of one command"),
 }
 EXEMPT = {
+    r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ (\d+) *(.*)$|^Anonymous: +(\d+)": "what lines of /proc look like",
     "model name": "a key of /proc/cpuinfo",
     "Bearer {}": "a header of HTTP",
     "HTTP {}": "a name and a number",
