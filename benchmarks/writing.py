@@ -158,8 +158,8 @@ def main() -> None:
     bandwidth, most = measure_bandwidth(), peaks()
     peer = medians.pop("peer")
     names = [] if options.quick else [name for name in options.peers.split(",") if name]
-    others = {name: run_other(name, build, shape, asked, repeats) for name in names}
-    result = {
+    others: dict[str, Any] = {}
+    result: dict[str, Any] = {
         "benchmark": "writing",
         "shape": shape,
         "requests": len(asked),
@@ -179,21 +179,25 @@ def main() -> None:
         "ours": medians,
         "peer": peer,
         "ratio": {name: {key: round(one[key] / peer[key], 2) for key in one} for name, one in medians.items()},
-        "others": others,
-        "ratio_to_others": {
-            name: {
+    }
+    path = HERE / "results" / f"writing-{shape}.json"
+    # Written after each peer: a later one may fail after many minutes.
+    for name in [None, *names]:
+        if name is not None:
+            others[name] = run_other(name, build, shape, asked, repeats)
+        result["others"] = others
+        result["ratio_to_others"] = {
+            other: {
                 form: {
                     key: round(medians[form][key] / max(one[key] for one in found.values() if isinstance(one, dict)), 2)
                     for key in peer
                 }
                 for form in FORMS
             }
-            for name, found in others.items()
-        },
-    }
-    if not options.quick:
-        path = HERE / "results" / f"writing-{shape}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            for other, found in others.items()
+        }
+        if not options.quick:
+            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 
