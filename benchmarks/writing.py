@@ -158,7 +158,6 @@ def main() -> None:
     bandwidth, most = measure_bandwidth(), peaks()
     peer = medians.pop("peer")
     names = [] if options.quick else [name for name in options.peers.split(",") if name]
-    others: dict[str, Any] = {}
     result: dict[str, Any] = {
         "benchmark": "writing",
         "shape": shape,
@@ -180,24 +179,23 @@ def main() -> None:
         "peer": peer,
         "ratio": {name: {key: round(one[key] / peer[key], 2) for key in one} for name, one in medians.items()},
     }
-    path = HERE / "results" / f"writing-{shape}.json"
-    # Written after each peer: a later one may fail after many minutes.
-    for name in [None, *names]:
-        if name is not None:
-            others[name] = run_other(name, build, shape, asked, repeats)
-        result["others"] = others
-        result["ratio_to_others"] = {
-            other: {
-                form: {
-                    key: round(medians[form][key] / max(one[key] for one in found.values() if isinstance(one, dict)), 2)
-                    for key in peer
-                }
-                for form in FORMS
-            }
-            for other, found in others.items()
-        }
+    result["others"], result["ratio_to_others"] = {}, {}
+
+    def keep() -> None:
         if not options.quick:
+            path = HERE / "results" / f"writing-{shape}.json"
             path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    keep()
+    for name in names:
+        other = run_other(name, build, shape, asked, repeats)
+        highest = {key: max(one[key] for one in other.values() if isinstance(one, dict)) for key in peer}
+        result["others"][name] = other
+        result["ratio_to_others"][name] = {
+            form: {key: round(medians[form][key] / highest[key], 2) for key in peer} for form in FORMS
+        }
+        # After each, for the next may fail after many minutes.
+        keep()
     print(json.dumps(result))
 
 

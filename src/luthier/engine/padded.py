@@ -80,7 +80,8 @@ def write(
 
 
 class _Processor:
-    """What transformers asks at each token which arguments it takes: of a plain function that takes it longest."""
+    """One that transformers calls at each token. It asks each time which arguments that takes, and an object says so in a tenth
+    of the time of a plain function."""
 
     def __init__(self, make: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
         self.make = make

@@ -102,19 +102,18 @@ def test_rows_that_fill_a_step_up_touch_nothing_but_the_scratch_block(monkeypatc
     model = model_of("llama", **LONG)
     with on_the_cpu(monkeypatch), torch.inference_mode():
         store = Store(4, PAGE)
-        for size in (1, 1, 4):
-            buffers = Buffers(model, store, size, 2)
+        made = [Buffers(model, store, size, 2) for size in (1, 4)]
+        for buffers in made:
             buffers.fill([7], [[2, 1]], [PAGE + 3], 3)
-            if not store._layers:  # the first reading takes room that holds anything, even what is no number
-                read_pages(model, buffers.ids_N, buffers.pages)
-                for pair in store._layers.values():
-                    for one in pair:
-                        one.fill_(0.5)
-                continue
-            states = read_pages(model, buffers.ids_N, buffers.pages)
-            keys, _ = store._layers[0]
-            if size == 1:
-                alone, held = states, keys.clone()
+        # The first reading takes room that holds anything, even what is no number.
+        read_pages(model, made[0].ids_N, made[0].pages)
+        for pair in store._layers.values():
+            for one in pair:
+                one.fill_(0.5)
+        keys, _ = store._layers[0]
+        alone = read_pages(model, made[0].ids_N, made[0].pages)
+        held = keys.clone()
+        states, buffers = read_pages(model, made[1].ids_N, made[1].pages), made[1]
         touched = (keys != held).flatten(1).any(1).nonzero()[:, 0].tolist()
         assert set(touched) <= {PAGE + 3, 3 * PAGE} and torch.allclose(states[:1], alone, atol=1e-5)
         assert buffers.pages.slots_N.tolist() == [PAGE + 3, 3 * PAGE, 3 * PAGE, 3 * PAGE]
