@@ -31,8 +31,8 @@ from shapes import make_model
 import luthier
 from luthier.core.events import Events
 from luthier.core.types import Message
-from luthier.engine.drafts import remember
 from luthier.engine.engine import Engine
+from luthier.engine.learned import remember
 from luthier.engine.loading import take_draft
 from luthier.engine.native import prepare
 from luthier.engine.numbers import numbers_of

@@ -14,7 +14,6 @@ import torch
 from luthier.core.errors import ConfigError
 from luthier.engine.blocks import Blocks
 from luthier.engine.choose import choose, takes_likeliest
-from luthier.engine.drafts import Pace
 from luthier.engine.likeliest import not_numbers
 from luthier.engine.readers import reader_for
 from luthier.engine.request import Request
@@ -24,6 +23,35 @@ from luthier.models.spec import LoadedModel
 
 # Tokens of all texts that it reads at once to catch up with them.
 AT_ONCE = 512
+# Most tokens of a guess, the first guess, and steps without one after guesses that came to nothing.
+MOST, FIRST, PAUSE = 15, 4, 8
+MISSES = 3
+
+
+class Pace:
+    """How many tokens are worth guessing: more after a guess that was right, fewer after one that was not, none for a while
+    after several."""
+
+    def __init__(self) -> None:
+        self._reach, self._misses, self._paused = FIRST, 0, 0
+
+    def most(self, allowed: int) -> int:
+        """Tokens of the next guess, of which so many are allowed at most."""
+        if self._paused:
+            self._paused -= 1
+            return 0
+        return min(allowed, self._reach)
+
+    def learn(self, guessed: int, right: int) -> None:
+        """How much of the last guess was right."""
+        if right:
+            self._misses = 0
+            self._reach = min(MOST, self._reach * 2) if right == guessed else max(1, right + 1)
+            return
+        self._misses += 1
+        self._reach = max(1, self._reach // 2)
+        if self._misses >= MISSES:
+            self._misses, self._paused, self._reach = 0, PAUSE, FIRST
 
 
 @dataclass(eq=False, slots=True)

@@ -2,161 +2,163 @@
 
 A guess changes nothing but the time: a token is kept only if it is the one that is chosen in its place anyway, greedily or by
 the draw of that place. Guesses come from the text itself (prompt lookup, Saxena 2023), for a tuned model from the rows
-that it learned, and where neither says anything from a smaller model, if one is given (`engine.draft_model`).
+that it learned (`engine.learned`): what followed the same tokens there, or where the rows copied from their own beginnings, what
+this text says in that place. How likely a guess is right is counted over all texts, by where it comes from; a token is guessed
+where that is worth the time of one more row in the step (`Worth`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import chain, cycle, islice, repeat
 
-import numpy as np
+from luthier.engine.learned import DEEP, Learned
 
-from luthier.core.errors import ModelError
-from luthier.models.sources import resolve_source
-from luthier.models.spec import LoadedModel
-
-# Last tokens that must have occurred before, in the text itself and in rows that were learned.
-ALIKE, ALIKE_LEARNED = 3, 4
-# Most tokens of a guess, the first guess, and steps without one after guesses that came to nothing.
-MOST, FIRST, PAUSE = 15, 4, 8
-MISSES = 3
-# Places of the learned rows that are looked at for what follows.
-LOOKED_AT = 64
-# In the artefacts of a run.
-FILE = "learned.npy"
-# What stands between two rows.
-BETWEEN = -1
-# Tokens of learned rows that are kept.
-KEPT = 4_000_000
+# Last tokens that must have come before in the text itself, and how far back they are compared; earlier places that are.
+ALIKE, COMPARED, PLACES = 2, 6, 8
+# How likely a token of the text's own is right after so many alike, and after one of the guess that was right; a vote counts as
+# if beside it there were one more, of which this much is for it. Until there are counts, of which these weigh as so many.
+BY_TEXT = (0.0, 0.0, 0.35, 0.6, 0.75, 0.8, 0.85)
+GOES_ON, DOUBT, WEIGHT = 0.8, 0.3, 8.0
+# What was counted so many times ago weighs a third.
+MEMORY = 100
+# Rows of which fewer than this part agree are asked whether they copied.
+AGREED = 0.9
+# Where many write, a text of which nothing was worth guessing is left alone for a while, longer each time.
+MANY, LONGEST = 4, 16
+# Where a token of a guess comes from.
+Source = tuple[str, int, int, int]
 
 
-class Pace:
-    """How many tokens are worth guessing: more after a guess that was right, fewer after one that was not, none for a while
-    after several."""
+class Odds:
+    """How often guesses from a source were right, newer ones counting more."""
 
     def __init__(self) -> None:
-        self._reach, self._misses, self._paused = FIRST, 0, 0
+        self._right: defaultdict[Source, float] = defaultdict(float)
+        self._seen: defaultdict[Source, float] = defaultdict(float)
 
-    def most(self, allowed: int) -> int:
-        """Tokens of the next guess, of which so many are allowed at most."""
-        if self._paused:
-            self._paused -= 1
-            return 0
-        return min(allowed, self._reach)
+    def of(self, source: Source, expected: float) -> float:
+        """How likely the next is right, which was expected to be so likely before anything was seen."""
+        return (self._right[source] + WEIGHT * expected) / (self._seen[source] + WEIGHT)
 
-    def learn(self, guessed: int, right: int) -> None:
-        """How much of the last guess was right."""
-        if right:
-            self._misses = 0
-            self._reach = min(MOST, self._reach * 2) if right == guessed else max(1, right + 1)
-            return
-        self._misses += 1
-        self._reach = max(1, self._reach // 2)
-        if self._misses >= MISSES:
-            self._misses, self._paused, self._reach = 0, PAUSE, FIRST
+    def learn(self, source: Source, right: bool) -> None:
+        """One was right, or not."""
+        self._right[source] += right - self._right[source] / MEMORY
+        self._seen[source] += 1 - self._seen[source] / MEMORY
+
+
+class Worth:
+    """Tokens that a step is expected to write, for what it costs, which is 1 for a row and `slope` for each one more."""
+
+    def __init__(self, texts: int, slope: float):
+        self.tokens, self.cost, self.slope = float(texts), 1.0 + slope * (texts - 1), slope
+        self.texts = texts
+
+    def weigh(self, chances: Iterator[float]) -> tuple[int, float, float]:
+        """How many of these tokens to read, each right as likely as said if those before it are; what the step then writes and
+        costs. A row is worth what tokens cost without it."""
+        tokens, cost, likely, count = self.tokens, self.cost, 1.0, 0
+        for chance in chances:
+            likely *= chance
+            if likely * cost <= self.slope * tokens:
+                break
+            tokens, cost, count = tokens + likely, cost + self.slope, count + 1
+        return count, tokens, cost
 
 
 class Guesser:
-    """Guesses for one text from itself and from the rows that were learned, as long as they are worth it."""
+    """Guesses for one text."""
 
-    def __init__(self, ids: Sequence[int], learned: Learned | None):
-        self._ids = list(ids)
-        self._learned = learned
-        self._seen: dict[tuple[int, ...], int] = {}
+    def __init__(self, ids: Sequence[int], learned: Learned | None, odds: Odds):
+        self._ids, self._learned, self._odds = list(ids), learned, odds
+        self._prompt = len(self._ids)
+        self._seen: dict[tuple[int, ...], list[int]] = {}
         self._known = 0
-        self._pace = Pace()
+        self._sources: list[Source] = []
+        self._paused = self._pause = 0
 
-    def guess(self, written: Sequence[int], prompt: int, most: int) -> list[int]:
-        """At most `most` tokens to come after a prompt of so many tokens and what was written since."""
-        self._ids += written[len(self._ids) - prompt :]
-        most = self._pace.most(most)
-        if most < 1:
+    def guess(self, written: Sequence[int], most: int, worth: Worth) -> list[int]:
+        """At most `most` tokens to come after the prompt and what was written since, as many as are worth it in this step."""
+        self._ids += written[len(self._ids) - self._prompt :]
+        if self._paused:
+            self._paused -= 1
             return []
-        found = self._learned.follow(self._ids, most) if self._learned is not None else []
-        return found or self._look_up(most)
+        best, found = (0, worth.tokens, worth.cost), list[tuple[int, Source]]()
+        for way in self._ways(most) if most > 0 else ():
+            taken = list[tuple[int, Source]]()
+            weighed = worth.weigh(self._chances(way, taken))
+            if weighed[1] * best[2] > best[1] * weighed[2]:
+                best, found = weighed, taken[: weighed[0]]
+        _, worth.tokens, worth.cost = best
+        self._rest(bool(found) or worth.texts <= MANY)
+        self._sources = [source for _, source in found]
+        return [token for token, _ in found]
 
     def learn(self, guessed: int, right: int) -> None:
-        """How much of the last guess was right."""
-        self._pace.learn(guessed, right)
+        """How many of the last guess were right."""
+        for at, source in enumerate(self._sources[:guessed]):
+            self._odds.learn(source, at < right)
+            if at >= right:
+                break
 
-    def _look_up(self, most: int) -> list[int]:
-        """What followed when the last tokens came before."""
-        last = len(self._ids)
+    def _chances(self, way: Iterator[tuple[int, Source, float]], taken: list[tuple[int, Source]]) -> Iterator[float]:
+        for token, source, expected in way:
+            taken.append((token, source))
+            yield self._odds.of(source, expected)
+
+    def _rest(self, found: bool) -> None:
+        self._pause = 0 if found else min(LONGEST, 2 * self._pause + 1)
+        self._paused = self._pause
+
+    def _ways(self, most: int) -> Iterator[Iterator[tuple[int, Source, float]]]:
+        """What may follow, in one way after another: a token, where it comes from, and how likely it is expected to be right."""
+        at, alike = self._look_up()
+        if alike:
+            yield self._read_on("text", at, most, alike, BY_TEXT[alike])
+        followed = self._learned.follow(self._ids) if self._learned is not None else None
+        if followed is None:
+            return
+        votes = followed.walk(most)
+        first = next(votes, None)
+        if first is not None:
+            yield (
+                (
+                    token,
+                    ("row", min(followed.alike + at, DEEP + 2), _part(count, of), min(of, 4)),
+                    (count + DOUBT) / (of + 1),
+                )
+                for at, (token, count, of) in enumerate(chain([first], votes))
+            )
+        if followed.alike < ALIKE + 1 or (first is not None and first[1] >= AGREED * first[2]):
+            return
+        copied = followed.copied()
+        if copied is not None and copied[0] in self._seen:
+            pair, part = copied
+            yield self._read_on("copy", self._seen[pair][0], most, followed.alike, part)
+
+    def _read_on(self, kind: str, at: int, most: int, alike: int, first: float) -> Iterator[tuple[int, Source, float]]:
+        """What this text says from one of its places on, again and again if it ends."""
+        ways = chain([((kind, alike, 0, 0), first)], repeat(((kind, 0, 1, 0), GOES_ON)))
+        tokens = cycle(self._ids[at : at + most])
+        return ((token, *way) for token, way in zip(tokens, islice(ways, most)))
+
+    def _look_up(self) -> tuple[int, int]:
+        """Where the last tokens came before, and how many of them are alike there; the longest, of these the last."""
+        ids, last = self._ids, len(self._ids)
         for end in range(max(self._known, ALIKE), last):
-            self._seen[tuple(self._ids[end - ALIKE : end])] = end
-        self._known = max(self._known, last)
-        at = self._seen.get(tuple(self._ids[-ALIKE:]))
-        return [] if at is None else self._ids[at : at + most]
+            self._seen.setdefault((ids[end - 2], ids[end - 1]), []).append(end)
+        self._known = last
+        best, longest = 0, 0
+        for place in reversed(self._seen.get((ids[-2], ids[-1]), [])[-PLACES:] if last >= ALIKE else []):
+            alike = ALIKE
+            while alike < min(COMPARED, place) and ids[place - alike - 1] == ids[last - alike - 1]:
+                alike += 1
+            if alike > longest:
+                best, longest = place, alike
+        return best, longest
 
 
-class Learned:
-    """Rows of tokens that a model learned, found by any few tokens that stand one after another in them."""
-
-    def __init__(self, rows: np.ndarray):
-        self._ids = rows.astype(np.int64)
-        self._hashes = _hash_all(self._ids, ALIKE_LEARNED)
-        self._order = np.argsort(self._hashes, kind="stable")
-        self._sorted = self._hashes[self._order]
-
-    def follow(self, ids: Sequence[int], most: int) -> list[int]:
-        """What most often followed the last of these tokens, as far as its row goes."""
-        if len(ids) < ALIKE_LEARNED or not len(self._sorted):
-            return []
-        last = np.asarray(ids[-ALIKE_LEARNED:], dtype=np.int64)
-        name = _hash_all(last, ALIKE_LEARNED)[0]
-        low, high = np.searchsorted(self._sorted, name, "left"), np.searchsorted(self._sorted, name, "right")
-        found = []
-        for place in self._order[low : min(high, low + LOOKED_AT)].tolist():
-            after = place + ALIKE_LEARNED
-            if after < len(self._ids) and np.array_equal(self._ids[place:after], last) and self._ids[after] != BETWEEN:
-                found.append(after)
-        if not found:
-            return []
-        token = Counter(int(self._ids[after]) for after in found).most_common(1)[0][0]
-        start = next(after for after in found if self._ids[after] == token)
-        row = self._ids[start : start + most]
-        ends = np.flatnonzero(row == BETWEEN)
-        return [int(one) for one in (row[: ends[0]] if len(ends) else row)]
-
-
-def write_learned(path: Path, rows: Iterable[Sequence[int]]) -> None:
-    """Keep the rows that a model learned, as far as there is room for them."""
-    kept: list[int] = []
-    for row in rows:
-        if len(kept) + len(row) > KEPT:
-            break
-        kept += [*row, BETWEEN]
-    np.save(path, np.asarray(kept, dtype=np.int32))
-
-
-def read_learned(path: Path) -> Learned:
-    """The rows that `write_learned` kept. Raises ModelError for a file that is damaged."""
-    try:
-        return Learned(np.load(path, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as err:
-        raise ModelError(
-            f"{path}: cannot be read as learned rows ({err}); delete it, it only makes writing faster"
-        ) from None
-
-
-def remember(model: LoadedModel) -> None:
-    """Let what a run's model writes be guessed from the rows that it learned, if the run kept them."""
-    if model.spec.source.startswith("run:"):
-        place = resolve_source(model.spec.source)
-        path = Path(place).parent / FILE
-        if path.is_file():
-            model.learned = read_learned(path)
-
-
-def _hash_all(ids: np.ndarray, count: int) -> np.ndarray:
-    """A number for each `count` tokens that stand one after another."""
-    if len(ids) < count:
-        return np.zeros(0, dtype=np.uint64)
-    made = np.zeros(len(ids) - count + 1, dtype=np.uint64)
-    for at in range(count):
-        part = (ids[at : at + len(made)] + 2).astype(np.uint64)
-        made = (made ^ part) * np.uint64(0x9E3779B97F4A7C15)
-        made ^= made >> np.uint64(29)
-    return made
+def _part(count: int, of: int) -> int:
+    """Which quarter of the votes it were; a single one is apart."""
+    return min(3, 4 * count // of) if of > 1 else 4

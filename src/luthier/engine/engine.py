@@ -19,7 +19,7 @@ from luthier.engine.blocks import Blocks, names_of
 from luthier.engine.choose import choose, takes_likeliest
 from luthier.engine.crossed import never_of, opening_of
 from luthier.engine.draft_model import DraftModel
-from luthier.engine.drafts import Guesser
+from luthier.engine.guessing import Guessing, rows_of
 from luthier.engine.likeliest import not_numbers
 from luthier.engine.logs import prompt_logs, tops
 from luthier.engine.numbers import numbers_of
@@ -64,15 +64,17 @@ class Engine:
         size = page_size(model)
         blocks = -(-room // size)
         self._reader, self.blocks = reader_for(model, blocks), Blocks(blocks, size=size)
-        self.schedule, self._guessed = schedule_for(self._reader, self.blocks, streams, tokens), guessed
+        self.schedule = schedule_for(self._reader, self.blocks, streams, tokens)
         self.tide = Tide(tokens)
         self._apart = model.spec.kind == "encoder-decoder"
         self._scorer = None if self._apart else Scorer(model)
         self._pooler: Pooler | None = None
         self._beside = Adapters(model, self._reader)
-        # Its texts share no beginnings, and a few more tokens of each are guessed.
-        draft = model.draft if guessed else None
-        self._draft = None if draft is None else DraftModel(draft, model, blocks + streams)
+        self._guessing: Guessing | None = None
+        if guessed and not self._apart:
+            # The draft model's texts share no beginnings, and a few more tokens of each are guessed.
+            draft = None if model.draft is None else DraftModel(model.draft, model, blocks + streams)
+            self._guessing = Guessing(guessed, model.learned, draft)
         self._failed: list[Request | Reading] = []
 
     def add(
@@ -117,8 +119,8 @@ class Engine:
         )  # fmt: skip
         if sampling.structure is not None:
             request.matcher = matcher_for(self.model, sampling.structure)
-        if self._guessed and not sampling.prompt_logprobs and not self._apart:
-            request.guesser = Guesser(prompt, self.model.learned)
+        if self._guessing is not None and not sampling.prompt_logprobs:
+            request.guesser = self._guessing.take_up(prompt)
         self._arrived += 1
         self.schedule.add(request)
         return request
@@ -208,9 +210,14 @@ class Engine:
         """
         ready = list[Request]()
         try:
-            self._guess()
+            began = time.perf_counter()
+            if self._guessing is not None:
+                self._guessing.give(self.schedule.running, self._of)
             planned = self.schedule.plan()
+            rows = rows_of(planned)
             ready = self._commit(*self._read(planned)) if planned else []
+            if self._guessing is not None and rows:
+                self._guessing.time(rows, time.perf_counter() - began)
         except Exception as err:
             # Nobody knows which of them is to blame.
             for request in [*self.schedule.running, *self.schedule.waiting]:
@@ -324,31 +331,6 @@ class Engine:
                 self.schedule.advance(request, count - len(request.drafts))
         return found[: len(rows)], first
 
-    def _guess(self) -> None:
-        """Give the texts that are about to write guesses at what that will be."""
-        most = self._guessed // max(1, len(self.schedule.running))
-        without = dict[Request, int]()
-        for request in list(self.schedule.running):
-            if request.guesser is not None and request.length - request.read == 1:
-                left = min(most, request.room - len(request.written) - 1)
-                with self._of(request):
-                    request.drafts = request.guesser.guess(request.written, len(request.prompt), left)
-                    if not request.drafts:
-                        without[request] = left
-        if self._draft is not None:
-            try:
-                self._draft.guess(without, self.schedule.running)
-            except Exception as err:
-                # Whatever it is, texts need no guesses.
-                traceback.clear_frames(err.__traceback__)
-                self._draft = None
-                for request in without:
-                    request.drafts = []
-                warnings.warn(
-                    f"the draft model failed and guesses nothing from here on; what is written is the same ({_said(err)})",
-                    stacklevel=3,
-                )
-
     def _commit(self, found: torch.Tensor, first: dict[Request, int]) -> list[Request]:
         """Give each text its next token, and those after it as long as they were guessed; end those that are complete.
 
@@ -376,8 +358,8 @@ class Engine:
         """All that is new but the last token was guessed, and read with the guess."""
         right = request.length - request.read - 1
         self.schedule.advance(request, right)
-        if request.guesser is not None and not (self._draft is not None and self._draft.learn(request, right)):
-            request.guesser.learn(len(request.drafts), right)
+        if self._guessing is not None:
+            self._guessing.learn(request, right)
         request.drafted += len(request.drafts)
         request.accepted += right
         request.drafts = []
@@ -411,9 +393,3 @@ class Engine:
         request.error, request.finish = error, "error"
         self.schedule.finish(request)
         self._failed.append(request)
-
-
-def _said(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

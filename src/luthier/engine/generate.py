@@ -14,8 +14,8 @@ from luthier.core.types import Completion, Message
 from luthier.engine import remote
 from luthier.engine.beams import search_each
 from luthier.engine.crossed import why_padded
-from luthier.engine.drafts import remember
 from luthier.engine.engine import STREAMS, Engine
+from luthier.engine.learned import remember
 from luthier.engine.logs import logs_of
 from luthier.engine.native import prepare, refuse
 from luthier.engine.numbers import numbers_of

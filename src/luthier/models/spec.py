@@ -111,7 +111,7 @@ class LoadedModel:
     """The server that has its weights and writes in its place (`engine.remote`); None: they are here."""
 
     learned: Any = None
-    """The rows of its tuning, as `engine.drafts.Learned`: what it writes is guessed from them."""
+    """The rows of its tuning, as `engine.learned.Learned`: what it writes is guessed from them."""
 
     draft: Any = None
     """A smaller model of the same tokenizer that guesses what it writes (`engine.draft_model`); None: there is none."""

@@ -68,7 +68,7 @@ def keep_model(work: Work, run: Run) -> None:
     work.model.spec = work.model.spec.model_copy(update={"source": f"run:{run.id}"})
     artefacts = {**run.record.artefacts, "model": "artefacts/model"}
     if work.model.spec.kind == "decoder" and work.model.spec.learned == "sft":
-        from luthier.engine.drafts import FILE, write_learned
+        from luthier.engine.learned import FILE, write_learned
 
         # Beside the model, not in it: whoever is given the model is not given the rows.
         write_learned(run.artefacts / FILE, (row.ids for row in work.rows))

@@ -68,10 +68,10 @@ def written(sampling, draft=None, *, guessed=64, room=2048, adapters=(), **setti
         engine.step()
         steps += 1
     assert engine.blocks.used == 0 and all(one.error is None for one in requests)
-    if engine._draft is not None:
+    if engine._guessing is not None and engine._guessing.draft is not None:
         # It holds no more than it knows texts, and lets go of those with the next guess.
-        engine._draft.guess({}, [])
-        assert engine._draft._blocks.used == 0
+        engine._guessing.draft.guess({}, [])
+        assert engine._guessing.draft._blocks.used == 0
     return requests, steps
 
 
@@ -126,7 +126,7 @@ def test_what_the_draft_keeps_is_that_of_reading_the_text_anew():
     seen = 0
     while engine.busy:
         if request in engine.schedule.running and request.length - request.read == 1:
-            kept = engine._draft
+            kept = engine._guessing.draft
             fresh = DraftModel(draft, model, 64)
             left = request.room - len(request.written) - 1
             fresh.guess({request: min(3, left)}, [request])

@@ -6,19 +6,10 @@ import numpy as np
 import pytest
 
 from luthier.core.errors import ModelError
-from luthier.engine.drafts import (
-    ALIKE,
-    BETWEEN,
-    FIRST,
-    MISSES,
-    MOST,
-    PAUSE,
-    Guesser,
-    Learned,
-    read_learned,
-    write_learned,
-)
+from luthier.engine.drafts import LONGEST, MANY, Guesser, Odds, Worth
 from luthier.engine.engine import Engine
+from luthier.engine.guessing import HIGHEST, LEAST, SLOPE, StepCosts
+from luthier.engine.learned import AHEAD, BETWEEN, DEEP, Learned, read_learned, write_learned
 from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
@@ -91,35 +82,139 @@ def test_an_end_inside_a_guess_ends_the_text():
     assert found[0].finish == "stop" and found[0].written[-1] == end
 
 
+def guess(guesser, written=(), most=100, texts=1, slope=0.05):
+    return guesser.guess(written, most, Worth(texts, slope))
+
+
 def test_a_text_that_repeats_itself_is_guessed_from_itself():
-    guesser = Guesser([1, 2, 3, 4, 5, 6, 1, 2, 3], None)
-    assert guesser.guess([], 9, 10) == [4, 5, 6, 1][:FIRST]
-    assert guesser.guess([9, 9], 9, 10) == []
-    assert guesser.guess([9, 9, 4, 5, 6], 9, 2) == [1, 2]
+    guesser = Guesser([1, 2, 3, 4, 5, 6, 1, 2, 3], None, Odds())
+    assert guess(guesser, most=8) == [4, 5, 6, 1, 2, 3, 4, 5]
+    assert guess(guesser, [9, 9]) == []
+    assert guess(guesser, [9, 9, 4, 5, 6], 2) == [1, 2]
+
+
+def test_of_earlier_places_that_is_followed_which_is_alike_for_longest():
+    guesser = Guesser([7, 1, 2, 3, 4, 9, 2, 3, 5, 0, 1, 2, 3], None, Odds())
+    assert guess(guesser, most=1) == [4]
+    # Of those alike for as long, the last.
+    assert guess(Guesser([1, 2, 8, 1, 2, 9, 1, 2], None, Odds()), most=1) == [9]
 
 
 def test_learned_rows_are_followed_to_their_end_and_by_what_is_most_frequent():
-    rows = learned([[1, 2, 3, 4, 7], [9, 1, 2, 3, 4, 8, 8], [1, 2, 3, 4, 8, 5], [6, 6, 6, 6]])
-    assert rows.follow([0, 1, 2, 3, 4], 5) == [8, 8]
-    assert rows.follow([6, 6, 6, 6], 5) == []
-    assert rows.follow([4, 7, 9, 1], 5) == []
-    assert rows.follow([3, 4], 5) == []
+    rows = learned([[1, 2, 3, 4, 7], [9, 1, 2, 3, 4, 8, 8], [1, 2, 3, 4, 8, 5], [0, 2, 3, 4, 8, 8], [6, 6, 6, 6]])
+    follow = lambda *ids: [] if (one := rows.follow(ids)) is None else list(one.walk(5))  # noqa: E731
+    assert [token for token, _, _ in follow(77, 2, 3, 4)] == [8, 8]
+    assert follow(77, 2, 3, 4) == [(8, 3, 4), (8, 2, 3)]
+    assert follow(9, 1, 2, 3, 4) == [(8, 1, 1), (8, 1, 1)]
+    assert follow(6, 6, 6, 6) == [(6, 1, 1)] and follow(5) == [] and follow() == []
+    assert rows.follow([77, 3, 4]).alike == 2 and rows.follow([3, 77, 4]).alike == 1
 
 
-def test_guesses_grow_where_they_are_right_and_pause_where_they_are_not():
-    guesser = Guesser(list(range(40)) * 2, None)
-    for _ in range(3):
-        guesser.learn(1, 1)
-    assert len(guesser.guess([], 80, 100)) == MOST
-    for _ in range(MISSES):
-        guesser.learn(3, 0)
-    assert [len(guesser.guess([], 80, 100)) for _ in range(PAUSE + 1)] == [0] * PAUSE + [FIRST]
-    assert ALIKE < FIRST
+def test_the_longest_run_that_came_before_is_found():
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(0, 4, size).tolist() for size in (*draw.integers(1, 30, 40), 300)]
+    index = learned(rows)
+    flat = [token for row in rows for token in [*row, BETWEEN]]
+    for size in (*range(1, 12), *range(1, 12)):
+        ids = draw.integers(0, 5, size).tolist()
+        after = {
+            length: {
+                at for at in range(length, len(flat)) if flat[at] != BETWEEN and flat[at - length : at] == ids[-length:]
+            }
+            for length in range(1, min(DEEP, size) + 1)
+        }
+        found = index.follow(ids)
+        longest = max((length for length, places in after.items() if places), default=0)
+        if found is None:
+            assert not longest
+            continue
+        # One place alone is as good as what more of its tokens say.
+        assert found.alike == longest or (len(after[longest]) and len(after[found.alike]) == 1)
+        assert set(found.places(10_000).tolist()) == after[found.alike]
+
+
+def test_where_rows_copied_from_their_beginnings_a_text_is_copied_from_its_own():
+    draw = np.random.default_rng(0)
+    say = lambda: draw.integers(100, 2000, 12).tolist()  # noqa: E731
+    quoted = [[1, 2, *said, 3, 4, 5, *said[:6], 6] for said in (say() for _ in range(50))]
+    rows, said = learned(quoted), say()
+    guesser = Guesser([1, 2, *said, 3], rows, Odds())
+    assert guess(guesser, [4, 5], most=6) == said[:6]
+    # Rows that say something of their own copy nothing.
+    assert learned([[1, 2, *say(), 3, 4, 5, *say(), 6] for _ in range(50)]).follow([3, 4, 5]).copied() is None
+
+
+def test_what_is_seldom_right_is_guessed_no_more_until_it_may_be_worth_it():
+    guesser = Guesser([1, 2, 3, 4] * 20, None, Odds())
+    assert len(guess(guesser, slope=0.2)) == 4
+    for _ in range(30):
+        guesser.learn(len(guess(guesser, slope=0.2)), 0)
+    assert guess(guesser, slope=0.2) == []
+    # Where a row costs next to nothing it is tried even so.
+    assert guess(guesser, slope=0.01)
+    for _ in range(100):
+        guesser.learn(len(found := guess(guesser, slope=0.01)), len(found))
+    assert len(guess(guesser, slope=0.2)) > 4
+
+
+def test_a_row_is_worth_what_tokens_cost_without_it():
+    assert Worth(1, 0.2).weigh(iter([0.9, 0.9, 0.9]))[0] == 3
+    assert Worth(1, 0.5).weigh(iter([0.45, 1.0]))[0] == 0
+    # Beside many texts that fill the processor anyway, only what is nearly sure.
+    assert Worth(32, 0.25).weigh(iter([0.85]))[0] == 0 and Worth(32, 0.25).weigh(iter([0.99]))[0] == 1
+    count, tokens, cost = Worth(2, 0.25).weigh(iter([1.0, 0.6, 0.01]))
+    assert (count, tokens, cost) == (2, 3.6, 1.75)
+
+
+def test_beside_many_a_text_without_guesses_is_left_alone_for_longer_and_longer():
+    looks = []
+
+    class Watched(Guesser):
+        def _look_up(self):
+            looks.append(step)
+            return super()._look_up()
+
+    guesser = Watched(list(range(40)), None, Odds())
+    for step in range(80):  # noqa: B007
+        assert guess(guesser, texts=MANY + 1) == []
+    apart = np.diff(looks)
+    assert apart[0] == 2 and max(apart) == LONGEST + 1 and (np.diff(apart) >= 0).all()
+    looks.clear()
+    for step in range(LONGEST + 20):  # noqa: B007
+        assert guess(guesser, texts=MANY) == []
+    assert len(looks) > 15
+
+
+def test_what_a_row_costs_is_read_off_the_steps():
+    costs = StepCosts()
+    assert costs.slope == SLOPE
+    draw = random.Random(0)
+    for _ in range(300):
+        rows = draw.choice([1, 1, 4, 9, 16])
+        costs.learn(rows, (0.004 + 0.001 * rows) * draw.uniform(0.95, 1.05))
+    assert costs.slope == pytest.approx(0.2, abs=0.02)
+    for _ in range(600):
+        rows = draw.choice([1, 2, 8])
+        costs.learn(rows, (0.009 + 0.0005 * rows) * draw.uniform(0.98, 1.02))
+    assert costs.slope == pytest.approx(0.0005 / 0.0095, abs=0.02)
+    # Steps of one size say nothing, and in time nothing is known any more.
+    for _ in range(3000):
+        costs.learn(1, 0.01)
+    assert costs.slope == pytest.approx(SLOPE, abs=0.02)
+    for one in (lambda rows: 0.02 / rows, lambda rows: 0.001 * rows**2):
+        costs = StepCosts()
+        for at in range(600):
+            costs.learn(1 + at % 8, one(1 + at % 8))
+        assert LEAST <= costs.slope <= HIGHEST
 
 
 def test_learned_rows_are_kept_in_a_file(tmp_path):
     write_learned(tmp_path / "learned.npy", [[1, 2, 3, 4, 5], [7, 8]])
-    assert read_learned(tmp_path / "learned.npy").follow([1, 2, 3, 4], 3) == [5]
+    found = read_learned(tmp_path / "learned.npy").follow([1, 2, 3, 4])
+    assert [token for token, _, _ in found.walk(AHEAD)] == [5]
     (tmp_path / "learned.npy").write_bytes(b"x")
     with pytest.raises(ModelError, match="delete it, it only makes writing faster"):
+        read_learned(tmp_path / "learned.npy")
+    np.save(tmp_path / "learned.npy", np.asarray([2**21], dtype=np.int32))
+    with pytest.raises(ModelError, match="id is 2097152; ids up to 2097150"):
         read_learned(tmp_path / "learned.npy")

@@ -100,7 +100,7 @@ def test_a_text_that_is_let_go_leaves_nothing_behind():
 
 
 def test_long_prompts_do_not_stop_those_that_write():
-    engine = Engine(endless(), 1024, tokens=24)
+    engine = Engine(endless(), 1024, tokens=24, guessed=0)
     short = engine.add([5, 6, 7], Sampling(max_tokens=30))
     engine.step()
     long = engine.add(prompts((100,))[0], Sampling(max_tokens=2))

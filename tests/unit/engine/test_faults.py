@@ -228,7 +228,7 @@ def test_guesses_are_dropped_from_the_half_that_is_read():
     requests = added(engine, [GREEDY] * 5)
     for at, one in enumerate(requests):
         said = list(right[at][0])
-        one.guesser.guess = lambda written, _, most, said=said: said[len(written) : len(written) + most]
+        one.guesser.guess = lambda written, most, _, said=said: said[len(written) : len(written) + most]
     failing(engine, MemoryError(), 2)
     with pytest.warns(UserWarning, match="memory ran out"):
         drained(engine)

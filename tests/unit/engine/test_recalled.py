@@ -15,9 +15,9 @@ import luthier.engine.recalled as recalled
 from decoders import decoder_model
 from luthier.core.errors import ConfigError, DataError
 from luthier.core.events import Events
-from luthier.engine.drafts import FILE, write_learned
 from luthier.engine.engine import Engine
 from luthier.engine.judging import own_labels
+from luthier.engine.learned import FILE, write_learned
 from luthier.engine.loading import take_draft
 from luthier.engine.numbers import numbers_of
 from luthier.engine.pooler import Embedding
@@ -201,7 +201,7 @@ def test_models_of_runs_are_recalled_with_the_rows_that_they_learned(precision, 
     first, _ = loaded("run:shop")
     again, _ = loaded("run:shop")
     assert isinstance(again, Recalled) and again.spec == first.spec and again.spec.precision == precision
-    assert again.learned.follow([5, 6, 7, 8], 3) == [9] and written(again) == written(first)
+    assert [one for one, _, _ in again.learned.follow([5, 6, 7, 8]).walk(3)] == [9] and written(again) == written(first)
 
 
 def test_the_model_that_is_shipped_is_recalled():

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from luthier.core.errors import ConfigError, MissingExtra, ModelError
-from luthier.engine.drafts import BETWEEN, Learned
 from luthier.engine.engine import Engine
 from luthier.engine.generate import generate, stream
+from luthier.engine.learned import BETWEEN, Learned
 from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling
 from luthier.engine.schemas import prepare
