@@ -7,9 +7,10 @@ with a short verdict that quotes the message; then it answers messages of the he
 with guesses and without, read by the native decoder in int8 and int4 and by its own module. With --quick the shipped `mini`.
 The same messages are answered without the rows, guessing from the text alone and beside it by a smaller model: of the 15M
 shape, tuned as the other was. With --quick that is `mini` as it ships.
-In turn, medians of the repeats, tokens a second of the answers, prompts included in the time. The answers are compared token
-by token. Writes benchmarks/results/guessing.json; the last line printed is the same object, in which `ours` is with guesses,
-`peer` without, `text` with those from the text alone, `draft` with those and the smaller model's.
+In turn, medians of the repeats, tokens a second of the answers, prompts included in the time; by its own module a few messages.
+The answers are compared token by token. Tuned models are kept in build/benchmarks/guessing for the next time. Writes
+benchmarks/results/guessing.json; the last line printed is the same object, in which `ours` is with guesses, `peer` without,
+`text` with those from the text alone, `draft` with those and the smaller model's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import json
 import os
 import statistics
 import sys
-import tempfile
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -39,6 +39,7 @@ from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
 from luthier.models.spec import LoadedModel
+from luthier.native.decoder import kernels
 
 HERE = Path(__file__).parent
 VERDICTS = {
@@ -46,6 +47,8 @@ VERDICTS = {
     "ham": 'This is from somebody who knows you: "{}". Nothing has to be done about it; answer when you have the time.',
 }
 QUOTED = 8
+# What reads, and how many messages.
+WAYS = {"int8": 60, "int4": 60, "model": 5}
 
 
 def answer(text: str, label: str) -> str:
@@ -53,11 +56,16 @@ def answer(text: str, label: str) -> str:
 
 
 def tune(model: str, folder: Path, steps: int) -> tuple[str, list[str]]:
-    """The run of the tuned model, and messages that it has not seen."""
+    """The run of the tuned model, which is tuned once, and messages that it has not seen."""
     place = Path(str(files("luthier"))) / "assets" / "sms_spam"
     with gzip.open(place / "data.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     held, seen = rows[::5], [row for at, row in enumerate(rows) if at % 5]
+    known_path = folder / "tuned.json"
+    known = json.loads(known_path.read_text()) if known_path.exists() else {}
+    name = f"{Path(model).name}, {steps} steps"
+    if name in known:
+        return known[name], [row["text"] for row in held]
     path = folder / "rows.jsonl"
     path.write_text(
         "".join(
@@ -73,6 +81,7 @@ def tune(model: str, folder: Path, steps: int) -> tuple[str, list[str]]:
         model=model, data={"train": str(path), "split": {"validation": 0.02}}, adapter="full", steps=steps,
         batch_size=16, learning_rate=1e-3 if model == "mini" else 5e-4, baselines=False,
     )  # fmt: skip
+    known_path.write_text(json.dumps({**known, name: record.id}))
     return record.id, [row["text"] for row in held]
 
 
@@ -98,20 +107,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="60 steps of tuning, 20 messages, one repeat")
     quick = parser.parse_args().quick
     repeats = 1 if quick else 3
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["LUTHIER_RUNS"] = folder
-        build = HERE.parent / "build" / "benchmarks"
-        build.mkdir(parents=True, exist_ok=True)
-        source = "mini" if quick else str(make_model("135m", build))
-        run, texts = tune(source, Path(folder), 60 if quick else 150)
-        small = "mini" if quick else f"run:{tune(str(make_model('15m', build)), Path(folder), 150)[0]}"
-        ways = {}
-        for name in ("int8", "int4", "model"):
-            model = load_model(f"run:{run}")
-            prepare(model, name, Events())
-            remember(model)
-            take_draft(model, small, "auto", Events())
-            ways[name] = model, model.learned, model.draft
+    build = HERE.parent / "build" / "benchmarks"
+    folder = build / "guessing"
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["LUTHIER_RUNS"] = str(folder)
+    source = "mini" if quick else str(make_model("135m", build))
+    run, texts = tune(source, folder, 60 if quick else 150)
+    small = "mini" if quick else f"run:{tune(str(make_model('15m', build)), folder, 150)[0]}"
+    ways = {}
+    for name in WAYS:
+        model = load_model(f"run:{run}")
+        prepare(model, name, Events())
+        remember(model)
+        take_draft(model, small, "auto", Events())
+        ways[name] = model, model.learned, model.draft
     prompts = [model.renderer.prompt([Message("user", text)]) for text in texts[: 20 if quick else 60]]
     found: dict[str, dict[str, list[float]]] = {}
     right: dict[str, float] = {}
@@ -126,7 +135,8 @@ def main() -> None:
                     "draft": (32, None, draft),
                 }
                 made = {
-                    side: write(model, prompts, many, temperature, *from_) for side, (many, *from_) in sides.items()
+                    side: write(model, prompts[: WAYS[name]], many, temperature, *from_)
+                    for side, (many, *from_) in sides.items()
                 }
                 if any(one[1] != made["peer"][1] for one in made.values()):
                     raise SystemExit(f"{key}: guesses changed an answer")
@@ -141,7 +151,8 @@ def main() -> None:
     }
     result = {
         "benchmark": "guessing",
-        "messages": len(prompts),
+        "messages": {name: min(many, len(prompts)) for name, many in WAYS.items()},
+        "kernels": kernels(),
         "repeats": repeats,
         "unit": "tokens/s, one message at a time",
         "same_answers": True,

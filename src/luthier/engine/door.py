@@ -53,6 +53,7 @@ class Settings(TypedDict, total=False):
     salt: str
     tenant: str
     adapter: str
+    expected: Sequence[int]
 
 
 class Door:

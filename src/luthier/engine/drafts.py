@@ -1,10 +1,10 @@
 """Guesses at what a text goes on with, which the model then reads at once and keeps as far as it agrees.
 
 A guess changes nothing but the time: a token is kept only if it is the one that is chosen in its place anyway, greedily or by
-the draw of that place. Guesses come from the text itself (prompt lookup, Saxena 2023), for a tuned model from the rows
-that it learned (`engine.learned`): what followed the same tokens there, or where the rows copied from their own beginnings, what
-this text says in that place. How likely a guess is right is counted over all texts, by where it comes from; a token is guessed
-where that is worth the time of one more row in the step (`Worth`).
+the draw of that place. Guesses come from the text itself (prompt lookup, Saxena 2023); from what somebody expects the answer to
+be; and for a tuned model from the rows that it learned (`engine.learned`): what followed the same tokens there, or where the
+rows copied from their own beginnings, what this text says in that place. How likely a guess is right is counted over all texts,
+by where it comes from; a token is guessed where that is worth the time of one more row in the step (`Worth`).
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ class Worth:
 class Guesser:
     """Guesses for one text."""
 
-    def __init__(self, ids: Sequence[int], learned: Learned | None, odds: Odds):
-        self._ids, self._learned, self._odds = list(ids), learned, odds
+    def __init__(self, ids: Sequence[int], learned: Learned | None, odds: Odds, expected: Sequence[int] = ()):
+        # What is expected is looked up as what was said before.
+        self._ids, self._learned, self._odds, self._expected = [*expected, *ids], learned, odds, bool(expected)
         self._prompt = len(self._ids)
         self._seen: dict[tuple[int, ...], list[int]] = {}
         self._known = 0
@@ -114,6 +115,8 @@ class Guesser:
     def _ways(self, most: int) -> Iterator[Iterator[tuple[int, Source, float]]]:
         """What may follow, in one way after another: a token, where it comes from, and how likely it is expected to be right."""
         at, alike = self._look_up()
+        if self._expected and len(self._ids) == self._prompt:
+            yield self._read_on("expected", 0, most, 0, GOES_ON)
         if alike:
             yield self._read_on("text", at, most, alike, BY_TEXT[alike])
         followed = self._learned.follow(self._ids) if self._learned is not None else None

@@ -87,9 +87,11 @@ class Engine:
         salt: str = "",
         tenant: str = "",
         adapter: str = "",
+        expected: Sequence[int] = (),
     ) -> Request:
         """A text to go on from, which waits until a step takes it up. `draw` gives the number for each place of the answer;
-        without it one is drawn from the sampling's seed, or from chance. `adapter` is the name of one that was loaded.
+        without it one is drawn from the sampling's seed, or from chance. `adapter` is the name of one that was loaded. Tokens
+        that are `expected` in the answer are guessed, and change nothing else.
 
         Raises DataError for a prompt that leaves no room, and ConfigError for settings that no step can follow.
         """
@@ -120,7 +122,7 @@ class Engine:
         if sampling.structure is not None:
             request.matcher = matcher_for(self.model, sampling.structure)
         if self._guessing is not None and not sampling.prompt_logprobs:
-            request.guesser = self._guessing.take_up(prompt)
+            request.guesser = self._guessing.take_up(prompt, expected)
         self._arrived += 1
         self.schedule.add(request)
         return request

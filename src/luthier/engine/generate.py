@@ -233,12 +233,15 @@ def add_answer(
     salt: str = "",
     tenant: str = "",
     adapter: str = "",
+    expected: Sequence[int] = (),
 ) -> Request:
     """One of the answers to a prompt. What is said of the prompt itself the first finds out."""
     one = sampling.model_copy(update={"n": 1, "prompt_logprobs": sampling.prompt_logprobs and which == 0})
     # The first keeps the numbers that a seed gives to a single answer.
     draw = None if sampling.seed is None else numbers_of(sampling.seed, key, *([which] if which else []))
-    return engine.add(ids, one, draw=draw, priority=priority, salt=salt, tenant=tenant, adapter=adapter)
+    return engine.add(
+        ids, one, draw=draw, priority=priority, salt=salt, tenant=tenant, adapter=adapter, expected=expected
+    )
 
 
 def completed(model: LoadedModel, request: Request, sampling: Sampling) -> Completion:

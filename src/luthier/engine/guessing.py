@@ -59,9 +59,9 @@ class Guessing:
         """The smaller model, until it fails."""
         self._odds, self._costs = Odds(), StepCosts()
 
-    def take_up(self, prompt: Sequence[int]) -> Guesser:
-        """Who guesses for a text."""
-        return Guesser(prompt, self._learned, self._odds)
+    def take_up(self, prompt: Sequence[int], expected: Sequence[int]) -> Guesser:
+        """Who guesses for a text, of which somebody may expect what follows."""
+        return Guesser(prompt, self._learned, self._odds, expected)
 
     def give(self, running: Sequence[Request], of: Callable[[Request], AbstractContextManager[None]]) -> None:
         """Give the texts that are about to write drafts of what that will be. What goes wrong with one does so within `of` it."""

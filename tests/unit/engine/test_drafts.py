@@ -93,6 +93,26 @@ def test_a_text_that_repeats_itself_is_guessed_from_itself():
     assert guess(guesser, [9, 9, 4, 5, 6], 2) == [1, 2]
 
 
+def test_what_is_expected_is_guessed_from_its_beginning_and_after_what_was_left_out():
+    guesser = Guesser([1, 2, 3], None, Odds(), expected=[7, 8, 9, 10, 11, 12, 13])
+    assert guess(guesser, most=4) == [7, 8, 9, 10]
+    assert guess(guesser, [7, 8, 50]) == []
+    assert guess(guesser, [7, 8, 50, 11, 12])[:1] == [13]
+
+
+def test_an_answer_is_the_same_whatever_is_expected():
+    model = endless()
+    (plain, *_), _ = written(model, SAMPLINGS["drawn"], guessed=0)
+    for expected, most in (((*plain.written[:20], 5, 6, *plain.written[20:]), 15), (tuple(range(5, 60)), 45)):
+        engine = Engine(model, 2048)
+        request = engine.add(prompts()[0], SAMPLINGS["drawn"], draw=numbers_of(1, 0), expected=expected)
+        count = 0
+        while engine.busy:
+            engine.step()
+            count += 1
+        assert request.written == plain.written and count <= most
+
+
 def test_of_earlier_places_that_is_followed_which_is_alike_for_longest():
     guesser = Guesser([7, 1, 2, 3, 4, 9, 2, 3, 5, 0, 1, 2, 3], None, Odds())
     assert guess(guesser, most=1) == [4]
