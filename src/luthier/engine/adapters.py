@@ -148,6 +148,8 @@ class Adapters:
 
     def let_go(self, texts: Sequence[Request | Reading]) -> list[Loaded]:
         """Free those that were unloaded and that none of these texts, and nothing else, is read with; returns them."""
+        if not self._leaving:
+            return []
         held = {one.adapter for one in texts} | {one.slot for one in self._lent if one.gone is None}
         gone = [one for one in self._leaving if one.slot not in held]
         for one in gone:

@@ -81,10 +81,10 @@ class Guesser:
 
     def guess(self, written: Sequence[int], most: int, worth: Worth) -> list[int]:
         """At most `most` tokens to come after the prompt and what was written since, as many as are worth it in this step."""
-        self._ids += written[len(self._ids) - self._prompt :]
         if self._paused:
             self._paused -= 1
             return []
+        self._ids += written[len(self._ids) - self._prompt :]
         best, found = (0, worth.tokens, worth.cost), list[tuple[int, Source]]()
         for way in self._ways(most) if most > 0 else ():
             taken = list[tuple[int, Source]]()

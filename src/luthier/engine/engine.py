@@ -6,8 +6,7 @@ import secrets
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -214,7 +213,7 @@ class Engine:
         try:
             began = time.perf_counter()
             if self._guessing is not None:
-                self._guessing.give(self.schedule.running, self._of)
+                self._guessing.give(self.schedule.running, self._fail)
             planned = self.schedule.plan()
             rows = rows_of(planned)
             ready = self._commit(*self._read(planned)) if planned else []
@@ -308,11 +307,15 @@ class Engine:
         ids: list[int] = []
         rows, told, first = list[int](), list[int](), dict[Request, int]()
         for request, count in planned:
-            told += [len(ids) + place - request.read for place in request.telling(count)]
-            ids += request.ids(request.read, request.read + count - len(request.drafts)) + request.drafts
-            if request.read + count == request.length + len(request.drafts):
+            if request.sampling.prompt_logprobs:
+                told += [len(ids) + place - request.read for place in request.telling(count)]
+            drafts = len(request.drafts)
+            end = request.read + count - drafts
+            ids += request.ids(request.read, end)
+            ids += request.drafts
+            if end == request.length:
                 first[request] = len(rows)
-                rows += range(len(ids) - 1 - len(request.drafts), len(ids))
+                rows += range(len(ids) - 1 - drafts, len(ids))
         requests = [request for request, _ in planned]
         likeliest = not told and all(takes_likeliest(one) for one in first)
         with masks_made(first):
@@ -322,15 +325,17 @@ class Engine:
             )  # fmt: skip
         at = len(rows)
         for request, count in planned:
-            places = request.telling(count)
+            places = request.telling(count) if request.sampling.prompt_logprobs else range(0)
             start, at = at, at + len(places)
-            with self._of(request):
+            try:
                 if places:
                     following = request.prompt[places.start + 1 : places.stop + 1]
                     request.prompt_logs += prompt_logs(found[start:at], following)
                     if request.sampling.logprobs:
                         request.prompt_tops += tops(found[start:at], request.sampling.logprobs)
                 self.schedule.advance(request, count - len(request.drafts))
+            except Exception as err:
+                self._fail(request, err)
         return found[: len(rows)], first
 
     def _commit(self, found: torch.Tensor, first: dict[Request, int]) -> list[Request]:
@@ -343,15 +348,22 @@ class Engine:
         while going:
             rows = found if len(going) == len(found) else found[[first[request] + depth for request in going]]
             for request, token in zip(going, rows.tolist() if rows.dim() == 1 else choose(rows, going)):
-                with self._of(request):
+                try:
                     self._write(request, token)
-            going = [one for one in going if one.finish is None and one.drafts[depth : depth + 1] == one.written[-1:]]
+                except Exception as err:
+                    self._fail(request, err)
+            going = [
+                one for one in going
+                if len(one.drafts) > depth and one.finish is None and one.drafts[depth] == one.written[-1]
+            ]  # fmt: skip
             with masks_made(going):
                 depth += 1
         for request in first:
             if request.drafts:
-                with self._of(request):
+                try:
                     self._keep_drafts(request)
+                except Exception as err:
+                    self._fail(request, err)
             if request.finish is not None:
                 self.schedule.finish(request)
         return list(first)
@@ -383,15 +395,8 @@ class Engine:
         elif len(request.written) == request.room:
             request.finish = "length"
 
-    @contextmanager
-    def _of(self, request: Request) -> Iterator[None]:
-        """What goes wrong inside ends this text and no other."""
-        try:
-            yield
-        except Exception as err:
-            self._fail(request, err)
-
     def _fail(self, request: Request, error: Exception) -> None:
+        """What went wrong with a text ends it and no other."""
         request.error, request.finish = error, "error"
         self.schedule.finish(request)
         self._failed.append(request)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 
 from luthier.engine.draft_model import DraftModel
 from luthier.engine.drafts import Guesser, Odds, Worth
@@ -63,18 +62,21 @@ class Guessing:
         """Who guesses for a text, of which somebody may expect what follows."""
         return Guesser(prompt, self._learned, self._odds, expected)
 
-    def give(self, running: Sequence[Request], of: Callable[[Request], AbstractContextManager[None]]) -> None:
-        """Give the texts that are about to write drafts of what that will be. What goes wrong with one does so within `of` it."""
+    def give(self, running: Sequence[Request], fail: Callable[[Request, Exception], None]) -> None:
+        """Give the texts that are about to write drafts of what that will be; one that something goes wrong with fails."""
         writing = [one for one in running if one.guesser is not None and one.length - one.read == 1]
         without = dict[Request, int]()
         most, worth = self._most // max(1, len(running)), Worth(max(1, len(writing)), self._costs.slope)
         for request in writing:
             left = min(most, request.room - len(request.written) - 1)
-            with of(request):
-                assert request.guesser is not None
+            assert request.guesser is not None
+            try:
                 request.drafts = request.guesser.guess(request.written, left, worth)
-                if not request.drafts:
-                    without[request] = left
+            except Exception as err:
+                fail(request, err)
+                continue
+            if not request.drafts:
+                without[request] = left
         if self.draft is None:
             return
         try:

@@ -84,6 +84,8 @@ class Request:
     def ids(self, start: int, stop: int) -> list[int]:
         """Some of its tokens."""
         here = len(self.prompt)
+        if start >= here:
+            return self.written[start - here : stop - here]
         return [*self.prompt[start:stop], *self.written[max(0, start - here) : max(0, stop - here)]]
 
     def last(self, count: int) -> list[int]:
@@ -100,7 +102,6 @@ class Request:
         return self.length - 1
 
     def telling(self, count: int) -> range:
-        """Places, of the next `count` to be read, that must tell how likely the token of the prompt after them is."""
-        if not self.sampling.prompt_logprobs:
-            return range(0)
+        """Places, of the next `count` to be read, that must tell how likely the token of the prompt after them is, where the
+        prompt's log-probabilities are asked for."""
         return range(max(self.read, len(self.prompt_logs)), min(self.read + count, len(self.prompt) - 1))
