@@ -42,7 +42,7 @@ class ClassifyRequest(Body):
     """What a language model chooses among."""
     instruction: str | None = None
     """What stands before the text; by default a question that names the labels."""
-    shots: Annotated[tuple[Shot, ...], Field(max_length=256)] = ()
+    shots: list[Shot] = Field([], max_length=256)
     """Worked examples, which stand before the text."""
     raw: bool = False
     """Without the chat template: the label follows the text."""
