@@ -265,7 +265,34 @@ def test_a_filter_that_is_not_applied_is_refused(tmp_path, monkeypatch):
             assert found.status_code == 400 and found.json()["error"]["param"] == name, found.text
         assert client.get("/v1/files?limit=1&order=asc").status_code == 200
         assert "did you mean 'after'?" in client.get("/v1/files?afer=x").text
+        # A path is known before what stands behind it, and numbers are text there.
+        assert "limit" in client.get("/v1/files?limit=many").text
+
+
+def test_nothing_behind_an_address_is_ignored(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUTHIER_RUNS", str(tmp_path))
+    with TestClient(make_app(make_server(Serve(), print), None), base_url="http://127.0.0.1:8000") as client:
+        for method, address, name in (
+            ("POST", "/v1/chat/completions?stream=true", "stream"),
+            ("POST", "/v1/embeddings?api-version=1", "api-version"),
+            ("POST", "/v1/files?purpose=batch", "purpose"),
+            ("POST", "/v1/fine_tuning/jobs/ftjob-1/cancel?force=1", "force"),
+            ("POST", "/v1/messages?stream=true", "stream"),
+            ("POST", "/v1/messages/count_tokens?beta=yes", "beta"),
+            ("POST", "/v1/chat/completions?beta=true", "beta"),
+            ("POST", "/tokenize?add_special_tokens=false", "add_special_tokens"),
+            ("POST", "/admin/models?wait=0", "wait"),
+            ("DELETE", "/v1/files/file-1?force=true", "force"),
+            ("DELETE", "/v1/models/mini?now=1", "now"),
+        ):
+            found = client.request(method, address, json={} if method == "POST" else None)
+            assert found.status_code == 400, found.text
+            assert found.json()["error"]["message"] == (
+                f"{name}: this server does not support this here; leave it out of the address; settings go into the body"
+            )
+            assert found.json()["error"].get("param", name) == name
         # Clients say with a query which form of an API they speak.
-        assert (
-            client.post("/v1/messages?beta=true", json={}).json()["error"]["message"].startswith("model: is required")
-        )
+        for address in ("/v1/messages", "/v1/messages/count_tokens"):
+            said = client.post(f"{address}?beta=true", json={}).json()["error"]["message"]
+            assert said.startswith("model: is required")
+        assert client.get("/health/live?from=probe").status_code == 200
