@@ -215,6 +215,14 @@ def export(page):
     assert line.endswith("\n") and line.count("\n") == 1
     roles = [turn["role"] for turn in json.loads(line)["messages"]]
     assert roles == ["user", "assistant", "user", "assistant"]
+    # What is written after a call is what its tool gave.
+    sent = page.run(
+        "(async () => { const {messagesOf} = await import('/page/conversation.js'); "
+        "const call = {id: 'call_1', name: 'look', arguments: '{}'}; "
+        "const turns = [{user: 'How?', answer: {text: '', calls: [call]}}, {user: 'It rains.'}]; "
+        "return JSON.stringify(messagesOf({turns}, {system: ''}, turns[1])); })()"
+    )
+    assert json.loads(sent)[2] == {"role": "tool", "tool_call_id": "call_1", "content": "It rains."}
 
 
 def find_again(page):

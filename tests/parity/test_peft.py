@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from luthier.core.errors import ConfigError, ModelError
+from luthier.core.events import Events
 from luthier.models.adapters import ADAPTERS
+from luthier.models.adapters.additions import read_additions
 from luthier.models.adapters.inject import lora_layers
 from luthier.models.load import AUTO_CLASSES, load_model
 from luthier.models.quantised.network import plain_name, quantised_layers
@@ -62,6 +64,39 @@ def test_peft_loads_here(family, tmp_path):
     save_model(loaded, tmp_path / "again")
     again = peft.PeftModel.from_pretrained(base_network(family), tmp_path / "again").eval()
     assert torch.allclose(logits(again, kind_of(family)), logits(theirs, kind_of(family)), atol=1e-5)
+
+
+@pytest.mark.parametrize("missing", [("lora_alpha",), ("r", "lora_alpha"), ("r",)])
+def test_what_the_settings_leave_out_is_as_for_peft(missing, tmp_path):
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj"]}
+    # PEFT's own, where the file says nothing.
+    config = peft.LoraConfig(**{name: value for name, value in settings.items() if name not in missing})
+    theirs = peft.get_peft_model(base_network("llama"), config).eval()
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "adapter_config.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in kept.items() if name not in missing}))
+    again = peft.PeftModel.from_pretrained(base_network("llama"), tmp_path / "theirs").eval()
+    events = Events()
+    loaded = load_model(str(tmp_path / "theirs"), events=events)
+    assert torch.allclose(logits(again, "decoder"), logits(theirs, "decoder"))
+    assert torch.allclose(logits(loaded.module, "decoder"), logits(theirs, "decoder"), atol=1e-5)
+    # And that is said: of a model alone, and of an adapter beside its base.
+    said = [f"adapter_config.json does not say {name}, so it is 8, as for PEFT" for name in ("r", "lora_alpha")]
+    said = [one for one in said if any(f" {name}," in one for name in missing)]
+    assert events.warnings == {f"{tmp_path / 'theirs'}: {one}": 1 for one in said}
+    beside = read_additions(load_model(str(tiny_model("llama"))), tmp_path / "theirs")
+    assert beside.notes[: len(said)] == tuple(f"{tmp_path / 'theirs'}: {one}" for one in said)
+    assert not any("as for PEFT" in one for one in beside.notes[len(said) :])
+    (scale,) = {one.scale for one in beside.layers.values()}
+    assert scale == kept["lora_alpha"] / kept["r"]
+    if "r" in missing:
+        path.write_text(json.dumps({**kept, "r": 4}))
+        with pytest.raises(
+            ModelError, match=r"have the rank 8, and adapter_config\.json says 4; the files do not belong"
+        ):
+            load_model(str(tmp_path / "theirs"))
 
 
 def test_ranks_by_layer(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from luthier.core.types import Completion
+from luthier.engine.logs import added
 from luthier.engine.sampling import Sampling
 from luthier.engine.terms import ends_of
 from luthier.models.spec import LoadedModel
@@ -47,6 +48,8 @@ class Growing:
             return ""
         self.ids.append(token)
         text = self._text.take(token)
+        if len(self.ids) == 1:
+            text = lead_of(self._model, self.ids, self._sampling) + text
         if not self._sampling.stop:
             return text
         self._held += text
@@ -82,7 +85,7 @@ def complete(
     ends = ends_of(model, sampling)
     end = next((at for at, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[:end]
-    text = model.renderer.decode(kept, sampling.shown_ids)
+    text = text_of(model, kept, sampling)
     cut = find_stop(text, sampling.stop, _early(model, kept, sampling))
     if cut is not None:
         text = text[:cut]
@@ -103,14 +106,27 @@ def stops_here(model: LoadedModel, written: Sequence[int], sampling: Sampling) -
     # A token is a byte at least, a character four at most: so many last ones hold any stop text.
     start = max(0, len(written) - max(len(stop.encode()) for stop in sampling.stop) - 4)
     early = _early(model, written[start:], sampling, start)
-    return find_stop(model.renderer.decode(written[start:], sampling.shown_ids), sampling.stop, early) is not None
+    return find_stop(text_of(model, written[start:], sampling, start), sampling.stop, early) is not None
+
+
+def text_of(model: LoadedModel, ids: Sequence[int], sampling: Sampling, start: int = 0) -> str:
+    """The text of an answer, stop texts and all; `ids` are its tokens from `start` on."""
+    text = model.renderer.decode(ids, sampling.shown_ids)
+    return text if start else lead_of(model, ids, sampling) + text
+
+
+def lead_of(model: LoadedModel, ids: Sequence[int], sampling: Sampling) -> str:
+    """The space with which an answer goes on from a text, where decoders (of SentencePiece) drop that of a first token."""
+    if not sampling.after or not ids:
+        return ""
+    return " " if added(model, sampling.after, ids[0]) == f" {model.renderer.decode(ids[:1])}" else ""
 
 
 def _early(model: LoadedModel, ids: Sequence[int], sampling: Sampling, start: int = 0) -> int:
     """Characters of the tokens after which nothing may end the answer: all but the last of the first `min_tokens` of it; `ids`
     are those from `start` on."""
     least = sampling.min_tokens - start
-    return len(model.renderer.decode(ids[: least - 1], sampling.shown_ids).rstrip("\ufffd")) if least > 1 else 0
+    return len(text_of(model, ids[: least - 1], sampling, start).rstrip("\ufffd")) if least > 1 else 0
 
 
 def _beginning(text: str, stops: Sequence[str]) -> int:

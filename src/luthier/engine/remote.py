@@ -37,6 +37,7 @@ UNKNOWN = {
     "length_penalty": "leave it out, or leave `backend` out",
     "beams": "leave it out, or leave `backend` out",
     "shown_ids": "leave it out, or leave `backend` out",
+    "after": "leave it out, or leave `backend` out",
     "structure": "leave it out, or leave `backend` out",
 }
 

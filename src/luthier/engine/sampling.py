@@ -58,6 +58,9 @@ class Sampling(Config):
     """Go on past the model's own end tokens."""
     shown_ids: tuple[TokenId, ...] = ()
     """Special tokens that stand in the text of the answer, by their ids; all others are left out of it."""
+    after: tuple[TokenId, ...] = ()
+    """Last tokens of a text from which the answer goes on: its text is what it adds to that, with the space before its first
+    word that decoders of SentencePiece drop."""
     logprobs: int | None = Field(None, ge=0)
     """Give the log-probability of each token, and of so many likeliest ones in its place."""
     prompt_logprobs: bool = False

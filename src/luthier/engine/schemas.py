@@ -73,7 +73,7 @@ EXACT = 2**53
 def read_schema(path: str | Path) -> dict[str, Any] | bool:
     """The schema in a file. Raises ConfigError."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as err:
         raise ConfigError(f"{path}: cannot be read ({err.strerror}); give a schema, or the path of its file") from None
     except ValueError as err:

@@ -11,6 +11,7 @@ from luthier.core.errors import DataError, MissingExtra
 from luthier.core.events import Events
 from luthier.data.load import Data, load_data, load_examples
 from luthier.data.sources import read_rows
+from luthier.data.sources.streams import START, stream_rows
 
 ROWS = [{"text": 'win, "now"\nfree', "label": "spam"}, {"text": "你好，世界", "label": "ham"}]
 
@@ -66,10 +67,36 @@ def test_a_packed_text_file_is_the_same(tmp_path):
     assert [row.values["text"] for row in read_rows(path, bad=refuse)] == ["one", "你好"]
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_bytes("text,label\r\nx,a\r\n".encode("utf-8-sig"))
-    assert [row.values for row in read_rows(path, bad=refuse)] == [{"text": "x", "label": "a"}]
+MARKED = {
+    "csv": "text,label\r\nx,a\r\ny\r\n",
+    "tsv": "text\tlabel\r\nx\ta\r\ny\r\n",
+    "jsonl": '\r\n{"text": "x", "label": "a"}\r\n{"text": y}\r\n',
+    "json": '[{"text": "x", "label": "a"}, 1]',
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", MARKED)
+def test_a_byte_order_mark_is_no_part_of_the_rows(kind, packed, tmp_path):
+    """Excel puts one before CSV, and editors of Windows before any text; lines are counted as without it."""
+    path = tmp_path / (f"a.{kind}.gz" if packed else f"a.{kind}")
+    content = MARKED[kind].encode("utf-8-sig")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    wrong = []
+    for found in (read_rows(path, bad=lambda where, why: wrong.append(where)), streamed(path, kind, wrong)):
+        assert [row.values for row in found] == [{"text": "x", "label": "a"}]
+    assert set(wrong) == {f"{path.name}:{2 if kind == 'json' else 3}"}
+
+
+def streamed(path, kind, wrong):
+    """The same rows as they come; of JSON as a whole there is no such reading."""
+    if kind == "json":
+        return read_rows(path, bad=refuse_none)
+    return [row for row, _ in stream_rows(path, START, lambda where, why: wrong.append(where))]
+
+
+def refuse_none(where: str, why: str) -> None:
+    """What is wrong was seen before."""
 
 
 def test_a_directory_is_its_files_in_order(tmp_path):

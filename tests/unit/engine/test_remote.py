@@ -44,6 +44,7 @@ CHANGED = {
     "stop": (".",),
     "stop_ids": (9,),
     "shown_ids": (9,),
+    "after": (9,),
     "ignore_stop": True,
     "logprobs": 2,
     "prompt_logprobs": True,

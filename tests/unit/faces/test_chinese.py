@@ -35,6 +35,7 @@ EXEMPT_FILES = {
         f"faces/server/{name}.py": "answers over HTTP, which programs read, as OpenAI's are in English"
         for name in (
             "access",
+            "answered",
             "answering",
             "blocks",
             "bounds",

@@ -101,7 +101,7 @@ def read_structure(found: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in given.items() if value is not None}
     if "grammar" in given:
         try:
-            given["grammar"] = Path(given["grammar"]).read_text(encoding="utf-8")
+            given["grammar"] = Path(given["grammar"]).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as err:
             raise ConfigError(
                 f"--grammar {given['grammar']}: cannot be read ({err}); give a file of Lark rules"

@@ -11,8 +11,13 @@ import os
 import sys
 from typing import Any
 
+from luthier.core.config import flatten
 from luthier.core.errors import LuthierError
+from luthier.faces.server.mistakes import shown
 from luthier.faces.server.refusals import Refusal
+
+# bool is an int to Python.
+WORDS = ((bool, "true or false"), (int | float, "a number"))
 
 
 async def check_settings(settings: dict[str, Any]) -> None:
@@ -36,12 +41,30 @@ def main() -> int:
     from luthier.verbs.settings import check
     from luthier.verbs.tune import Tune
 
+    settings = json.load(sys.stdin)
     try:
-        check(resolve(Tune, values=json.load(sys.stdin)).config)
+        config = resolve(Tune, values=settings).config
+        check(config)
     except LuthierError as err:
         print(str(err).removeprefix("tune:").strip())
         return 2
+    wrong = find_taken(settings, config.model_dump(mode="json"))
+    if wrong is not None:
+        print(wrong)
+        return 2
     return 0
+
+
+def find_taken(sent: dict[str, Any], made: dict[str, Any]) -> str | None:
+    """A sentence about what was taken for something else: a command line holds texts, and files of settings are forgiving, but
+    JSON says of each value what it is."""
+    found = dict(flatten(made))
+    for path, value in flatten(sent):
+        want = next((word for kind, word in WORDS if isinstance(found.get(path), kind)), None)
+        have = next((word for kind, word in WORDS if isinstance(value, kind)), None)
+        if want is not None and want != have and (have is not None or isinstance(value, str)):
+            return f"{path}: is {shown(value)}, expected {want}"
+    return None
 
 
 if __name__ == "__main__":

@@ -136,9 +136,11 @@ class Batching:
         for row in rows:
             if row["custom_id"] in answers.done:
                 continue
-            body = row["body"] if row["url"] == "/v1/embeddings" else {"priority": 0, **row["body"]}
-            if isinstance(body.get("priority"), int):
-                body = {**body, "priority": min(PRIORITY, body["priority"])}
+            body = row["body"]
+            # Null says nothing; what is no integer is for the address to refuse.
+            asked = 0 if body.get("priority") is None else body["priority"]
+            if row["url"] != "/v1/embeddings" and type(asked) is int:
+                body = {**body, "priority": min(PRIORITY, asked)}
             while True:
                 status, found = await self._within.post(row["url"], body, key)
                 if status not in LATER:
@@ -156,17 +158,14 @@ class Batching:
             end = "completed" if status != "cancelling" else "cancelled"
         else:
             end = "cancelled" if status == "cancelling" else "expired"
-        names = {}
+        ended: dict[str, Any] = {}
         for what, path in (("output_file_id", answers.good), ("error_file_id", answers.bad)):
             if path.stat().st_size:
                 content = {"filename": f"{batch.id}_{path.name.rpartition('.')[0].rpartition('.')[2]}.jsonl",
                            "purpose": "batch_output", "rows": None, "shape": "batch_output"}  # fmt: skip
-                names[what] = keep_file(self._store, new_id("file"), batch.owner, path, ".jsonl", content).id
-        now = int(time.time())
-        self._store.change(
-            "batch", batch.id, status=end, **names, completed=counts.completed, failed=counts.failed,
-            finalizing_at=now, **{f"{end}_at": now},
-        )  # fmt: skip
+                ended[what] = keep_file(self._store, new_id("file"), batch.owner, path, ".jsonl", content).id
+        ended["finalizing_at"] = ended[f"{end}_at"] = int(time.time())
+        self._store.change("batch", batch.id, status=end, completed=counts.completed, failed=counts.failed, **ended)
         for path in (answers.good, answers.bad):
             path.unlink(missing_ok=True)
 

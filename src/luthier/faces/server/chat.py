@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, JsonValue, model_validator
 
+from luthier.faces.server.answered import check_turns
 from luthier.faces.server.answering import DONE, TextEvents, event, new_id, stream_events, while_here
 from luthier.faces.server.citing import (
     PASSAGES,
@@ -79,6 +80,10 @@ class Turn(Body):
     def _check(self) -> Turn:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("a turn needs a content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are the assistant's, not the {self.role}'s; leave them out")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise ValueError(f"tool_call_id goes with role tool, not with {self.role}; leave it out")
         return self
 
 
@@ -223,16 +228,23 @@ async def complete_chat(
     )
 
 
+def turns_of(messages: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as the engine takes them."""
+    return [turn.model_dump(exclude_none=True, exclude=SENT_BACK) for turn in messages]
+
+
 def question_of(body: ChatRequest, tenant: str) -> dict[str, Any]:
-    """What is asked of the engine."""
+    """What is asked of the engine. Raises Refusal for calls and answers that do not belong together."""
     sampling = body.sampling(body.max_completion_tokens or body.max_tokens)
     if body.logprobs:
         sampling["logprobs"] = body.top_logprobs or 0
     structure = body.response_format.structure() if body.response_format is not None else None
     if structure is not None:
         sampling["structure"] = structure
+    turns = turns_of(body.messages)
+    check_turns(turns)
     asked: dict[str, Any] = {
-        "messages": [turn.model_dump(exclude_none=True, exclude=SENT_BACK) for turn in body.messages],
+        "messages": turns,
         "sampling": sampling,
         "stream": body.stream,
         "tenant": tenant,

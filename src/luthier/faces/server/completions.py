@@ -51,8 +51,8 @@ class CompletionRequest(Drawing):
     def prompts(self) -> list[str | list[int]]:
         """One or many, each a text or its tokens."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
 
 class TextChoice(BaseModel):

@@ -21,11 +21,11 @@ def _let_be_null(schema: dict[str, Any]) -> None:
 
 
 class Body(BaseModel):
-    """The body of a request: what is not known is refused, and nothing is taken for what it is not. OpenAI's clients send null
-    for what nobody said: that is the default."""
+    """The body of a request: what is not known is refused, and nothing is taken for what it is not: "3", 3.0 and true are no
+    integers. OpenAI's clients send null for what nobody said: that is the default."""
 
     model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, json_schema_extra=_let_be_null
+        strict=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, json_schema_extra=_let_be_null
     )
 
     @model_validator(mode="before")
@@ -49,9 +49,9 @@ class Drawing(Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
-        None
-    )
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = None
     user: str | None = None
     """Texts of one user are read for themselves: what one asked makes nothing faster for another."""
 

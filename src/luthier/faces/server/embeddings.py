@@ -41,8 +41,8 @@ class EmbeddingRequest(Body):
     def inputs(self) -> list[str | list[int]]:
         """One or many, each a text or its tokens."""
         if isinstance(self.input, str) or isinstance(self.input[0], int):
-            return [self.input]  # type: ignore[list-item]
-        return list(self.input)  # type: ignore[arg-type]
+            return [self.input]
+        return list(self.input)
 
 
 class Vector(BaseModel):

@@ -21,6 +21,7 @@ from luthier.engine.engine import Engine
 from luthier.engine.generate import uses_engine
 from luthier.engine.loading import load_stored, settle_model
 from luthier.engine.logs import BEFORE, added
+from luthier.engine.pieces import lead_of, text_of
 from luthier.engine.pooler import Embedding, Pooler
 from luthier.engine.sampling import Execution, Sampling
 from luthier.engine.streaming import Answer, Piece
@@ -134,19 +135,19 @@ class Hands:
 
     async def write(self, message: dict[str, Any], tell: Callable[[int, str], bool]) -> Parts:
         """Answers to a prompt: `messages` (with `tools`, `choice` and `parallel`), `text` or `ids`; in pieces where `stream`."""
-        ids, sampling = self.prompt(message), Sampling.make(message["sampling"], where="sampling")
+        ids = self.prompt(message)
+        sampling = self.sampling(message, ids)
         if message.get("tools") and message.get("choice") != "none":
             sampling = self._with_calls(message, sampling)
         settings = {name: message[name] for name in ("priority", "tenant", "salt", "adapter") if name in message}
-        piecewise, goes_on = bool(message.get("stream")), "messages" not in message
+        piecewise = bool(message.get("stream"))
         with self.door.begin(ids, sampling, piecewise=piecewise, **settings) as answer:
             if not piecewise:
                 whole = await answer.whole()
                 found: dict[str, Any] = {"answers": [_answer(one) for one in (whole, *whole.others)]}
                 for one, said in zip(found["answers"], (whole, *whole.others)):
                     one |= self._stopped(sampling, said.finish, said.ids, said.text)
-                    if goes_on and said.ids:
-                        self.go_on(one, ids, said.ids[0])
+                    self._go_on(one.get("logs", ()), sampling)
                 found["usage"] = _usage(len(ids), answer)
                 if message.get("echo"):
                     found["prompt"] = self.model.tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -154,16 +155,16 @@ class Hands:
                     found["prompt_logs"] = self._prompt_logs(ids, whole)
                 yield {"end": found}
                 return
-            ids_of, text_of, begun = defaultdict[int, list[int]](list), defaultdict[int, str](str), set[int]()
+            ids_of, said_of, begun = defaultdict[int, list[int]](list), defaultdict[int, str](str), set[int]()
 
             def keep(piece: Piece) -> bool:
                 if sampling.stop:
                     ids_of[piece.which] += piece.ids
-                    text_of[piece.which] += piece.text
+                    said_of[piece.which] += piece.text
                 return True
 
             def pass_on(piece: Piece) -> bool:
-                if piece.logprobs is not None or (goes_on and piece.which not in begun):
+                if piece.logprobs is not None:
                     return False
                 return tell(piece.which, piece.text) and keep(piece)
 
@@ -175,29 +176,26 @@ class Hands:
                 keep(piece)
                 if piece.logprobs is not None:
                     part["logs"] = [_log(one) for one in piece.logprobs]
-                if goes_on and piece.ids and piece.which not in begun:
-                    begun.add(piece.which)
-                    self.go_on(part, ids, piece.ids[0])
+                    if piece.ids and piece.which not in begun:
+                        begun.add(piece.which)
+                        self._go_on(part["logs"], sampling)
                 if piece.finish is not None:
                     part["finish"] = piece.finish
-                    part |= self._stopped(sampling, piece.finish, ids_of[piece.which], text_of[piece.which])
+                    part |= self._stopped(sampling, piece.finish, ids_of[piece.which], said_of[piece.which])
                 yield {"piece": part}
             yield {"end": {"usage": _usage(len(ids), answer)}}
 
-    def go_on(self, part: dict[str, Any], prompt: Sequence[int], first: int) -> None:
-        """Let the beginning of an answer, whose first token is `first`, be what it adds to the text of its prompt, from which
-        that of an encoder-decoder does not go on."""
-        if self.model.renderer.kind == "encoder-decoder":
-            return
-        part["text"] = self._space(prompt, first) + part["text"] if part["text"] else ""
-        for log in part.get("logs", ())[:1]:
-            for one in (log, *log[3]):
-                one[1] = self._space(prompt, one[0]) + one[1]
+    def sampling(self, message: dict[str, Any], prompt: Sequence[int]) -> Sampling:
+        """How to go on from a prompt. A text is gone on from, by all but an encoder-decoder; after a turn the next one begins."""
+        goes_on = "messages" not in message and self.model.renderer.kind != "encoder-decoder"
+        asked = {**message["sampling"], **({"after": tuple(prompt[-BEFORE:])} if goes_on else {})}
+        return Sampling.make(asked, where="sampling")
 
-    def _space(self, prompt: Sequence[int], token: int) -> str:
-        """The space before a token that goes on from a prompt, where decoders (of SentencePiece) drop that of a first one."""
-        alone, here = self.model.renderer.decode([token]), added(self.model, prompt[-BEFORE:], token)
-        return " " if here == f" {alone}" else ""
+    def _go_on(self, logs: Sequence[list[Any]], sampling: Sampling) -> None:
+        """Let the first token of an answer, and those in its place, be what they add to what the answer goes on from."""
+        for log in logs[:1]:
+            for one in (log, *log[3]):
+                one[1] = lead_of(self.model, [one[0]], sampling) + one[1]
 
     async def tokenize(self, message: dict[str, Any]) -> Parts:
         """The tokens of a prompt, as `write` takes it, and the text of each."""
@@ -258,7 +256,7 @@ class Hands:
         """The stop text that ended an answer, if one did: it is what the tokens say after the text."""
         if finish != "stop" or not sampling.stop:
             return {}
-        rest = self.model.renderer.decode(ids)[len(text) :]
+        rest = text_of(self.model, ids, sampling)[len(text) :]
         return next(({"stopped": one} for one in sampling.stop if rest.startswith(one)), {})
 
     def _prompt_logs(self, ids: Sequence[int], whole: Completion) -> list[Any]:
@@ -314,10 +312,11 @@ class Hands:
         if "text" in message:
             return renderer.tokens(message["text"])[0]
         count = len(self.model.tokenizer)
-        strange = [one for one in message["ids"] if not 0 <= one < count]
+        ids: list[int] = message["ids"]
+        strange = [one for one in ids if not 0 <= one < count]
         if strange:
             raise ConfigError(f"prompt: there is no token {strange[0]}; the vocabulary has {count}, from 0 on")
-        return message["ids"]
+        return ids
 
     def prompt(self, message: dict[str, Any]) -> Sequence[int]:
         """The ids of a prompt as `write` takes it; `max_tokens` of its sampling is set where nobody says. Raises TooLong."""

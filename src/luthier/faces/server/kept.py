@@ -100,7 +100,7 @@ def continued(server: Server, key: Key, body: ResponsesRequest) -> ResponsesRequ
         return body
     kept = find_kept(server, key, body.previous_response_id, "previous_response_id").content
     output = [_as_input(one) for one in kept["response"]["output"]]
-    return body.model_copy(update={"input": ITEMS.validate_python([*kept["input"], *output]) + _items(body)})
+    return body.model_copy(update={"input": ITEMS.validate_python([*kept["input"], *output]) + items_of(body)})
 
 
 def keep(server: Server, key: Key, body: ResponsesRequest, whole: ResponseBody) -> None:
@@ -108,7 +108,7 @@ def keep(server: Server, key: Key, body: ResponsesRequest, whole: ResponseBody) 
     store = store_of(server)
     content = {
         "response": whole.model_dump(mode="json"),
-        "input": [_shown(one) for one in _items(body)],
+        "input": [_shown(one) for one in items_of(body)],
         "expires_at": time.time() + server.settings.response_days * DAY,
     }
     store.put("response", whole.id, key.name, content)
@@ -125,7 +125,8 @@ def _let_go(store: Store) -> None:
         store.drop("response", oldest.id)
 
 
-def _items(body: ResponsesRequest) -> list[InputItem]:
+def items_of(body: ResponsesRequest) -> list[InputItem]:
+    """What is asked, as items."""
     if isinstance(body.input, str):
         return [InputMessage(role="user", content=body.input)]
     return list(body.input)

@@ -43,7 +43,7 @@ ANYONE = Key(name="anyone", sha256="", scopes=SCOPES)
 def read_keys(path: Path) -> list[Key]:
     """The keys of a file. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as err:
         raise ConfigError(
             f"{path}: cannot be read ({err.strerror}); make it with: luthier serve --keys {path} --new-key NAME"

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, JsonValue
 
+from luthier.faces.server.answered import check_blocks
 from luthier.faces.server.answering import TextEvents, event, new_id, stream_events, while_here
 from luthier.faces.server.blocks import CountRequest, MessagesRequest, question_of
 from luthier.faces.server.chat import form_of
@@ -69,6 +70,7 @@ async def answer_messages(
 ) -> Response | MessageBody:
     """Answer a conversation; with `stream`, as server-sent events."""
     served = server.shelf.find(body.model)
+    check_blocks(body.messages)
     user = body.metadata.user_id if body.metadata is not None else None
     asked = {
         **question_of(body), "sampling": body.sampling(), "stream": body.stream, "tenant": key.name,
@@ -93,6 +95,7 @@ async def answer_messages(
 @routes.post("/v1/messages/count_tokens", response_model=Count)
 async def count_tokens(body: CountRequest, server: TheServer) -> Count:
     """How many tokens the model would read of this, and nothing is written."""
+    check_blocks(body.messages)
     asked = question_of(body)
     wanted = {name: asked[name] for name in ("messages", "tools") if name in asked}
     found = await server.shelf.find(body.model).ask("tokenize", **wanted)

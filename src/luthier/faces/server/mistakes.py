@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -9,6 +10,11 @@ Mistake: TypeAlias = Mapping[str, Any]
 # Sentences, and parts of a path, that are told at most: a body of thousands of texts may be wrong in each of them.
 MOST, DEEPEST = 5, 12
 OBJECT = "send a JSON object, with Content-Type: application/json"
+# What a value may be, by the mistake that it is none.
+EXPECTED = {
+    "int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "string_type": "a string",
+    "list_type": "a list", "dict_type": "an object", "model_type": "an object", "model_attributes_type": "an object",
+}  # fmt: skip
 
 
 def sentences_of(mistakes: Sequence[Mistake], body: Any) -> tuple[list[str], str | None]:
@@ -43,16 +49,25 @@ def _tell(mistake: Mistake, path: str) -> tuple[str, str | None]:
         said = f"{ctx['tag']!r} is not supported here; use one of {ctx['expected_tags']}"
     elif (kind == "literal_error" and ctx["expected"] == "False") or (kind == "too_long" and ctx["max_length"] == 0):
         said = "this server does not do this; leave it out"
-    elif kind == "literal_error":
-        said = f"is {_short(mistake['input'])}, expected {ctx['expected']}"
+    elif kind == "literal_error" or kind in EXPECTED:
+        said = f"is {shown(mistake['input'])}, expected {_expected(mistake)}"
     else:
         said = ctx.get("error") or mistake["msg"][:1].lower() + mistake["msg"][1:]
     return f"{path}: {said}", path
 
 
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:60]}..."
+def _expected(mistake: Mistake) -> str:
+    """What was to be there. Several types, of a union, are one mistake under the name of the first."""
+    ctx: Mapping[str, Any] = mistake.get("ctx", {})
+    return str(ctx.get("expected") or EXPECTED[mistake["type"]])
+
+
+def shown(value: Any) -> str:
+    """A value as it was sent, but for what holds others."""
+    if isinstance(value, Mapping | list):
+        return "an object" if isinstance(value, Mapping) else "a list"
+    written = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return written if len(written) <= 60 else f"{written[:60]}..."
 
 
 def _path(place: Sequence[int | str], body: Any) -> str:
@@ -80,7 +95,7 @@ def is_branch(part: int | str) -> bool:
 
 def _meant(mistakes: Sequence[Mistake], start: int) -> list[Mistake]:
     """Of each union the mistakes of the branch that was meant: not one that is for another type altogether, and of the others
-    the one with the fewest."""
+    the one with the fewest, or else the one that was right for longest."""
     found: list[Mistake] = []
     unions: dict[Sequence[int | str], dict[int | str, list[Mistake]]] = {}
     for one in mistakes:
@@ -93,8 +108,15 @@ def _meant(mistakes: Sequence[Mistake], start: int) -> list[Mistake]:
     for place, branches in unions.items():
         kept = [_meant(one, len(place) + 1) for one in branches.values()]
         fitting = [one for one in kept if not any(_is_other(mistake, len(place) + 1) for mistake in one)]
-        found += sorted(fitting, key=len)[0] if fitting else _neither(kept, place)
+        best = max(fitting, key=lambda one: (-len(one), _reached(one, len(place) + 1)), default=None)
+        found += _neither(kept, place) if best is None else best
     return found
+
+
+def _reached(mistakes: Sequence[Mistake], start: int) -> tuple[int, ...]:
+    """The place in lists at which the first mistake is."""
+    first = mistakes[0]["loc"][start:] if mistakes else ()
+    return tuple(part if isinstance(part, int) else 0 for part in first)
 
 
 def _is_other(mistake: Mistake, start: int) -> bool:
@@ -112,7 +134,11 @@ def _neither(branches: Sequence[Sequence[Mistake]], place: Sequence[int | str]) 
     if named:
         first = next(one for one in of_type if one["type"] == "literal_error")
         return [{**first, "loc": (*place, "type"), "ctx": {"expected": ", ".join(dict.fromkeys(named))}}]
-    return [one for branch in branches for one in branch if _is_other(one, len(place) + 1)]
+    others = [one for branch in branches for one in branch if _is_other(one, len(place) + 1)]
+    if not all(one["type"] == "literal_error" or one["type"] in EXPECTED for one in others):
+        return others
+    expected = dict.fromkeys(_expected(one) for one in others)
+    return [{**others[0], "loc": place, "ctx": {"expected": " or ".join(expected)}}]
 
 
 def _without_followers(mistakes: Sequence[Mistake]) -> list[Mistake]:

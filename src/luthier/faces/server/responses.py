@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from luthier.core.errors import LuthierError
+from luthier.faces.server.answered import check_items
 from luthier.faces.server.answering import TextEvents, event, new_id, stream_events, while_here
 from luthier.faces.server.chat import call_id, form_of
 from luthier.faces.server.citing import (
@@ -34,7 +35,7 @@ from luthier.faces.server.items import (
     SearchHit,
     status_of,
 )  # fmt: skip
-from luthier.faces.server.kept import continued, keep, keeps
+from luthier.faces.server.kept import continued, items_of, keep, keeps
 from luthier.faces.server.refusals import RESPONSES, STREAMED, Refusal, body_of, refusal_of
 from luthier.faces.server.response import Incomplete, InputDetails, ResponseBody, ResponseError, ResponseUsage
 from luthier.faces.server.server import TheKey, TheServer, key_of, server_of
@@ -49,7 +50,9 @@ routes = APIRouter(tags=["responses"], responses=RESPONSES)
 async def respond(body: ResponsesRequest, request: Request, server: TheServer, key: TheKey) -> Response | ResponseBody:
     """Answer a conversation of items; with `stream`, as server-sent events."""
     served = server.shelf.find(body.model)
+    sent = items_of(body)
     kept, body = keeps(server, body), continued(server, key, body)
+    check_items(items_of(body), len(items_of(body)) - len(sent))
     asked = _question(body, key.name)
     form = form_of(served.process, bool(body.functions) and body.tool_choice != "none")
     empty = _empty(body, served.name, kept)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from luthier.core.errors import DataError
-from luthier.data.shapes import Columns, recognise, to_example
+from luthier.data.shapes import Columns, Shape, recognise, to_example
 from luthier.data.sources.row import Row
 from luthier.faces.server.refusals import Refusal
 
@@ -56,9 +57,12 @@ def check_rows(path: Path, purpose: str) -> Checked:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line, what it holds, or why it holds no object) of each line that is not blank."""
+    """(line, what it holds, or why it holds no object) of each line that is not blank; the file may begin with a byte-order
+    mark."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(BOM_UTF8)
             if line.strip():
                 yield number, _object(line)
 
@@ -81,22 +85,21 @@ def _refuse_constant(name: str) -> None:
 
 def _check_examples(path: Path, mistakes: _Mistakes) -> Checked:
     """Rows that a tuning learns from, by the very reading that the tuning does."""
-    columns, shape, rows = Columns(), "", 0
-    roles: dict[str, str] = {}
+    columns, rows = Columns(), 0
+    known: tuple[Shape, dict[str, str]] | None = None
     for line, found in read_lines(path):
         if isinstance(found, str):
             mistakes.add(line, found)
             continue
         row = Row(found, f"line {line}")
         try:
-            if not shape:
-                shape, roles = recognise(row, columns)
-            to_example(row, shape, roles)
+            known = known or recognise(row, columns)
+            to_example(row, *known)
         except DataError as err:
             mistakes.add(line, str(err).removeprefix(f"line {line}: "))
             continue
         rows += 1
-    return Checked(rows, shape)
+    return Checked(rows, known[0] if known is not None else "")
 
 
 def _check_requests(path: Path, mistakes: _Mistakes) -> Checked:

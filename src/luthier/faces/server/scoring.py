@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, Self
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, model_validator
 
+from luthier.faces.server.answered import check_turns
 from luthier.faces.server.answering import while_here
-from luthier.faces.server.chat import SENT_BACK, Turn
+from luthier.faces.server.chat import Turn, turns_of
 from luthier.faces.server.drawing import Body
 from luthier.faces.server.embeddings import MOST, ReadUsage, read_usage
 from luthier.faces.server.refusals import RESPONSES, Refusal
@@ -42,7 +43,7 @@ class ClassifyRequest(Body):
     """What a language model chooses among."""
     instruction: str | None = None
     """What stands before the text; by default a question that names the labels."""
-    shots: Annotated[tuple[Shot, ...], Field(max_length=256)] = ()
+    shots: list[Shot] = Field([], max_length=256)
     """Worked examples, which stand before the text."""
     raw: bool = False
     """Without the chat template: the label follows the text."""
@@ -72,7 +73,8 @@ class ClassifyRequest(Body):
         """What is to be done, and all that it takes."""
         if self.labels is None:
             return "classify", {"inputs": [self.input] if isinstance(self.input, str) else self.input, "tenant": tenant}
-        turns = [one.model_dump(exclude_none=True, exclude=SENT_BACK) for one in self.messages or ()]
+        turns = turns_of(self.messages or ())
+        check_turns(turns)
         inputs = [self.input] if isinstance(self.input, str) else self.input or [turns]
         if any(isinstance(one, list) for one in self.input or () if not isinstance(self.input, str)):
             raise Refusal(400, "input: a language model labels one text at a time; put the two into one", param="input")

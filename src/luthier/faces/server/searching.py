@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.core.errors import ConfigError
 from luthier.engine.generate import searched_for
-from luthier.engine.sampling import Sampling
 from luthier.engine.searching import Searching
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ async def search(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[st
     """The likeliest answers to a prompt, as `Hands.write` takes it, that so many beams find; as many as `n` says. One search goes
     on at a time, with keys and values among those of all texts: it waits where they hold too many."""
     model, ids = hands.model, tuple(hands.prompt(message))
-    sampling = Sampling.make(message["sampling"], where="sampling")
+    sampling = hands.sampling(message, ids)
     if message.get("tools") and message.get("choice") != "none":
         raise ConfigError(
             "use_beam_search: calls of tools are held to their schemas, and beams to none; leave tools out"
@@ -36,10 +35,6 @@ async def search(hands: Hands, message: dict[str, Any]) -> AsyncIterator[dict[st
     whole = searched_for(model, searching.found, sampling, len(ids))
     found = [whole, *whole.others]
     answers = [{"text": one.text, "tokens": len(one.ids), "finish": one.finish} for one in found]
-    if "messages" not in message:
-        for answer, one in zip(answers, found):
-            if one.ids:
-                hands.go_on(answer, ids, one.ids[0])
     written = sum(len(one.ids) for one in found)
     usage = {"prompt": len(ids), "written": written, "reused": 0, "drafted": 0, "accepted": 0}
     end: dict[str, Any] = {"answers": answers, "usage": usage}

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field, model_validator
 
-from luthier.faces.server.chat import ChatRequest, Tool, Turn, ground_of, question_of
+from luthier.faces.server.answered import check_turns
+from luthier.faces.server.chat import ChatRequest, Tool, Turn, ground_of, question_of, turns_of
 from luthier.faces.server.drawing import Body, TokenId
 from luthier.faces.server.refusals import RESPONSES, Refusal
 from luthier.faces.server.server import TheKey, TheServer
@@ -59,7 +60,9 @@ async def tokenize(body: TokenizeRequest, server: TheServer) -> Tokens:
     """The tokens of a text as /v1/completions reads it, or of a conversation."""
     asked: dict[str, Any] = {"text": body.prompt}
     if body.messages is not None:
-        asked = {"messages": [turn.model_dump(exclude_none=True) for turn in body.messages]}
+        asked = {"messages": turns_of(body.messages)}
+        # What was said so far: the answers to its last calls may be still to come.
+        check_turns(asked["messages"], whole=False)
         asked["tools"] = [one.model_dump(exclude_none=True) for one in body.tools or ()]
     found = await server.shelf.find(body.model).ask("tokenize", **asked)
     return Tokens(

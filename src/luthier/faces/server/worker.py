@@ -75,9 +75,13 @@ async def _work(hands: Hands | Finder, reader: asyncio.StreamReader, writer: asy
                 continue
             task = asyncio.create_task(_do(hands, message, out))
             going[message["id"]] = task
-            task.add_done_callback(lambda _, id=message["id"]: going.pop(id, None))
+            task.add_done_callback(partial(_forget, going, message["id"]))
     for task in list(going.values()):
         task.cancel()
+
+
+def _forget(going: dict[int, asyncio.Task[None]], id: int, _: asyncio.Task[None]) -> None:
+    going.pop(id, None)
 
 
 async def _do(hands: Hands | Finder, message: Message, out: Outbox) -> None:

@@ -24,6 +24,7 @@ from luthier.models.adapters.peft_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     PREFIX,
+    fill_in,
     look_up,
     read_adapter_config,
 )
@@ -112,11 +113,12 @@ def _from_files(model: LoadedModel, source: str, place: Path) -> Additions:
     _check_settings(source, settings)
     if saved is not None and saved.task != "causal":
         raise ModelError(f"{source}: this adapter is made to {saved.task}, and the base here writes text")
+    settings, assumed = fill_in(settings)
     found = _sort(model, source, place, settings)
     layers = {name: _join(source, name, parts, settings) for name, parts in found.items()}
     _check_targets(model.network, source, settings, layers)
     _check_layers(model, source, layers)
-    notes = [_check_base(model, source, saved)]
+    notes = [*assumed, _check_base(model, source, saved)]
     golden = read_golden(place)
     if golden is not None:
         try:

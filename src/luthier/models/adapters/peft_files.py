@@ -56,6 +56,8 @@ PARTS = {
     "token_adapter.base_layer.weight": "base",
     "token_adapter.base_layer.bias": "bias",
 }
+# PEFT's own values of what its LoraConfig may leave out, and a file of settings with it.
+DEFAULTS = {"r": 8, "lora_alpha": 8}
 # What a base kept beside an adapter may differ from the one loaded by, relative: both may be rounded to bf16.
 TOLERANCE = 1e-2
 
@@ -63,8 +65,8 @@ Named = dict[str, dict[str, Tensor]]
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any] | None:
-    """The adapter's settings; None where there is no adapter. Raises ModelError for one that is damaged, or a LoRA of a
-    kind that cannot be loaded. Adapters of other types are read by `peft_methods`."""
+    """The adapter's settings as they stand there (see `fill_in`); None where there is no adapter. Raises ModelError for one that
+    is damaged, or a LoRA of a kind that cannot be loaded. Adapters of other types are read by `peft_methods`."""
     path = directory / ADAPTER_CONFIG
     if not path.is_file():
         return None
@@ -79,7 +81,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any] | None:
     for name in UNSUPPORTED:
         if settings.get(name):
             raise ModelError(f"{path}: {name} is set, which cannot be loaded; merge the adapter with peft first")
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    rank, alpha = (settings.get(name, value) for name, value in DEFAULTS.items())
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ModelError(
             f"{directory}: {ADAPTER_CONFIG} gives the rank r as {rank!r}, which is no whole number above 0"
@@ -87,6 +89,13 @@ def read_adapter_config(directory: Path) -> dict[str, Any] | None:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool):
         raise ModelError(f"{directory}: {ADAPTER_CONFIG} gives lora_alpha as {alpha!r}, which is no number")
     return settings
+
+
+def fill_in(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of a LoRA with PEFT's own values where it says nothing, and a sentence about each."""
+    missing = {name: value for name, value in DEFAULTS.items() if name not in settings}
+    said = [f"{ADAPTER_CONFIG} does not say {name}, so it is {value}, as for PEFT" for name, value in missing.items()]
+    return {**settings, **missing}, said
 
 
 def attach_adapter(
@@ -106,6 +115,9 @@ def attach_adapter(
     to an output layer that the network lacks, since it was loaded to classify, is left out with a warning. Raises
     ModelError when a layer is not there or has another shape: the adapter is for another base.
     """
+    settings, assumed = fill_in(settings)
+    for one in assumed:
+        events.warn(f"{directory}: {one}")
     found = _sort(directory, network, base, events)
     _make_room(network, found, settings, directory, base)
     pissa = saved if saved is not None and saved.get("kind") == "pissa" else None
@@ -209,7 +221,12 @@ def _beside(
             f"{directory / ADAPTER_WEIGHTS}: the layer {name} has one matrix of two; the adapter is not whole"
         )
     a_RI, b_OR = parts["A"], parts["B"]
-    rank = a_RI.shape[0]
+    rank, stated = a_RI.shape[0], int(look_up(settings.get("rank_pattern"), name, settings["r"]))
+    if rank != stated:
+        raise ModelError(
+            f"{directory}: the matrices of {name} have the rank {rank}, and {ADAPTER_CONFIG} says {stated}; the files do not "
+            "belong together"
+        )
     embedding = isinstance(under, nn.Embedding)
     if embedding and settings.get("use_dora"):
         raise ModelError(

@@ -113,14 +113,20 @@ def test_a_batch_answers_as_the_address_does(served, client_of):
     rows[3]["body"]["model"] = "nope"
     rows[4]["body"]["temprature"] = 1
     rows[5]["body"]["priority"] = "high"
+    rows[6]["body"]["priority"] = True
+    rows[7]["body"]["max_tokens"] = "4"
+    rows[8]["body"]["priority"] = None
     batch = over(client, begin(client, rows).id)
     assert batch.status == "completed", batch.errors
-    assert batch.request_counts.to_dict() == {"total": 20, "completed": 17, "failed": 3}
+    assert batch.request_counts.to_dict() == {"total": 20, "completed": 15, "failed": 5}
     good, bad = read(client, batch.output_file_id), read(client, batch.error_file_id)
     alone = client.chat.completions.create(**rows[0]["body"])
     texts = {row["response"]["body"]["choices"][0]["message"]["content"] for row in good.values()}
-    assert len(good) == 17 and texts == {alone.choices[0].message.content}
-    assert {id: row["response"]["status_code"] for id, row in bad.items()} == {"row 3": 404, "row 4": 400, "row 5": 400}
+    assert len(good) == 15 and texts == {alone.choices[0].message.content}
+    statuses = {id: row["response"]["status_code"] for id, row in bad.items()}
+    assert statuses == {"row 3": 404, "row 4": 400, "row 5": 400, "row 6": 400, "row 7": 400}
+    said = bad["row 7"]["response"]["body"]["error"]["message"]
+    assert said == "max_tokens: is '4', expected an integer"
     assert "temprature" in bad["row 4"]["response"]["body"]["error"]["message"]
     plain = [{**ASKED, "url": "/v1/completions", "body": {"model": "mini", "prompt": "Once", "max_tokens": 3}}]
     assert over(client, begin(client, plain, "/v1/completions").id).request_counts.completed == 1

@@ -8,6 +8,7 @@ import pytest
 from asking import ASKED, CHAT, LIKED, Asked, lines
 from luthier.faces.server.keys import Key, digest
 from luthier.faces.server.refusals import Refusal
+from luthier.faces.server.rows import read_lines
 from luthier.faces.server.store import Store
 
 
@@ -67,6 +68,21 @@ def test_a_wrong_file_is_refused_and_not_kept(ask, tmp_path, content, purpose, s
     answer = ask.upload(content, purpose)
     assert answer.status_code == 400 and sentence in answer.json()["error"]["message"]
     assert kept(tmp_path) == []
+
+
+@pytest.mark.parametrize(("row", "purpose"), [(CHAT, "fine-tune"), (LIKED, "fine-tune"), (ASKED, "batch")])
+def test_a_byte_order_mark_is_no_part_of_the_rows(ask, tmp_path, row, purpose):
+    content = b"\xef\xbb\xbf" + lines(row)
+    made = ask.upload(content, purpose).json()
+    assert made["rows"] == 1 and ask("GET", f"/v1/files/{made['id']}/content").content == content
+    (stored,) = kept(tmp_path)
+    assert list(read_lines(tmp_path / "server" / "files" / stored)) == [(1, row)]
+    # Places are those of the file without it, and elsewhere it is a mistake.
+    for wrong, where in ((b"{\n", "line 1: "), (lines(row) + b"{\n", "line 2: "), (b"\n{\n", "line 2: ")):
+        said = ask.upload(b"\xef\xbb\xbf" + wrong, purpose).json()["error"]["message"]
+        assert where in said and said == ask.upload(wrong, purpose).json()["error"]["message"]
+    assert "line 2: not valid JSON" in ask.upload(lines(row) + content, purpose).json()["error"]["message"]
+    assert "there is no row" in ask.upload(b"\xef\xbb\xbf\n", purpose).json()["error"]["message"]
 
 
 def test_many_mistakes_are_counted(ask):

@@ -93,6 +93,51 @@ def test_an_answer_goes_on_from_its_text(hands, n):
     assert part["end"]["answers"][0]["text"] == "the the"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "least", "text"),
+    [
+        # As it stands in what is shown, from the first letter on.
+        (" the", 0, ""),
+        (" t", 0, ""),
+        ("the", 0, " "),
+        ("the the", 0, " "),
+        (" the the", 0, ""),
+        ("e t", 0, " th"),
+        ("  the", 0, " the the the the"),
+        # What comes too early does not count, and what comes after it does.
+        (" the", 2, " the"),
+        ("the", 3, " the the "),
+    ],
+)
+def test_a_stop_text_is_looked_for_in_what_is_shown(hands, stop, least, text, stream):
+    sampling = {"temperature": 0.1, "max_tokens": 4, "logit_bias": {word(hands): 100.0}, "min_tokens": least}
+    found = ask(hands, do="write", text=PROMPT, stream=stream, sampling={**sampling, "stop": [stop]})
+    if stream:
+        parts = [part["piece"] for part in found[:-1]]
+        answer = {**parts[-1], "text": "".join(part["text"] for part in parts)}
+    else:
+        (answer,) = found[0]["end"]["answers"]
+    ended = text != " the the the the"
+    assert (answer["text"], answer["finish"], answer.get("stopped")) == (
+        text, "stop" if ended else "length", stop if ended else None
+    )  # fmt: skip
+
+
+def test_a_turn_begins_without_a_space_that_could_stop_it(hands):
+    turns = [{"role": "user", "content": PROMPT}]
+    sampling = {"temperature": 0.1, "max_tokens": 3, "logit_bias": {word(hands): 100.0}, "stop": [" the"]}
+    (part,) = ask(hands, do="write", messages=turns, sampling=sampling)
+    assert part["end"]["answers"][0]["text"] == "the"
+
+
+def test_a_search_stops_at_what_is_shown(hands):
+    sampling = {"temperature": 0.0, "max_tokens": 3, "n": 1, "beams": 2, "logit_bias": {word(hands): 100.0}}
+    for stop, text in ((" the", ""), ("the", " ")):
+        (part,) = ask(hands, do="search", text=PROMPT, sampling={**sampling, "stop": [stop]})
+        assert part["end"]["answers"][0]["text"] == text
+
+
 def test_a_search_goes_on_from_its_text(hands):
     (part,) = ask(hands, do="search", text=PROMPT, sampling={"temperature": 0.0, "max_tokens": 2, "n": 2, "beams": 2})
     for answer in part["end"]["answers"]:

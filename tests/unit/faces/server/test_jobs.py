@@ -83,6 +83,13 @@ def test_a_wrong_job_is_refused(ask, body, status, sentence):
 def test_own_settings_are_checked_by_tune_itself(ask):
     error = create(ask, luthier={"adapter": {"kind": "lora", "rnak": 4}}).json()["error"]
     assert "rnak" in error["message"] and "rank" in error["message"] and error["param"] == "luthier"
+    for own, said in (
+        ({"max_length": "64"}, "luthier: max_length: is '64', expected a number"),
+        ({"adapter": {"kind": "lora", "rank": "4"}}, "luthier: adapter.rank: is '4', expected a number"),
+        ({"adapter": {"kind": "lora", "rslora": 1}}, "luthier: adapter.rslora: is 1, expected true or false"),
+    ):
+        error = create(ask, luthier=own).json()["error"]
+        assert (error["message"], error["param"]) == (said, "luthier")
 
 
 def test_files_of_the_machine_are_not_for_every_key(tmp_path, monkeypatch):

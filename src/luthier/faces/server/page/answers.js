@@ -16,6 +16,7 @@ export function answerElement(answer, view, key, model, acts) {
     root.classList.toggle("writing", writing);
     put(text, answer);
     calls.replaceChildren(...answer.calls.map(callElement));
+    if (!writing && answer.calls.length) calls.append(make("p", { class: "aside", text: say("calls_next") }));
     if (!writing) putEnd(root, answer, text);
     facts.replaceChildren(...factsOf(answer, model).map((one) => make("span", { text: one })));
     if (tools.dataset.state !== answer.state) tools.replaceChildren(...actsOf(answer, key, acts));

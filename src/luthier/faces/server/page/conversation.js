@@ -46,15 +46,19 @@ export function keep(state) {
   return false;
 }
 
-// The turns before `turn` and its question, as OpenAI's API takes them. An answer that failed was not said.
+// The turns before `turn` and its question, as OpenAI's API takes them. An answer that failed was not said. What is written after
+// calls of tools is what these gave.
 export function messagesOf(column, settings, turn) {
   const messages = settings.system.trim() ? [{ role: "system", content: settings.system }] : [];
+  let calls = [];
   for (const one of column.turns) {
-    messages.push({ role: "user", content: one.user });
-    if (one === turn) return messages;
+    const asked = calls.map(({ id }) => ({ role: "tool", tool_call_id: id, content: one.user }));
+    if (!asked.length) asked.push({ role: "user", content: one.user });
+    if (one === turn) return [...messages, ...asked];
     const said = answerMessage(one.answer);
-    if (said) messages.push(said);
-    else messages.pop();
+    if (!said) continue;
+    messages.push(...asked, said);
+    calls = said.tool_calls ?? [];
   }
   return messages;
 }

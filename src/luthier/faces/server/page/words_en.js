@@ -91,6 +91,7 @@ export default {
   "by_model": "by {name}",
   "empty_answer": "The model ended without a word.",
   "calls": "calls {name}",
+  "calls_next": "What you write next is sent as what the tool gave.",
   "no_probabilities": "No probabilities were kept for this answer.",
   "probability": "{token}: {percent}",
   "tokens_label": "Tokens of the answer; arrows go from one to the next",

@@ -91,6 +91,7 @@ export default {
   "by_model": "来自 {name}",
   "empty_answer": "模型没有输出任何内容。",
   "calls": "调用 {name}",
+  "calls_next": "接下来写的内容会作为工具的结果发送。",
   "no_probabilities": "这条回答没有保存概率。",
   "probability": "{token}：{percent}",
   "tokens_label": "回答的词元，用方向键逐个查看",
