@@ -16,7 +16,7 @@ from luthier.core.events import Event, Events
 from luthier.core.types import Completion, Message, TokenLog
 from luthier.data.turns import read_messages
 from luthier.engine.calling import structure_of_calls
-from luthier.engine.door import Door
+from luthier.engine.door import Door, Settings
 from luthier.engine.engine import Engine
 from luthier.engine.generate import uses_engine
 from luthier.engine.loading import load_stored, settle_model
@@ -134,12 +134,18 @@ class Hands:
         return self.within(self.model.renderer.framed_ids(text))
 
     async def write(self, message: dict[str, Any], tell: Callable[[int, str], bool]) -> Parts:
-        """Answers to a prompt: `messages` (with `tools`, `choice` and `parallel`), `text` or `ids`; in pieces where `stream`."""
+        """Answers to a prompt: `messages` (with `tools`, `choice` and `parallel`), `text` or `ids`; in pieces where `stream`.
+        What they are `expected` to be is guessed from."""
         ids = self.prompt(message)
         sampling = self.sampling(message, ids)
         if message.get("tools") and message.get("choice") != "none":
             sampling = self._with_calls(message, sampling)
-        settings = {name: message[name] for name in ("priority", "tenant", "salt", "adapter") if name in message}
+        settings: Settings = {}
+        for name in ("priority", "tenant", "salt", "adapter"):
+            if name in message:
+                settings[name] = message[name]
+        if "expected" in message:
+            settings["expected"] = self.model.tokenizer(message["expected"], add_special_tokens=False)["input_ids"]
         piecewise = bool(message.get("stream"))
         with self.door.begin(ids, sampling, piecewise=piecewise, **settings) as answer:
             if not piecewise:

@@ -49,6 +49,18 @@ def test_a_chat_is_what_generate_writes(client):
     assert again.choices[0].message.content == own.text
 
 
+def test_an_answer_that_is_expected_is_the_same_and_was_guessed(client):
+    asked = {"model": "mini", "messages": TURNS, "max_tokens": 40, "temperature": 0}
+    plain = client.chat.completions.create(**asked)
+    text = plain.choices[0].message.content
+    for content in (text, [{"type": "text", "text": text[:20]}, {"type": "text", "text": text[20:]}]):
+        found = client.chat.completions.create(**asked, prediction={"type": "content", "content": content})
+        assert found.choices[0].message.content == text
+        assert found.usage.completion_tokens_details.accepted_prediction_tokens > 10
+    with client.chat.completions.stream(**asked, prediction={"type": "content", "content": "No."}) as stream:
+        assert stream.get_final_completion().choices[0].message.content == text
+
+
 def test_a_stream_adds_up(client):
     whole = client.chat.completions.create(model="mini", messages=TURNS, max_tokens=20, temperature=0)
     stream = client.chat.completions.create(
