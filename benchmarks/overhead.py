@@ -218,7 +218,8 @@ def measure(model: Path, rounds: int, ways: tuple[str, ...]) -> dict[str, Any]:
         if way != "bare" and "bare" in ways
     }
     return {
-        "benchmark": "overhead", "shape": "135m", "kernels": kernels(), "threads": os.cpu_count(), "clients": CLIENTS, "rounds": rounds,
+        "benchmark": "overhead", "shape": "135m", "kernels": kernels(), "threads": os.cpu_count(), "clients": CLIENTS,
+        "rounds": rounds,
         "tokens_per_second": {way: round(statistics.median(values), 1) for way, values in kept.items()},
         "overhead": {way: round(statistics.median(values), 3) for way, values in lost.items()},
         "overhead_of_rounds": {way: [round(one, 3) for one in values] for way, values in lost.items()},
