@@ -265,7 +265,7 @@ def test_a_filter_that_is_not_applied_is_refused(tmp_path, monkeypatch):
             assert found.status_code == 400 and found.json()["error"]["param"] == name, found.text
         assert client.get("/v1/files?limit=1&order=asc").status_code == 200
         assert "did you mean 'after'?" in client.get("/v1/files?afer=x").text
-        # A path is known before what stands behind it, and numbers are text there.
+        # All is text there, numbers too.
         assert "limit" in client.get("/v1/files?limit=many").text
 
 
