@@ -75,6 +75,7 @@ class Engine:
             draft = None if model.draft is None else DraftModel(model.draft, model, blocks + streams)
             self._guessing = Guessing(guessed, model.learned, draft)
         self._failed: list[Request | Reading] = []
+        self._unguessed: list[tuple[Request, Exception]] = []
 
     def add(
         self,
@@ -214,7 +215,7 @@ class Engine:
             began = time.perf_counter()
             if self._guessing is not None:
                 self._guessing.give(self.schedule.running, self._fail)
-            planned = self.schedule.plan()
+            planned = self.schedule.plan(None if self._guessing is None else self._begin)
             rows = rows_of(planned)
             ready = self._commit(*self._read(planned)) if planned else []
             if self._guessing is not None and rows:
@@ -344,6 +345,10 @@ class Engine:
         `found` has a row (or the likeliest token) for the end of each text and for each of its drafts, in order; `first` says
         where they begin.
         """
+        while self._unguessed:
+            request, error = self._unguessed.pop()
+            if request.finish is None:
+                self._fail(request, error)
         going, depth = [one for one in first if one.finish is None], 0
         while going:
             rows = found if len(going) == len(found) else found[[first[request] + depth for request in going]]
@@ -367,6 +372,14 @@ class Engine:
             if request.finish is not None:
                 self.schedule.finish(request)
         return list(first)
+
+    def _begin(self, request: Request) -> None:
+        """Guess what comes right after a prompt. What goes wrong is told when the step is read, which counts on this text."""
+        assert self._guessing is not None
+        try:
+            self._guessing.begin(request)
+        except Exception as err:
+            self._unguessed.append((request, err))
 
     def _keep_drafts(self, request: Request) -> None:
         """All that is new but the last token was guessed, and read with the guess."""

@@ -57,6 +57,7 @@ class Guessing:
         self.draft = draft
         """The smaller model, until it fails."""
         self._odds, self._costs = Odds(), StepCosts()
+        self._worth = Worth(1, SLOPE)
 
     def take_up(self, prompt: Sequence[int], expected: Sequence[int]) -> Guesser:
         """Who guesses for a text, of which somebody may expect what follows."""
@@ -66,7 +67,8 @@ class Guessing:
         """Give the texts that are about to write drafts of what that will be; one that something goes wrong with fails."""
         writing = [one for one in running if one.guesser is not None and one.length - one.read == 1]
         without = dict[Request, int]()
-        most, worth = self._most // max(1, len(running)), Worth(max(1, len(writing)), self._costs.slope)
+        most = self._most // max(1, len(running))
+        self._worth = worth = Worth(max(1, len(writing)), self._costs.slope)
         for request in writing:
             left = min(most, request.room - len(request.written) - 1)
             assert request.guesser is not None
@@ -91,6 +93,12 @@ class Guessing:
                 f"the draft model failed and guesses nothing from here on; what is written is the same ({_said(err)})",
                 stacklevel=4,
             )
+
+    def begin(self, request: Request) -> None:
+        """Drafts for a text whose prompt is read to its end in the step for which others were given theirs."""
+        if request.guesser is not None:
+            left = min(self._most // max(1, self._worth.texts + 1), request.room - len(request.written) - 1)
+            request.drafts = request.guesser.guess(request.written, left, self._worth)
 
     def learn(self, request: Request, right: int) -> None:
         """So many of a text's drafts were right."""

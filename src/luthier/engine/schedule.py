@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from luthier.engine.blocks import Blocks, Name, names_of
 from luthier.engine.line import Line
 from luthier.engine.request import Request
@@ -21,8 +23,9 @@ class Schedule(Line[Request]):
         self.blocks, self.streams, self.tokens = blocks, streams, tokens
         self.preempted = 0
 
-    def plan(self) -> list[tuple[Request, int]]:
-        """The texts of the next step and how many tokens of each; they hold blocks for them."""
+    def plan(self, guess: Callable[[Request], object] | None = None) -> list[tuple[Request, int]]:
+        """The texts of the next step and how many tokens of each; they hold blocks for them. `guess` may give drafts to a text
+        whose prompt is read to its end."""
         planned: dict[Request, int] = {}
         budget = self.tokens
         for request in self.running:
@@ -30,8 +33,11 @@ class Schedule(Line[Request]):
         for request in self._in_order():
             if request not in self.running:  # it gave its blocks up for an earlier one
                 continue
-            count = min(request.length - request.read, budget)
+            left = request.length - request.read
+            count = min(left, budget)
             if count and self._hold(request, count, planned):
+                if guess is not None and 1 < left == count:
+                    guess(request)
                 count += self._hold_drafts(request, budget - count)
                 planned[request] = count
                 budget -= count
@@ -45,9 +51,10 @@ class Schedule(Line[Request]):
             if self._awaits(request, coming):
                 continue
             self._recall(request)
-            count = min(request.length - request.read, budget)
+            left = request.length - request.read
+            count = min(left, budget)
             # Only what is free: a text that runs is not stopped for one that waits.
-            if self._missing(request, request.length - request.read) > self.blocks.free:
+            if self._missing(request, left) > self.blocks.free:
                 self.release(request)
                 break
             self.take_up(request)
@@ -55,6 +62,9 @@ class Schedule(Line[Request]):
             self.charge(request)
             coming.update(request.names[request.read // self.blocks.size :])
             self._hold(request, count, planned)
+            if guess is not None and left == count:
+                guess(request)
+                count += self._hold_drafts(request, budget - count)
             planned[request] = count
             budget -= count
         return list(planned.items())

@@ -22,8 +22,8 @@ class Seats(Line[Request]):
         self.blocks, self.streams, self.tokens, self._drop = blocks, streams, tokens, drop
         self.preempted = 0
 
-    def plan(self) -> list[tuple[Request, int]]:
-        """The texts of the next step and how many tokens of each."""
+    def plan(self, guess: Callable[[Request], object] | None = None) -> list[tuple[Request, int]]:
+        """The texts of the next step and how many tokens of each; nothing is guessed."""
         planned: list[tuple[Request, int]] = []
         budget, sources = self.tokens, 0
         for request in self.running:

@@ -229,7 +229,7 @@ def test_guesses_are_dropped_from_the_half_that_is_read():
     for at, one in enumerate(requests):
         said = list(right[at][0])
         one.guesser.guess = lambda written, most, _, said=said: said[len(written) : len(written) + most]
-    failing(engine, MemoryError(), 2)
+    failing(engine, MemoryError(), 1)
     with pytest.warns(UserWarning, match="memory ran out"):
         drained(engine)
     assert [one.written for one in requests] == [one[0] for one in right]
@@ -375,3 +375,16 @@ def test_an_impossible_token_alone_is_no_fault():
     # Padded vocabularies of some models have logits of minus infinity.
     logits_RV = torch.tensor([[0.0, -torch.inf, 2.0], [torch.nan, 1.0, 0.0], [0.0, torch.inf, 1.0], [-torch.inf] * 3])
     assert most_likely(logits_RV).tolist() == [2, -1, -1, -1]
+
+
+def test_a_guess_right_after_a_prompt_that_fails_ends_that_text_alone():
+    model = endless()
+    right = alone(model, [GREEDY] * 5)
+    engine = Engine(model, 4096)
+    requests = added(engine, [GREEDY] * 5)
+    requests[1].guesser.guess = fail
+    drained(engine)
+    assert [one.finish for one in requests] == ["length", "error", "length", "length", "length"]
+    assert [one.written for one in requests if one.error is None] == [one[0] for at, one in enumerate(right) if at != 1]
+    assert isinstance(requests[1].error, Fault)
+    goes_on(engine, model)
