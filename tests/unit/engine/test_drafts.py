@@ -21,8 +21,7 @@ from luthier.engine.drafts import (
 from luthier.engine.engine import Engine
 from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling
-from luthier.models.load import load_model
-from tiny import tiny_model
+from tiny import tiny_loaded
 
 SAMPLINGS = {
     "greedy": Sampling(max_tokens=40),
@@ -34,7 +33,7 @@ SAMPLINGS = {
 
 
 def endless(family="llama"):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     model.spec = model.spec.model_copy(update={"stop_ids": ()})
     return model
 
