@@ -1,5 +1,6 @@
 """Every test draws the same random numbers, on one thread, asks no hub, and has a place of its own for runs."""
 
+import gc
 import os
 from contextlib import suppress
 
@@ -7,6 +8,17 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("LUTHIER_LANG", "en")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported and collected stays to the end, and nobody looks through it for what could go."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items):

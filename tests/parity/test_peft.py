@@ -14,7 +14,7 @@ from luthier.models.load import AUTO_CLASSES, load_model
 from luthier.models.quantised.network import plain_name, quantised_layers
 from luthier.models.quiet import quiet
 from luthier.models.save import save_model
-from tiny import ALL_FAMILIES, NATURAL_TASK, kind_of, tiny_model
+from tiny import ALL_FAMILIES, NATURAL_TASK, kind_of, tiny_loaded, tiny_model
 
 peft = pytest.importorskip("peft")
 # Between peft and transformers, and no matter of ours.
@@ -42,7 +42,7 @@ def shake(network):
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_ours_loads_in_peft(family, tmp_path):
-    loaded = load_model(str(tiny_model(family)))
+    loaded = tiny_loaded(family)
     ADAPTERS.parse({"kind": "lora", "rank": 4, "alpha": 8, "rslora": family == "llama"}).apply(loaded)
     shake(loaded.module)
     save_model(loaded, tmp_path / "ours")
@@ -207,7 +207,7 @@ def test_pissa_loads_in_peft_on_the_base_as_it_was(family, rslora, tmp_path):
 
 
 def test_pissa_starts_as_in_peft():
-    loaded = load_model(str(tiny_model("llama")))
+    loaded = tiny_loaded("llama")
     ADAPTERS.parse({"kind": "pissa", "rank": 4, "alpha": 8}).apply(loaded)
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], init_lora_weights="pissa")
     theirs = peft.get_peft_model(base_network("llama"), config)

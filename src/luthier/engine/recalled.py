@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,7 @@ def _find(place: Path, execution: str, max_length: int | None) -> tuple[Path, st
     return cache_directory() / "packed" / name, _digest(stamp)
 
 
+@cache
 def _versions() -> list[str]:
     return [version(name) for name in ("torch", "transformers", "safetensors", "tokenizers")]
 

@@ -8,33 +8,50 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import re
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 MADV_DONTNEED = 4
 # Bytes of weights that layers read before their pages are given back: to read them again takes a while.
 AT_ONCE = 2**25
-MAPS = Path("/proc/self/smaps")
+# What is mapped, and a number of 64 bits for each page of memory (proc_pid_pagemap(5)): in memory, swapped out, of a file.
+MAPS, PAGES = Path("/proc/self/maps"), "/proc/self/pagemap"
+HERE, SWAPPED, OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Region:
-    """Where a part of a file lies in memory, and whether none of its pages was written to since."""
+    """Where a part of a file lies in memory."""
 
     start: int
     end: int
     offset: int
     path: str
-    whole: bool
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether none of its pages was written to since, which would be memory of no file; False where the system does not
+        tell."""
+        count = (self.end - self.start) // mmap.PAGESIZE
+        try:
+            with open(PAGES, "rb", buffering=0) as file:
+                found = os.pread(file.fileno(), 8 * count, 8 * (self.start // mmap.PAGESIZE))
+        except OSError:
+            return False
+        pages = np.frombuffer(found, np.uint64)
+        written = ((pages & (HERE | SWAPPED)) != 0) & ((pages & OF_FILE) == 0)
+        return len(pages) == count and not written.any()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +87,11 @@ def read_regions() -> list[Region]:
         text = MAPS.read_text()
     except OSError:
         return []
-    return list(_regions(text))
+    return [Region(int(one[1], 16), int(one[2], 16), int(one[3], 16), one[4]) for one in LINES.finditer(text)]
 
 
-# Address, rights, offset, device, inode, path: memory of no file has the inode 0. And what was written to since.
-LINES = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ (\d+) *(.*)$|^Anonymous: +(\d+)", re.MULTILINE)
-
-
-def _regions(text: str) -> Iterator[Region]:
-    held: tuple[int, int, int, str] | None = None
-    for line in LINES.finditer(text):
-        start, end, offset, inode, path, written = line.groups()
-        if written is None:
-            held = None if inode == "0" else (int(start, 16), int(end, 16), int(offset, 16), path)
-        elif held is not None:
-            yield Region(*held, written == "0")
+# Address, rights, offset, device, inode, path: memory of no file has the inode 0.
+LINES = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ ([0-9a-f]+) \S+ [1-9]\d* *(.*)$", re.MULTILINE)
 
 
 def find_mapped(network: nn.Module) -> list[tuple[int, int]]:
@@ -94,7 +101,7 @@ def find_mapped(network: nn.Module) -> list[tuple[int, int]]:
     return [
         (one.start, one.end - one.start)
         for one in read_regions()
-        if one.whole and bisect_left(weights, one.start) < bisect_left(weights, one.end)
+        if bisect_left(weights, one.start) < bisect_left(weights, one.end) and one.whole
     ]
 
 
@@ -138,7 +145,7 @@ def place_of(tensor: Tensor, regions: Sequence[Region], twins: Sequence[Twin] = 
     at, size = tensor.data_ptr(), tensor.untyped_storage().nbytes()
     end, dtype = at + min(size, tensor.numel() * tensor.element_size()), str(tensor.dtype).removeprefix("torch.")
     for one in regions:
-        if one.whole and one.start <= at and end <= one.end:
+        if one.start <= at and end <= one.end and one.whole:
             return Place(one.path, at - one.start + one.offset, dtype, tuple(tensor.shape), tensor.stride())
     for other in twins:
         if other.start <= at and end <= other.end:

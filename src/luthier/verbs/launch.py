@@ -149,11 +149,11 @@ def _end(followers: list[_Follower], *, patience: float) -> None:
 
 def follow() -> None:
     """What a started process does: read the request, take part, end quietly. The first process speaks for all."""
-    request: tuple[Any, str | None] = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     from luthier.models.lean import import_lean
 
-    import_lean()
+    import_lean()  # before the request is read, whose parts would import transformers whole
+    request: tuple[Any, str | None] = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     from luthier.verbs.tune import tune_model
 
     try:

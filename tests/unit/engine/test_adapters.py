@@ -26,7 +26,7 @@ from luthier.models.decoder import describe
 from luthier.models.load import load_model
 from luthier.models.save import save_model
 from luthier.native.decoder import Cached, Packed, why_no_decoder
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 from writing import endless, prompts
 
 needs_decoder = pytest.mark.skipif(why_no_decoder() is not None, reason=str(why_no_decoder()))
@@ -225,7 +225,7 @@ def test_what_is_reported_of_an_adapter(tmp_path):
 def test_a_run_is_checked_against_the_weights_of_its_base_and_how_it_reads(tmp_path):
     model = tuned(1, "qwen3")
     place = saved(tmp_path, spec=True, model=model)
-    assert Engine(load_model(str(tiny_model("qwen3"))), 512).load_adapter("one", place).notes == ()
+    assert Engine(tiny_loaded("qwen3"), 512).load_adapter("one", place).notes == ()
     other = load_model(str(tiny_model("qwen3", seed=5)))
     with pytest.raises(ModelError, match=r"for another base: it was trained on .* bring the old base back"):
         read_additions(other, place)

@@ -28,7 +28,7 @@ from luthier.models.slots import Slots, begin, go_on
 from writing import prompts
 
 FAMILIES = [family for family in SETTINGS if family not in PADDED]
-SIZES = tuple(random.Random(4).randrange(1, 60) for _ in range(20))
+SIZES = tuple(random.Random(4).randrange(1, 60) for _ in range(14))
 
 
 def alone(model, given, sampling):
@@ -68,9 +68,9 @@ def test_greedy_tokens_of_many_that_come_and_go_are_those_of_transformers_alone(
     model, draw = crossed(family, ends=False), random.Random(1)
     assert uses_engine(model), why_padded(model)
     given = prompts(SIZES)
-    samplings = [Sampling(max_tokens=draw.randrange(1, 30)) for _ in given]
+    samplings = [Sampling(max_tokens=draw.randrange(1, 20)) for _ in given]
     right = [alone(model, [one], sampling)[0] for one, sampling in zip(given, samplings)]
-    assert len({tuple(one) for one in right}) > 12, "answers that are all alike show nothing"
+    assert len({tuple(one) for one in right}) > 8, "answers that are all alike show nothing"
     assert [one.written for one in written(model, given, samplings)] == right
     assert [one.written for one in written(model, given, samplings, 1, tokens=64, streams=5, room=512)] == right
 

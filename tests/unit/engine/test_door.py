@@ -80,7 +80,7 @@ MIXED = [
 def test_many_texts_that_come_and_go_are_those_of_the_bare_engine(seed):
     model, draw = load_model("mini"), random.Random(seed)
     given = []
-    for _ in range(100):
+    for _ in range(50):
         text = draw.choice(("Once upon a time", "The parcel is", "北京", "a" * draw.randrange(1, 60), "1 + 1 ="))
         sampling = Sampling(**{"max_tokens": 12, **draw.choice(MIXED)})
         given.append((tuple(model.renderer.prompt(text, raw=True)), sampling, draw.choice(WAYS), draw.randrange(1, 6)))
@@ -110,7 +110,7 @@ def test_many_texts_that_come_and_go_are_those_of_the_bare_engine(seed):
         expected = right[prompt, repr(sampling)]
         assert made == (expected if way in (whole, cancelled_whole) else parts(expected)), sampling
         kept += 1
-    assert 50 <= kept < 100
+    assert 25 <= kept < 50
 
 
 async def streamed(door, prompt, sampling, settings, _):

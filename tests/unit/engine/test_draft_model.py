@@ -18,17 +18,17 @@ from luthier.engine.sampling import Sampling
 from luthier.models.adapters import ADAPTERS
 from luthier.models.adapters.inject import lora_layers
 from luthier.models.load import load_model
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 from writing import endless, prompts
 
 SAMPLINGS = {
-    "greedy": Sampling(max_tokens=40),
-    "drawn": Sampling(max_tokens=40, temperature=1.0),
-    "sharp": Sampling(max_tokens=40, temperature=0.3, top_p=0.9),
-    "penalised": Sampling(max_tokens=40, repetition_penalty=1.3, frequency_penalty=0.2),
-    "logs": Sampling(max_tokens=40, logprobs=2),
-    "structure": Sampling(max_tokens=40, structure={"regex": "[a-z0-9 ]{30,}"}),
-    "drawn structure": Sampling(max_tokens=40, temperature=1.0, structure={"regex": "[a-z0-9 ]{30,}"}),
+    "greedy": Sampling(max_tokens=28),
+    "drawn": Sampling(max_tokens=28, temperature=1.0),
+    "sharp": Sampling(max_tokens=28, temperature=0.3, top_p=0.9),
+    "penalised": Sampling(max_tokens=28, repetition_penalty=1.3, frequency_penalty=0.2),
+    "logs": Sampling(max_tokens=28, logprobs=2),
+    "structure": Sampling(max_tokens=28, structure={"regex": "[a-z0-9 ]{30,}"}),
+    "drawn structure": Sampling(max_tokens=28, temperature=1.0, structure={"regex": "[a-z0-9 ]{30,}"}),
 }
 SOME = prompts((3, 40, 17, 64))
 
@@ -160,11 +160,11 @@ def test_a_draft_with_a_shorter_context_stops_guessing_there():
 
 def test_a_draft_of_another_vocabulary_or_kind_is_refused():
     with pytest.raises(ConfigError, match="have different vocabularies, so one cannot guess the tokens of the other"):
-        check_draft(load_model(str(tiny_model("qwen2"))), endless())
+        check_draft(tiny_loaded("qwen2"), endless())
     with pytest.raises(ConfigError, match="does not write text by text side by side"):
-        check_draft(load_model(str(tiny_model("t5"))), endless())
+        check_draft(tiny_loaded("t5"), endless())
     with pytest.raises(ConfigError, match=r"what .* writes from a source cannot be guessed"):
-        take_draft(load_model(str(tiny_model("t5"))), "mini", "auto", Events())
+        take_draft(tiny_loaded("t5"), "mini", "auto", Events())
     with pytest.raises(ConfigError, match="nothing is written text by text by the engine here"):
         luthier.generate(model=str(tiny_model("bert")), prompt="one [MASK]", draft="mini")
     with pytest.raises(ConfigError, match="draft has no effect with a backend"):

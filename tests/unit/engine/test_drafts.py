@@ -12,8 +12,7 @@ from luthier.engine.guessing import HIGHEST, LEAST, SLOPE, StepCosts
 from luthier.engine.learned import AHEAD, BETWEEN, DEEP, Learned, read_learned, write_learned
 from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling
-from luthier.models.load import load_model
-from tiny import tiny_model
+from tiny import tiny_loaded
 
 SAMPLINGS = {
     "greedy": Sampling(max_tokens=40),
@@ -25,7 +24,7 @@ SAMPLINGS = {
 
 
 def endless(family="llama"):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     model.spec = model.spec.model_copy(update={"stop_ids": ()})
     return model
 

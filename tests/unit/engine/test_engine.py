@@ -1,5 +1,7 @@
 """The engine: what each text becomes does not depend on when it came, what is beside it, or how little room there is."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -40,24 +42,32 @@ def written(model, given, sampling, *, room=4096, waves=((0, 10**6),), draw=None
 
 @pytest.mark.parametrize("family", FAMILIES_BY_PAGES)
 def test_greedy_tokens_are_those_of_transformers(family):
-    model, sampling = endless(family), Sampling(max_tokens=20)
+    model, sampling = endless(family), Sampling(max_tokens=12)
     right = [write(model, [one], sampling)[0] for one in prompts(SIZES)]
     waves = ((0, 3), (4, 2), (1, 5), (7, 2))
     assert written(model, prompts(SIZES), sampling, waves=waves)[0] == right
     assert written(model, prompts(SIZES), sampling, waves=waves, tokens=16, streams=3)[0] == right
 
 
+DRAWN = Sampling(max_tokens=30, temperature=1.3)
+
+
+@cache
+def drawn_alone(dtype):
+    """What each prompt becomes with nothing beside it."""
+    model = endless("qwen3", dtype=dtype)
+    return [
+        written(model, [one], DRAWN, draw=lambda _, at=at: numbers_of(7, at))[0][0]
+        for at, one in enumerate(prompts(SIZES))
+    ]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("settings", [{}, {"tokens": 16}, {"streams": 2}, {"room": 128}], ids=str)
 def test_drawn_tokens_are_the_same_bits_alone_and_beside_others(dtype, settings):
-    model, sampling = endless("qwen3", dtype=dtype), Sampling(max_tokens=30, temperature=1.3)
-    draw = lambda at: numbers_of(7, at)  # noqa: E731
-    alone = [
-        written(model, [one], sampling, draw=lambda _, at=at: numbers_of(7, at))[0][0]
-        for at, one in enumerate(prompts(SIZES))
-    ]
-    together, engine = written(model, prompts(SIZES), sampling, draw=draw, waves=((0, 5), (3, 7)), **settings)
-    assert together == alone
+    model, draw = endless("qwen3", dtype=dtype), lambda at: numbers_of(7, at)
+    together, engine = written(model, prompts(SIZES), DRAWN, draw=draw, waves=((0, 5), (3, 7)), **settings)
+    assert together == drawn_alone(dtype)
     assert (engine.schedule.preempted > 0) == ("room" in settings)
 
 

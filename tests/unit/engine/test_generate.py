@@ -11,7 +11,7 @@ from luthier.engine.pieces import complete, pieces
 from luthier.engine.sampling import Sampling
 from luthier.evals.predict import predict_examples
 from luthier.models.load import load_model
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, tiny_loaded
 
 PROMPTS = ["The quick brown", "房间很干净", "One two three four five six", "a"]
 GREEDY = Sampling(max_tokens=12)
@@ -38,7 +38,7 @@ def write_naively(model, ids: list[int], steps: int) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("family", FAMILIES["decoder"] + FAMILIES["encoder-decoder"])
 def test_greedy_tokens_are_those_of_the_naive_loop_alone_and_in_a_batch(family):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     model.module.eval()
     together = generate(model, PROMPTS, GREEDY, raw=True, batch_size=4)
     for prompt, one in zip(PROMPTS, together):
@@ -77,7 +77,7 @@ def write_by_transformers(model, prompt: str, **settings) -> tuple[int, ...]:
 )
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "t5", "bart"])
 def test_tokens_are_those_of_transformers(family, settings):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     ours = Sampling(
         max_tokens=12, beams=settings.get("num_beams", 1), repetition_penalty=settings.get("repetition_penalty", 1.0)
     )
@@ -96,7 +96,7 @@ def shown(model, text: str, sampling: Sampling = GREEDY) -> tuple[list[str], Com
 
 @pytest.mark.parametrize("text", ["服务员非常热情", "é😀 and 👩‍🔬!", "a\ufffdb", "永字八法"])
 def test_no_piece_of_a_stream_holds_half_a_character(text):
-    model = load_model(str(tiny_model("gpt2")))
+    model = tiny_loaded("gpt2")
     assert len(model.tokenizer(text)["input_ids"]) > len(text), "characters take several tokens"
     found, whole = shown(model, text)
     assert "".join(found) == whole.text == text
@@ -104,7 +104,7 @@ def test_no_piece_of_a_stream_holds_half_a_character(text):
 
 
 def test_nothing_of_a_stop_text_is_shown_before_it_is_known_to_be_none():
-    model = load_model(str(tiny_model("gpt2")))
+    model = tiny_loaded("gpt2")
     found, whole = shown(model, "one END of EN things ENDING here", Sampling(stop=("ENDING", "never")))
     for count in range(1, len(found)):
         assert not "".join(found[:count]).endswith(("E", "EN", "END")), "held back until it is known"
@@ -114,7 +114,7 @@ def test_nothing_of_a_stop_text_is_shown_before_it_is_known_to_be_none():
 
 
 def test_an_unfinished_stop_text_at_the_end_is_part_of_the_answer():
-    model = load_model(str(tiny_model("gpt2")))
+    model = tiny_loaded("gpt2")
     found, whole = shown(model, "the EN", Sampling(stop=("END",)))
     assert "".join(found) == "the EN" and whole.finish == "length"
 
@@ -147,7 +147,7 @@ def test_a_stop_text_ends_the_answer_and_is_not_shown():
 
 
 def test_a_seed_repeats_a_draw_and_another_seed_does_not():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     one, again, other = (
         generate(model, PROMPTS, Sampling(max_tokens=16, temperature=1.0, seed=seed), raw=True) for seed in (1, 1, 2)
     )
@@ -174,11 +174,11 @@ def test_what_cannot_be_done_is_said():
     with pytest.raises(ConfigError, match="cannot be streamed"):
         next(stream(model, "x", Sampling(beams=2)))
     with pytest.raises(ModelError, match="writes no text"):
-        generate(load_model(str(tiny_model("bert"))), ["x"])
+        generate(tiny_loaded("bert"), ["x"])
 
 
 def test_judged_conversations_keep_their_tools(monkeypatch):
-    model = load_model(str(tiny_model("qwen2")))
+    model = tiny_loaded("qwen2")
     tools, seen = ({"type": "function", "function": {"name": "weather"}},), []
     own = type(model.renderer).prompt
 

@@ -12,7 +12,7 @@ from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
 from luthier.models.pages import BLOCK
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 from writing import endless, prompts
 
 
@@ -23,7 +23,7 @@ def by_the_model(model, ids):
 
 
 def test_each_token_of_an_answer_has_its_own_and_the_likeliest():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     sampling = Sampling(max_tokens=10, logprobs=3, logit_bias={50: 4.0})
     (found,) = generate(model, ["The quick brown"], sampling, raw=True)
     ids = [*model.renderer.prompt("The quick brown", raw=True), *found.ids]
@@ -66,7 +66,7 @@ def test_the_texts_of_tokens_add_up(family, text):
     from luthier.engine.logs import logs_of
     from luthier.engine.request import Likelihoods, Request
 
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
     request = Request((5,), Sampling(), 99, 0, lambda _: 0.5, written=list(ids))
     request.logs = [Likelihoods([token], [0.0], [0.0]) for token in ids]
@@ -138,7 +138,7 @@ def test_several_answers_share_the_reading_of_their_prompt():
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_several_answers_come_with_each_prompt(family):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     texts = ["The quick brown", "one two three four five six"]
     sampling = Sampling(max_tokens=12, temperature=1.5, seed=4)
     one = generate(model, texts, sampling, raw=True)
@@ -175,7 +175,7 @@ def test_the_likelihood_of_a_prompt_stands_with_its_first_answer():
 def test_what_is_no_text_is_not_streamed_nor_given_by_the_padded_way(settings):
     name, sampling = next(iter(settings)), Sampling(max_tokens=4, **settings)
     with pytest.raises(ConfigError, match=f"{name}: a stream is one text alone"):
-        next(stream(load_model(str(tiny_model("llama"))), "x", sampling, raw=True))
+        next(stream(tiny_loaded("llama"), "x", sampling, raw=True))
     if name != "n":
         with pytest.raises(ConfigError, match=f"{name}: gpt_neo models are written by transformers' own loop"):
             generate(load_model(str(tiny_model("gpt_neo"))), ["x"], sampling)

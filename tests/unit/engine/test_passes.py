@@ -13,7 +13,7 @@ from luthier.engine.passes import each_part, run_rows
 from luthier.evals.predict import predict_examples
 from luthier.models.load import load_model
 from luthier.training.validation import validate
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 
 ROWS = [Encoded(str(at), tuple(range(4, 8 + at)), (0.0, *[1.0] * (3 + at))) for at in range(12)]
 FULL = torch.OutOfMemoryError("CUDA out of memory")
@@ -34,7 +34,7 @@ def full_beyond(room, seen):
 
 
 def test_rows_are_read_again_with_fewer_at_once_where_memory_runs_out(monkeypatch):
-    model, events, seen = load_model(str(tiny_model("llama"))), Events(), []
+    model, events, seen = tiny_loaded("llama"), Events(), []
     right = score(model, ROWS)
     found = {}
 
@@ -79,13 +79,13 @@ def test_without_events_the_halving_is_a_warning_of_python():
 
 
 def test_judging_is_planned_and_said():
-    model, events = load_model(str(tiny_model("llama"))), Events()
+    model, events = tiny_loaded("llama"), Events()
     predict_examples(model, [Text("a", "one two three"), Text("b", "four")], events=events)
     assert "tokens at once" in str(events.choices["memory of judging"])
 
 
 def test_the_plan_fits_into_what_is_free(monkeypatch):
-    model, events = load_model(str(tiny_model("llama"))), Events()
+    model, events = tiny_loaded("llama"), Events()
     rows = [Encoded(str(at), tuple(range(4, 34)), (0.0, *[1.0] * 29)) for at in range(200)]
     roomy = passes.plan_tokens(model, rows, likelihood.score_batch, Events())
     monkeypatch.setattr(passes, "held_memory", lambda device: 0)
@@ -104,7 +104,7 @@ def test_what_is_foreseen_of_scoring_is_what_a_ledger_of_real_tensors_counts():
     from luthier.data.batches import collate
     from luthier.models.rehearsal import SLACK, Ledger
 
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     foreseen = passes._foresee(model, ROWS, likelihood.score_batch) / SLACK
     batch, ledger = collate(ROWS), Ledger()
     with torch.no_grad(), ledger:
@@ -119,7 +119,7 @@ def test_what_is_foreseen_of_scoring_is_what_a_ledger_of_real_tensors_counts():
 def test_validation_halves_too(monkeypatch):
     from luthier.training.objectives import OBJECTIVES
 
-    model, events = load_model(str(tiny_model("llama"))), Events()
+    model, events = tiny_loaded("llama"), Events()
     objective = OBJECTIVES.parse("sft")
     right = validate(model, objective, ROWS, tokens=4096)
     whole = type(objective).measure

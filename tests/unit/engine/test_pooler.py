@@ -20,7 +20,7 @@ from luthier.engine.pooler import Embedding, Pooler
 from luthier.engine.sampling import Sampling
 from luthier.models.embedding import manner_of
 from luthier.models.load import load_model
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 from writing import endless
 from writing import prompts as any_prompts
 
@@ -73,7 +73,7 @@ def test_scores_are_those_of_each_text_alone(family, tokens):
 @pytest.mark.parametrize("way", ["mean", "first", "last"])
 @pytest.mark.parametrize("family", ["bert", "modernbert", "llama", "qwen3", "gpt_neo"])
 def test_vectors_are_those_of_each_text_alone(family, way):
-    model, given = load_model(str(tiny_model(family))), prompts(SIZES)
+    model, given = tiny_loaded(family), prompts(SIZES)
     engine, asked = Pooler(model, tokens=300), Embedding(pooling=way)
     readings = [engine.pool(one, asked) for one in given]
     short = engine.pool(given[0], Embedding(pooling=way, dimensions=8, normalise=True))
@@ -160,7 +160,7 @@ def test_where_memory_runs_out_half_is_read_at_once(monkeypatch):
 
 
 def test_what_cannot_be_followed_is_refused_by_name():
-    model = load_model(str(tiny_model("bert")))
+    model = tiny_loaded("bert")
     engine = Pooler(model)
     with pytest.raises(ConfigError, match=r"dimensions: 33 .* have 32"):
         engine.pool([5], Embedding(dimensions=33))
@@ -206,7 +206,7 @@ def test_pooling_is_what_the_files_of_the_model_say(tmp_path):
         with pytest.raises(ModelError, match=said):
             embed(model, TEXTS)
         assert embed(model, TEXTS, Embedding(pooling="mean", normalise=True)).shape == (5, 32)
-    defaults = {family: manner_of(load_model(str(tiny_model(family)))).pooling for family in ("bert", "llama")}
+    defaults = {family: manner_of(tiny_loaded(family)).pooling for family in ("bert", "llama")}
     assert defaults == {"bert": "mean", "llama": "last"}
 
 

@@ -20,7 +20,7 @@ from luthier.models.load import load_model
 from luthier.verbs.evaluate import evaluate
 from luthier.verbs.generate import generate as answer_file
 from serving import Live, as_events, chunked, completion, models, send, serving
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 
 # One value for each setting that is not its default, and what it needs beside it.
 CHANGED = {
@@ -105,7 +105,7 @@ def test_what_is_left_to_the_server_is_said_too():
 
 @pytest.mark.parametrize("family", ["qwen3", "llama", "gpt2"])
 def test_a_model_without_its_weights_reads_the_same(family):
-    here, there = load_model(str(tiny_model(family))), load_elsewhere(str(tiny_model(family)))
+    here, there = tiny_loaded(family), load_elsewhere(str(tiny_model(family)))
     # How a text becomes one vector is of no matter where there is no network.
     assert there.spec.model_copy(update={"pooling": here.spec.pooling}) == here.spec
     for prompt in ("Hello", [Message("system", "Be brief."), Message("user", "Hello")]):
@@ -126,7 +126,7 @@ def test_a_model_without_its_weights_reads_the_same(family):
 )
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_text_is_that_of_the_engine_here_whole_and_streamed(family, settings):
-    here, sampling = load_model(str(tiny_model(family))), Sampling(**settings)
+    here, sampling = tiny_loaded(family), Sampling(**settings)
     prompts = [
         "Hello there",
         "房间很干净",

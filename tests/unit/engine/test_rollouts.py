@@ -7,15 +7,14 @@ import torch
 from luthier.engine.generate import generate
 from luthier.engine.rollouts import Draw, numbers_for, roll_out
 from luthier.engine.sampling import Sampling
-from luthier.models.load import load_model
-from tiny import tiny_model
+from tiny import tiny_loaded
 
 PROMPTS = ["hello", "what is the capital of France?", "one two", "a b c d e f g h i j"]
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(str(tiny_model("qwen2")))
+    return tiny_loaded("qwen2")
 
 
 def drawn(scores: list[float], numbers: list[float], temperature: float = 1.0) -> list[int]:

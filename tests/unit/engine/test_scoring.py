@@ -21,7 +21,7 @@ from luthier.models.adapters import ADAPTERS
 from luthier.models.load import load_model
 from luthier.models.pages import writes_by_pages
 from luthier.text.labels import Ask, LabelRenderer
-from tiny import CONTEXT, FAMILIES, tiny_model, tiny_tokenizer
+from tiny import CONTEXT, FAMILIES, tiny_loaded, tiny_model, tiny_tokenizer
 
 TEXTS = ("Win a free prize now!", "Ok, see you at seven.", "房间很干净", "x")
 # Labels that begin alike, one that is the beginning of another, and one of several tokens.
@@ -71,7 +71,7 @@ def ask_all(given, answers=ANSWERS):
 
 @pytest.mark.parametrize("family", FAMILIES["decoder"])
 def test_scores_are_those_of_whole_sequences(family):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     asked = ask_all(prompts())
     assert_right(model, asked, Scorer(model).score(asked))
     assert_right(model, asked, Scorer(model).score(asked, tokens=30))
@@ -111,7 +111,7 @@ def test_a_family_that_shares_no_prompts_reads_each_by_itself_and_says_so():
 
 
 def test_an_adapter_and_bfloat16_score_alike():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     ADAPTERS.parse({"kind": "lora", "rank": 4}).apply(model)
     with torch.no_grad():
         for name, one in model.module.named_parameters():
@@ -119,7 +119,7 @@ def test_an_adapter_and_bfloat16_score_alike():
                 one.copy_(torch.randn(one.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
     asked = ask_all(prompts())
     assert_right(model, asked, Scorer(model).score(asked))
-    half = load_model(str(tiny_model("qwen3")), dtype="bfloat16")
+    half = tiny_loaded("qwen3", dtype="bfloat16")
     assert_right(half, asked, Scorer(half).score(asked), tolerance=5e-2)
 
 
@@ -137,7 +137,7 @@ def count_tokens(monkeypatch):
 
 
 def test_what_prompts_and_answers_begin_with_is_read_once(monkeypatch):
-    model, seen = load_model(str(tiny_model("llama"))), count_tokens(monkeypatch)
+    model, seen = tiny_loaded("llama"), count_tokens(monkeypatch)
     scorer = Scorer(model)
     asked = ask_all(prompts())
     scorer.score(asked)
@@ -159,7 +159,7 @@ def other_left(*some):
 
 
 def test_long_trunks_and_many_scores_are_read_in_pieces(monkeypatch):
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     asked = ask_all(prompts())
     monkeypatch.setattr(trees, "PIECE", 7)
     monkeypatch.setattr(trees, "SCORES", 3000)
@@ -168,7 +168,7 @@ def test_long_trunks_and_many_scores_are_read_in_pieces(monkeypatch):
 
 
 def test_equal_prompts_one_prompt_and_prompts_that_share_nothing():
-    model = load_model(str(tiny_model("qwen3")))
+    model = tiny_loaded("qwen3")
     scorer = Scorer(model)
     same, alone, apart = prompts(sizes=(0, 0)), prompts(sizes=(9,)), prompts(start=0)
     for given in (same, alone, apart, alone):
@@ -177,7 +177,7 @@ def test_equal_prompts_one_prompt_and_prompts_that_share_nothing():
 
 
 def test_an_engine_scores_between_its_steps():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     model.spec = model.spec.model_copy(update={"stop_ids": ()})
     engine, other = Engine(model, 1024), Engine(model, 1024)
     request, right = (one.add(prompts()[0], Sampling(max_tokens=12)) for one in (engine, other))
@@ -190,7 +190,7 @@ def test_an_engine_scores_between_its_steps():
 
 
 def test_what_cannot_be_scored_is_refused():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     scorer = Scorer(model)
     with pytest.raises(DataError, match="one token at least"):
         scorer.score([([], [[5]])])
@@ -199,7 +199,7 @@ def test_what_cannot_be_scored_is_refused():
     with pytest.raises(DataError, match=f"have {CONTEXT + 1} tokens, and the context is {CONTEXT}"):
         scorer.score([([5] * CONTEXT, [[5]])])
     with pytest.raises(ModelError, match="made to seq2seq"):
-        Scorer(load_model(str(tiny_model("t5"))))
+        Scorer(tiny_loaded("t5"))
 
 
 # -- labels ------------------------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_what_cannot_be_scored_is_refused():
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gpt2"])
 def test_a_label_is_the_answer_as_it_would_be_learned(family):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     ask = Ask(("good", "go", "bad one"), "What is it?", [("fine", "good")])
     for text in TEXTS:
         prompt, labels = LabelRenderer(model.renderer, ask).render(text, "a")
@@ -255,7 +255,7 @@ def shares_naively(model, text, labels, instruction, *, prior=None, per_token=Fa
 
 @pytest.mark.parametrize("settings", [{}, {"per_token": True}, {"calibrate": True}], ids=str)
 def test_probabilities_are_shares_of_whole_answers(settings):
-    model, labels = load_model(str(tiny_model("qwen3"))), ("spam", "ham", "something else")
+    model, labels = tiny_loaded("qwen3"), ("spam", "ham", "something else")
     naive = lambda text, **more: shares_naively(  # noqa: E731
         model, text, labels, ask_for(labels), per_token=settings.get("per_token", False), **more
     )
@@ -284,7 +284,7 @@ def test_shots_and_conversations_are_turns_before_the_label():
 
 
 def test_texts_that_are_too_long_are_refused_or_cut_and_counted():
-    model = load_model(str(tiny_model("qwen3")))
+    model = tiny_loaded("qwen3")
     long = "the lazy dog " * 60
     with pytest.raises(DataError, match=r"^a: \d+ tokens do not fit in 128"):
         Labeller(model, ("good", "bad")).predict([("a", long)])
@@ -299,4 +299,4 @@ def test_texts_that_are_too_long_are_refused_or_cut_and_counted():
 
 def test_a_shot_with_another_label_is_refused():
     with pytest.raises(ConfigError, match="the label 'so-so' of 'fine' is not among the labels good, bad"):
-        Labeller(load_model(str(tiny_model("qwen3"))), ("good", "bad"), shots=[("fine", "so-so")])
+        Labeller(tiny_loaded("qwen3"), ("good", "bad"), shots=[("fine", "so-so")])

@@ -21,7 +21,7 @@ from luthier.engine.structure import Matcher, Structure, matcher_for
 from luthier.faces.cli.flags import add_structure, make_parser, read_structure
 from luthier.models.load import load_model
 from luthier.verbs.generate import Generate, answer_texts
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 
 llguidance = pytest.importorskip("llguidance")
 
@@ -62,14 +62,14 @@ def text_of(model, request):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_random_weights_write_what_satisfies_a_schema(family):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     requests, _ = ask(model, {"json_schema": PERSON}, range(40))
     ended = [text_of(model, one) for one in requests if one.finish == "stop"]
     assert all(is_person(one) for one in ended) and len(ended) > 10 and len(set(ended)) == len(ended)
 
 
 def test_choices_regexes_and_grammars_are_kept_to():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     words = ["yes", "no", 'say "no"', "不\n"]
     grammar = 'start: sum\nsum: NUMBER ("+" NUMBER)*\nNUMBER: /[0-9]{1,2}/'
     for structure, kept in (
@@ -84,14 +84,14 @@ def test_choices_regexes_and_grammars_are_kept_to():
 
 
 def test_a_choice_that_begins_another_can_end_or_go_on():
-    model = load_model(str(tiny_model("qwen2")))
+    model = tiny_loaded("qwen2")
     requests, _ = ask(model, {"choices": ["a", "ab", "abc"]}, range(80))
     assert {text_of(model, one) for one in requests} == {"a", "ab", "abc"}
     assert all(one.finish == "stop" for one in requests)
 
 
 def test_an_answer_that_is_whole_ends_without_a_stop_token():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     model.spec = model.spec.model_copy(update={"stop_ids": ()})
     requests, _ = ask(model, {"choices": ["Paris", "quick"]}, range(8))
     assert {text_of(model, one) for one in requests} == {"Paris", "quick"}
@@ -103,7 +103,7 @@ def test_an_answer_that_is_whole_ends_without_a_stop_token():
 
 
 def test_greedy_takes_the_likeliest_of_what_may_come():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     (request,), _ = ask(model, {"json_schema": PERSON}, [0], temperature=0.0)
     matcher = matcher_for(model, Structure(json_schema=PERSON))
     ids = list(request.prompt)
@@ -120,7 +120,7 @@ def test_greedy_takes_the_likeliest_of_what_may_come():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_texts_that_give_their_blocks_up_go_on_where_they_were(temperature):
-    model = load_model(str(tiny_model("qwen3")))
+    model = tiny_loaded("qwen3")
     roomy, _ = ask(model, {"json_schema": PERSON}, range(10), temperature=temperature)
     tight, engine = ask(model, {"json_schema": PERSON}, range(10), temperature=temperature, room=160)
     assert engine.schedule.preempted > 0
@@ -129,7 +129,7 @@ def test_texts_that_give_their_blocks_up_go_on_where_they_were(temperature):
 
 
 def test_texts_without_a_structure_do_not_change_beside_those_with_one():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     model.spec = model.spec.model_copy(update={"stop_ids": ()})
     draw = random.Random(0)
     prompts = [[draw.randrange(5, 390) for _ in range(size)] for size in (3, 20, 40, 7)]
@@ -158,7 +158,7 @@ def test_a_stream_and_the_whole_are_one():
 @pytest.mark.parametrize("family", ["t5", "bart", "gpt_neo"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_models_that_are_padded_keep_to_it_too(family, temperature):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     sampling = Sampling(max_tokens=16, temperature=temperature, structure={"regex": "[ab]{2,4}|quick"})
     for one in generate(model, ["one", "two three four", "x"], sampling, raw=True):
         assert one.finish == "stop" and re.fullmatch("[ab]{2,4}|quick", one.text)
@@ -230,7 +230,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch):
 
 
 def test_settings_that_leave_nothing_over_are_an_error():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     (request,), _ = ask(model, {"choices": ["quick"]}, [0])
     engine = Engine(model, 512)
     again = engine.add([5], Sampling(structure={"choices": ["quick"]}))
@@ -257,7 +257,7 @@ def test_flags_take_their_values_as_they_stand(tmp_path):
 
 
 def test_a_name_of_the_schema_cannot_be_written_in_another_way():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     schema = {"properties": {"a": {"type": "integer"}, "b\n": {"type": "integer"}}}
     for text, may in (
         ('{"a":1,"c\\n":""}', True),
@@ -273,7 +273,7 @@ def test_a_name_of_the_schema_cannot_be_written_in_another_way():
 
 
 def test_what_patterns_and_other_schemas_close_out_does_not_come():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     pattern = {"patternProperties": {"^a": {"type": "integer"}}}
     for schema, texts in (
         ({"allOf": [pattern, {"additionalProperties": False}]}, {'{"a":1}': False, "{}": True}),
@@ -291,7 +291,7 @@ def test_what_patterns_and_other_schemas_close_out_does_not_come():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_guesses_are_held_to_the_structure_too(temperature):
-    model, structure = load_model(str(tiny_model("llama"))), {"json_schema": PERSON}
+    model, structure = tiny_loaded("llama"), {"json_schema": PERSON}
     plain, _ = ask(model, structure, range(4), temperature=temperature, guessed=0)
     # What it writes, so that most guesses are right, and then goes on otherwise.
     rows = [[5 + at, 9, *one.written, 7, 7] for at, one in enumerate(plain)]
@@ -302,7 +302,7 @@ def test_guesses_are_held_to_the_structure_too(temperature):
 
 
 def test_masks_are_made_while_the_model_reads(monkeypatch):
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     engine, made, own = Engine(model, 512), threading.Event(), Matcher.fill
     monkeypatch.setattr(Matcher, "fill", lambda matcher: (own(matcher), made.set())[0])
     read = engine._reader.read
@@ -320,7 +320,7 @@ def test_masks_are_made_while_the_model_reads(monkeypatch):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_masks_are_the_same_made_ahead_or_by_a_thread(temperature, monkeypatch):
-    model, found, filled = load_model(str(tiny_model("llama"))), [], []
+    model, found, filled = tiny_loaded("llama"), [], []
     own = Matcher.fill
     monkeypatch.setattr(Matcher, "fill", lambda matcher: (filled.append(threading.current_thread()), own(matcher))[1])
     for threads in (10**6, 0):
@@ -335,7 +335,7 @@ def test_masks_are_the_same_made_ahead_or_by_a_thread(temperature, monkeypatch):
 
 
 def test_a_mask_that_cannot_be_made_is_an_error():
-    engine = Engine(load_model(str(tiny_model("llama"))), 512)
+    engine = Engine(tiny_loaded("llama"), 512)
     engine.add([5], Sampling(structure={"regex": "[0-9]+"})).matcher._state = Broken()
     with pytest.raises(ModelError, match=r"structure: the next token cannot be found \(too many states\); simplify it"):
         engine.run()
@@ -402,7 +402,7 @@ def test_a_structure_that_cannot_be_followed_ends_its_own_text(monkeypatch):
     ids=str,
 )  # fmt: skip
 def test_a_model_that_only_writes_digits_comes_to_an_end(schema, digits):
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     ones = [token for token in range(200) if model.renderer.decode([token]) in ("1", "11", "111")]
     sampling = Sampling(max_tokens=200, structure={"json_schema": schema}, logit_bias=dict.fromkeys(ones, 100.0))
     engine = Engine(model, 512)

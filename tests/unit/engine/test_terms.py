@@ -9,7 +9,7 @@ from luthier.engine.pieces import complete, pieces
 from luthier.engine.sampling import Sampling
 from luthier.engine.terms import banned_of
 from luthier.models.load import load_model
-from tiny import tiny_model
+from tiny import tiny_loaded
 from writing import endless, prompts
 
 SIZES = (1, 5, 33, 12)
@@ -68,7 +68,7 @@ def test_an_encoder_decoder_obeys(settings):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "qwen2"])
 def test_a_banned_text_is_known_with_and_without_a_space_in_front(family):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     for text in ("fox", " fox", "capital of France"):
         forms = banned_of(model, Sampling(banned=(text,)))
         shown = {
@@ -109,7 +109,7 @@ def test_no_end_comes_before_the_least_tokens():
 
 
 def test_a_stop_text_counts_from_the_least_tokens_on_whole_or_in_pieces():
-    model = load_model(str(tiny_model("gpt2")))
+    model = tiny_loaded("gpt2")
     ids = model.tokenizer("one END two END three", add_special_tokens=False)["input_ids"]
     ends = [at for at in range(1, len(ids) + 1) if model.renderer.decode(ids[:at]).count("END") == 1]
     for least, right in (
@@ -152,7 +152,7 @@ def test_models_whose_own_settings_name_an_end_go_on_past_it_too():
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_terms_that_a_model_does_not_have_are_refused(family):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     end = model.tokenizer.decode([model.spec.stop_ids[0]])
     for settings, said in (
         ({"stop_ids": (9999,)}, "stop_ids: there is no token 9999"),

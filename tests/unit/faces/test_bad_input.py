@@ -187,6 +187,8 @@ def test_a_disk_that_fills_up_during_a_checkpoint(tmp_path, capsys, runs, monkey
 
 KILLED = """
 import os, signal, sys
+from luthier.models.lean import import_lean
+import_lean()
 import luthier.training.checkpoint as checkpoint
 from luthier.faces.cli.main import main
 flush = checkpoint._flush

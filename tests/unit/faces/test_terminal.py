@@ -71,7 +71,7 @@ def has_begun(path) -> bool:
 
 
 def test_a_terminal_shows_a_live_bar(command):
-    code, screen = run_on_terminal([*command, "--steps", "60"])
+    code, screen = run_on_terminal([*command, "--steps", "30"])
     assert code == 0
     assert re.search(r"tuning.*━.*\d+%.*loss \d+\.\d{4} · [\d,]+ tokens/s · \d+ s left", screen), screen
     assert "\x1b[?25l" in screen and screen.rfind("\x1b[?25h") > screen.rfind("\x1b[?25l"), "the cursor comes back"
@@ -90,7 +90,7 @@ def test_a_pipe_gets_plain_lines(command):
 
 def test_ctrl_c_says_how_to_go_on_and_going_on_ends_well(command, runs, capsys):
     code, screen = run_on_terminal(
-        [*command, "--steps", "200"], lambda: has_begun(runs / "one" / "events.jsonl"), CTRL_C
+        [*command, "--steps", "120"], lambda: has_begun(runs / "one" / "events.jsonl"), CTRL_C
     )
     assert code == 130 and "Traceback" not in screen
     assert screen.splitlines()[-1] == "luthier: stopped; go on with: luthier tune --resume run:one"
@@ -98,9 +98,9 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_ends_well(command, runs, capsys):
     assert record.state == "interrupted" and (runs / "one" / "report.html").exists() is False
     assert main(["tune", "--resume", "run:one"]) == 0
     record = read_record(runs / "one")
-    assert record.state == "finished" and record.numbers["steps"] == 200
+    assert record.state == "finished" and record.numbers["steps"] == 120
     steps = [json.loads(line) for line in (runs / "one" / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [one["step"] for one in steps if one["event"] == "step"] == list(range(1, 201)), (
+    assert [one["step"] for one in steps if one["event"] == "step"] == list(range(1, 121)), (
         "no step is lost or done twice"
     )
 

@@ -9,7 +9,7 @@ from luthier.models.load import load_model
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states, packs
 from luthier.models.segments import SHORT, Segments
-from tiny import ALL_FAMILIES, tiny_model
+from tiny import ALL_FAMILIES, tiny_loaded, tiny_model
 
 LENGTHS = [(1,), (5, 5, 5), (3, 5, 4, 5), (40, 41, 39, 3, SHORT + 80), (SHORT + 80, SHORT + 180)]
 CONTINUED = [
@@ -117,7 +117,7 @@ def test_packed_equals_separate(family, task):
 
 
 def test_a_model_in_double_precision_is_read_too():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     model.module.double()
     assert packs(model)
     assert head_of(model).logits(hidden_states(model, torch.arange(8, 20), (12,))).dtype == torch.float64

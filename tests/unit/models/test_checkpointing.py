@@ -11,7 +11,7 @@ from luthier.models.fuse import fuse
 from luthier.models.layers import layers_of
 from luthier.models.load import load_model
 from luthier.models.packed import hidden_states, packs
-from tiny import ALL_FAMILIES, kind_of, tiny_model
+from tiny import ALL_FAMILIES, kind_of, tiny_loaded, tiny_model
 
 
 def gradients(model):
@@ -25,7 +25,7 @@ def gradients(model):
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 @pytest.mark.parametrize("adapter", ["full", {"kind": "lora", "rank": 4, "dropout": 0.1}])
 def test_every_family(family, adapter):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     ADAPTERS.parse(adapter).apply(model)
     if packs(model):
         fuse(model)
@@ -57,7 +57,7 @@ def count_calls(model):
 
 
 def test_nothing_is_computed_again_where_no_gradient_is_wanted():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     packs(model)
     checkpoint_layers(model, "layers")
     calls = count_calls(model)
@@ -68,7 +68,7 @@ def test_nothing_is_computed_again_where_no_gradient_is_wanted():
 
 def test_offload_on_the_host_is_refused():
     with pytest.raises(ConfigError, match="offload moves what a GPU keeps to the host; on the CPU use layers"):
-        checkpoint_layers(load_model(str(tiny_model("llama"))), "offload")
+        checkpoint_layers(tiny_loaded("llama"), "offload")
 
 
 def test_the_random_numbers_of_the_states_device_are_put_back(monkeypatch):
@@ -80,7 +80,7 @@ def test_the_random_numbers_of_the_states_device_are_put_back(monkeypatch):
         return own(run, *args, **kwargs)
 
     monkeypatch.setattr(checkpointing, "checkpoint", note)
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     packs(model)
     checkpoint_layers(model, "layers")
     model.module.train()

@@ -5,9 +5,8 @@ import torch
 
 from luthier.models import cross_entropy
 from luthier.models.cross_entropy import LinearCrossEntropy, naive_token_loss, naive_token_nll, token_loss, token_nll
-from luthier.models.load import load_model
 from luthier.models.output import Head, OwnHead, head_of
-from tiny import ALL_FAMILIES, tiny_model
+from tiny import ALL_FAMILIES, tiny_loaded
 
 
 @pytest.mark.parametrize("chunk", [1, 97 * 40, cross_entropy.CHUNK])
@@ -38,7 +37,7 @@ def test_equals_the_plain_form(monkeypatch, chunk, scale, softcap, biased):
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_family_s_own_head_in_chunks_equals_all_at_once(monkeypatch, family):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     for head in {id(one): one for one in (OwnHead(model.module), head_of(model))}.values():
         width = model.module.get_input_embeddings().weight.shape[1]
         hidden, target = torch.randn(50, width, requires_grad=True), torch.randint(3, 90, (50,))

@@ -9,7 +9,7 @@ from luthier.models import divergence
 from luthier.models.divergence import Aim, divergence_loss, naive_divergence_loss
 from luthier.models.load import load_model
 from luthier.models.output import Head, OwnHead
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 
 AIMS = [
     Aim(),
@@ -94,7 +94,7 @@ def test_bfloat16_is_near(aim):
 
 def test_a_head_that_is_no_matrix(monkeypatch):
     monkeypatch.setattr(divergence, "CHUNK", 0)
-    model, other = load_model(str(tiny_model("gpt2"))), load_model(str(tiny_model("gpt2", seed=1)))
+    model, other = tiny_loaded("gpt2"), load_model(str(tiny_model("gpt2", seed=1)))
     hidden_NE, taught_NE = torch.randn(2, 80, 32)
     gold = torch.randint(400, (80,)), torch.rand(80)
     weight_VE = model.module.get_output_embeddings().weight

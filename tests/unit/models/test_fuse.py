@@ -6,10 +6,9 @@ import torch
 from luthier.core.events import Events
 from luthier.models.adapters import ADAPTERS
 from luthier.models.fuse import fuse, unfuse
-from luthier.models.load import load_model
 from luthier.models.packed import hidden_states, packs
 from luthier.native.layers import usable
-from tiny import ALL_FAMILIES, tiny_model
+from tiny import ALL_FAMILIES, tiny_loaded
 
 IDS, LENGTHS = torch.arange(60) % 50 + 8, (8, 1, 20, 31)
 
@@ -27,7 +26,7 @@ def test_fused_equals_own(family, adapter):
     if not usable(torch.zeros(1)):
         pytest.skip("no library of kernels")
     torch.manual_seed(0)
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     ADAPTERS.parse(adapter).apply(model)
     if not packs(model):
         pytest.skip("reads no packed texts")
@@ -48,7 +47,7 @@ def test_fused_equals_own(family, adapter):
 def test_a_part_that_computes_something_else_is_left_alone():
     if not usable(torch.zeros(1)):
         pytest.skip("no library of kernels")
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     for layer in model.network.model.layers:
         layer.mlp.act_fn = torch.nn.GELU()
     assert fuse(model) == 7

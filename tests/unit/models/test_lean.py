@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import transformers
 import transformers.modeling_utils
@@ -14,12 +15,13 @@ from luthier.models.lean import import_lean, models_structure
 
 LEFT_OUT = ("torch._inductor", "torch.distributed.tensor", "torch.onnx", "mpmath", "scipy.stats", "sklearn", "pandas")
 
-TUNE = """
-import sys
+LEAN = """
 from luthier.models.lean import import_lean
 assert import_lean()
-import luthier, json
-from luthier.core.events import Events
+"""
+TUNE = """
+import json, sys
+import luthier
 found = {}
 def note(event):
     if event["event"] == "step":
@@ -27,12 +29,9 @@ def note(event):
         found.setdefault("modules", sorted(sys.modules))
 rows = [{"messages": [{"role": "user", "content": f"number {at}"}, {"role": "assistant", "content": "yes"}]} for at in range(12)]
 luthier.tune(model="mini", data={"train": rows}, objective="sft", steps=2, batch_size=4, baselines=False, sinks=[note])
-print(json.dumps(found))
 """
 
-AFTER = """
-from luthier.models.lean import import_lean
-assert import_lean()
+AFTER = f"""{LEAN}
 import sys
 import torch
 import torch.optim
@@ -65,10 +64,11 @@ def run(code: str, where: Path) -> str:
 
 
 def test_a_first_step_needs_neither_compiler_nor_algebra_nor_statistics(tmp_path):
-    found = json.loads(run(TUNE, tmp_path))
+    found = json.loads(run(f"{LEAN}{TUNE}print(json.dumps(found))", tmp_path))
     assert [name for name in found["modules"] if name.startswith(LEFT_OUT)] == []
-    whole = json.loads(run(TUNE.replace("assert import_lean()", ""), tmp_path))
-    assert found["losses"] == whole["losses"]
+    whole: dict[str, Any] = {}
+    exec(TUNE, whole)  # here transformers is imported whole
+    assert found["losses"] == whole["found"]["losses"]
 
 
 def test_the_compiler_works_when_it_is_asked_for(tmp_path):

@@ -9,7 +9,7 @@ from luthier.models.fuse import fuse
 from luthier.models.load import load_model
 from luthier.models.packed import hidden_states, packs, shares
 from luthier.models.segments import SHORT
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, tiny_loaded, tiny_model
 
 SEVERAL = ((9, 4, 5, 1, 12, 6, 6, 6, 3), (-1, 0, 0, 0, -1, -1, 4, 4, 5))
 
@@ -42,7 +42,7 @@ def alike(gradients, theirs):
 
 @pytest.mark.parametrize("family", FAMILIES["decoder"])
 def test_children_read_a_shared_parent(family):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     ids_N = (torch.arange(16) * 11 + 5) % 300
     prompt, one, two, other = ids_N.split([5, 3, 4, 4])
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_children_read_a_shared_parent(family):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("family", [one for one in FAMILIES["decoder"] if one != "gpt_neo"])
 def test_reading_a_parent_once_equals_reading_it_before_each(family, fused):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     if fused and not fuse(model):
         pytest.skip("nothing in it has a faster form")
     agree(model, *SEVERAL)
@@ -73,13 +73,13 @@ def test_reading_a_parent_once_equals_reading_it_before_each(family, fused):
     ],
 )
 def test_long_parents_long_children_and_many_children(lengths, parents):
-    model = load_model(str(tiny_model("qwen2")))
+    model = tiny_loaded("qwen2")
     agree(model, lengths, parents)
 
 
 @pytest.mark.parametrize("window", [4, 8])
 def test_a_window_counts_over_parent_and_child(window):
-    model = load_model(str(tiny_model("mistral")))
+    model = tiny_loaded("mistral")
     whole = states_and_gradients(hidden_states, model, *SEVERAL)[0]
     model.network.config.sliding_window = window
     for layer in model.network.model.layers:
@@ -94,7 +94,7 @@ def test_a_window_counts_over_parent_and_child(window):
 def test_a_model_that_reads_a_parent_otherwise_is_found_out(monkeypatch):
     from luthier.models.segments import Segments
 
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     assert packs(model)
     with monkeypatch.context() as patch:
         patch.setattr(packed, "Segments", lambda lengths, device, parents: Segments(lengths, device))
@@ -114,4 +114,4 @@ def test_models_that_do_not_pack_or_are_not_causal_share_nothing():
     assert list(events.choices) == ["shared prompts"]
     for family in ("bert", "t5"):
         events = Events()
-        assert not shares(load_model(str(tiny_model(family))), events) and not events.choices
+        assert not shares(tiny_loaded(family), events) and not events.choices

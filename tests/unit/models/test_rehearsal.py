@@ -15,7 +15,7 @@ from luthier.models.quantised.linear import _kept
 from luthier.models.quantised.network import quantise_loaded
 from luthier.models.rehearsal import META, Ledger, rehearse
 from luthier.training.objectives import OBJECTIVES
-from tiny import ALL_FAMILIES, kind_of, tiny_model
+from tiny import ALL_FAMILIES, kind_of, tiny_loaded, tiny_model
 
 LENGTHS = (40, 7, 90, 23, 23, 64)
 
@@ -90,7 +90,7 @@ def test_every_family(family, kind):
 @pytest.mark.parametrize("adapter", ["full", "freeze", {"kind": "lora", "rank": 4}, {"kind": "dora", "rank": 4}])
 @pytest.mark.parametrize("way", ["plain", "fused", "layers", "dpo"])
 def test_adapters_and_ways(precision, adapter, way):
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     ADAPTERS.parse(adapter).apply(model)
     cast_weights(model, precision)
     if way in ("fused", "layers"):
@@ -104,7 +104,7 @@ def test_adapters_and_ways(precision, adapter, way):
 
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_quantised_bases(form):
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     quantise_loaded(model, form)
     vars(_kept).clear()  # room that an earlier test left
     ADAPTERS.parse({"kind": "lora", "rank": 4}).apply(model)
@@ -117,7 +117,7 @@ def test_checkpointing_holds_less():
     objective = OBJECTIVES.parse("sft")
     peaks = []
     for how in ("none", "layers"):
-        model = load_model(str(tiny_model("llama")))
+        model = tiny_loaded("llama")
         ADAPTERS.parse({"kind": "lora", "rank": 4}).apply(model)
         checkpoint_layers(model, how)
         peaks.append(both(model, objective, rows_for(objective))[0][0])

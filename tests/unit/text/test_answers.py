@@ -6,7 +6,7 @@ from luthier.core.errors import DataError
 from luthier.core.types import Chat, Message
 from luthier.models.load import load_model
 from luthier.text.answers import render_answers, split_answers
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 
 PROMPT = (
     Message("system", "Be brief."),
@@ -54,7 +54,7 @@ def test_a_token_across_the_edge_is_context(one, other, shared):
 
 
 def test_an_answer_of_several_turns_learns_the_assistant_s():
-    renderer = load_model(str(tiny_model("llama"))).renderer
+    renderer = tiny_loaded("llama").renderer
     long = (Message("assistant", "four"), Message("user", "More"), Message("assistant", "five"))
     first, second = split_answers(render_answers(renderer, PROMPT, [long, ANSWERS[0]]))
     learned = renderer.decode([token for token, weight in zip(first.ids, first.weights) if weight])
@@ -73,5 +73,5 @@ def test_what_does_not_fit_is_refused_or_cut_and_counted():
 
 
 def test_other_rows_are_shown_as_they_are():
-    row = load_model(str(tiny_model("llama"))).renderer.chat(Chat("t", PROMPT[1:3]))
+    row = tiny_loaded("llama").renderer.chat(Chat("t", PROMPT[1:3]))
     assert split_answers(row) == [row]

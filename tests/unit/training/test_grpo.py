@@ -20,13 +20,13 @@ from luthier.training.objectives.groups import Group, form_group
 from luthier.training.objectives.grpo import GRPO
 from luthier.training.reference import Reference, log_probs
 from luthier.verbs.tune import Tune, tune, tune_model
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 
 PAIRS = [Pair(f"t:{at}", text, "7") for at, text in enumerate(("say one", "say it in two", "what is three?"))]
 
 
 def prepared(objective: GRPO, examples=PAIRS, family: str = "llama"):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     objective.check_model(model.spec)
     objective.ready(model, model.device, Events())
     objective.keep_start(model, Events())
@@ -77,7 +77,7 @@ def test_value_and_gradient_are_those_of_the_formula(digits, temperature, averag
         temperature=temperature, average=average,
     )  # fmt: skip
     model, rows = prepared(objective)
-    start = load_model(str(tiny_model("llama")))
+    start = tiny_loaded("llama")
     with torch.no_grad():  # away from the start, so that the KL is above 0
         for one in model.module.parameters():
             one += 0.02 * torch.randn(one.shape, generator=torch.Generator().manual_seed(len(one)))
@@ -161,7 +161,7 @@ def test_a_row_that_is_a_conversation_is_answered_from_before_its_last_turn():
 
 
 def test_the_reference_is_the_start_and_leaves_the_weights_alone():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     rows = [replace(row, weights=()) for row in (model.renderer.pair(PAIRS[0]), model.renderer.pair(PAIRS[1]))]
     before = log_probs(model, rows)
     reference = Reference(model)
@@ -180,7 +180,7 @@ def test_the_reference_is_the_start_and_leaves_the_weights_alone():
 
 def test_a_classifier_and_an_encoder_decoder_are_refused():
     with pytest.raises(ConfigError, match="objective 'grpo' needs a decoder-only model"):
-        GRPO(rewards="chrf").check_model(load_model(str(tiny_model("t5"))).spec)
+        GRPO(rewards="chrf").check_model(tiny_loaded("t5").spec)
 
 
 def test_a_template_that_ends_no_turn_is_refused(tmp_path):
@@ -227,7 +227,7 @@ def test_rewards_rise_from_chance(digits, runs):
 
 def test_an_adapter_is_held_to_its_own_start(digits, runs):
     objective = settings(digits)["objective"] | {"beta": 0.05}
-    values = settings(digits, objective=objective, adapter={"kind": "lora", "rank": 8}, learning_rate=3e-2)
+    values = settings(digits, objective=objective, adapter={"kind": "lora", "rank": 8}, learning_rate=3e-2, steps=15)
     record, model = tune_model(resolve(Tune, values=values))
     tallies = [event["tally"] for event in read_events(runs / "one" / "events.jsonl") if event["event"] == "step"]
     assert tallies[0]["kl"] == pytest.approx(0, abs=1e-6) and tallies[-1]["kl"] > 0.005
@@ -245,7 +245,7 @@ def test_a_run_that_goes_on_writes_the_same_answers(digits, runs, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in settings(digits)["data"]["train"]), encoding="utf-8")
     data = {"train": str(path), "split": {"validation": 0.25}}
-    values = settings(digits, data=data, steps=12, objective=settings(digits)["objective"] | {"beta": 0.02})
+    values = settings(digits, data=data, steps=9, objective=settings(digits)["objective"] | {"beta": 0.02})
     tune(resolve(Tune, values=values | {"name": "whole"}))
     with pytest.raises(KeyboardInterrupt):
         tune(resolve(Tune, values=values | {"name": "parts"}), sinks=[interrupt])

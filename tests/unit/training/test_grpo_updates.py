@@ -12,7 +12,6 @@ from luthier.core.config import resolve
 from luthier.core.events import Events, read_events
 from luthier.core.types import Pair
 from luthier.data.batches import deal
-from luthier.models.load import load_model
 from luthier.training.checkpoint import read_checkpoint
 from luthier.training.objectives.gains import clipped
 from luthier.training.objectives.groups import Group
@@ -20,7 +19,7 @@ from luthier.training.objectives.grpo import GRPO
 from luthier.training.repeats import repeated, take_share
 from luthier.training.world import World
 from luthier.verbs.tune import Tune, plan, tune
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 
 PAIRS = [Pair(f"t:{at}", text, "7") for at, text in enumerate(("say one", "say it in two", "what is three?"))]
 
@@ -47,7 +46,7 @@ def test_the_gains_are_the_derivative():
 
 
 def prepared(objective: GRPO, family: str = "llama"):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     objective.ready(model, model.device, Events())
     objective.keep_start(model, Events())
     return model, objective.encode(PAIRS, model, Events())
@@ -68,7 +67,7 @@ def test_value_and_gradient_are_those_of_the_formula(digits, temperature, averag
         temperature=temperature, average=average, updates=3, clip_low=0.02, clip_high=0.03,
     )  # fmt: skip
     model, rows = prepared(objective)
-    start, wrote = load_model(str(tiny_model("llama"))), load_model(str(tiny_model("llama")))
+    start, wrote = tiny_loaded("llama"), tiny_loaded("llama")
     for one in (model, wrote):
         move(one, 0.02)
     groups = objective.draw(rows, model, (0, 4))
@@ -200,16 +199,17 @@ def stop_at(step):
     return sink
 
 
-@pytest.mark.parametrize("stop", [4, 5, 6])
-def test_a_run_that_stops_between_updates_goes_on_the_same(digits, runs, tmp_path, stop):
-    values = settings(digits, tmp_path)
+def test_a_run_that_stops_between_updates_goes_on_the_same(digits, runs, tmp_path):
+    values = settings(digits, tmp_path, steps=9)
     tune(resolve(Tune, values=values | {"name": "whole"}))
-    with pytest.raises(KeyboardInterrupt):
-        tune(resolve(Tune, values=values | {"name": "parts"}), sinks=[stop_at(stop)])
-    _, state = read_checkpoint(runs / "parts" / "checkpoints" / f"step-{stop:08d}")
-    assert ("rows" in state) == (stop % 3 != 0)
-    tune(resume="run:parts")
-    assert json.dumps(steps(runs, "whole")) == json.dumps(steps(runs, "parts"))
+    for stop in (4, 5, 6):
+        name = f"stopped-{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            tune(resolve(Tune, values=values | {"name": name}), sinks=[stop_at(stop)])
+        _, state = read_checkpoint(runs / name / "checkpoints" / f"step-{stop:08d}")
+        assert ("rows" in state) == (stop % 3 != 0)
+        tune(resume=f"run:{name}")
+        assert json.dumps(steps(runs, "whole")) == json.dumps(steps(runs, name)), stop
 
 
 def test_two_processes_give_what_one_gives_and_stop_between_updates(digits, runs, tmp_path, cache):

@@ -9,11 +9,10 @@ import torch
 from luthier.core.errors import TrainingError
 from luthier.core.types import Encoded
 from luthier.data.batches import collate
-from luthier.models.load import load_model
 from luthier.models.packed import hidden_states
 from luthier.training.noise import draw_noise, noisy_inputs
 from luthier.training.objectives import OBJECTIVES
-from tiny import FAMILIES, kind_of, tiny_model
+from tiny import FAMILIES, kind_of, tiny_loaded
 
 SEED = (0, 7)
 
@@ -57,7 +56,7 @@ def test_its_size_and_draw():
 
 @pytest.mark.parametrize("family", [*FAMILIES["decoder"], *FAMILIES["encoder-decoder"]])
 def test_each_text_carries_its_own_noise(family):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     given = rows(model)
     batch = collate(given)
     embedded(model, batch, 0.0)  # tries packing and the head, once
@@ -78,7 +77,7 @@ def test_each_text_carries_its_own_noise(family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo", "t5"])
 def test_micro_batches_change_nothing(family):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     objective = OBJECTIVES.parse("seq2seq" if kind_of(family) == "encoder-decoder" else "sft")
 
     def total(parts, alpha):
@@ -96,7 +95,7 @@ def test_micro_batches_change_nothing(family):
 
 
 def test_a_shared_prompt_carries_the_same_noise_in_each_text():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     prompt, ends = (20, 21, 22, 23), ((30, 31), (40, 41, 42))
     flat = (*prompt, *ends[0], *ends[1])
     row = Encoded("row", flat, (1.0,) * len(flat), segments=(4, 2, 3), parents=(-1, 0, 0))
@@ -113,7 +112,7 @@ def test_a_shared_prompt_carries_the_same_noise_in_each_text():
 
 
 def test_none_where_no_gradient_is_wanted_and_none_left_behind():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     batch = collate(rows(model))
     with torch.no_grad():
         plain = hidden_states(model, batch.ids_N, batch.lengths)
@@ -125,6 +124,6 @@ def test_none_where_no_gradient_is_wanted_and_none_left_behind():
 
 
 def test_noise_that_reaches_nothing_is_an_error():
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     with pytest.raises(TrainingError, match="no noise was added"), noisy_inputs(model, collate(rows(model)), 5.0, SEED):
         pass

@@ -19,7 +19,7 @@ from luthier.training.objectives.answers import refer_to_start
 from luthier.training.objectives.kto import _own_alone, draw_others, with_other
 from luthier.training.objectives.orpo import log_rest
 from luthier.training.validation import validate
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 
 WORDS = ["The quick brown fox", "a free prize now", "see you at seven", "房间很干净", "One two three", "the tickets"]
 # log p of (chosen, rejected), their tokens, and log p at the start: h = (-10 + 12) - (-20 + 16) = 6.
@@ -94,7 +94,7 @@ def test_smoothing_goes_with_sigmoid_alone():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_answers_read_after_a_shared_prompt_score_as_if_alone(family):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     rows = OBJECTIVES.parse("simpo").encode([pair(at) for at in range(6)], model, Events())
     found_RA = score_answers(model, rows, tokens=60)
     alone = [score(model, split_answers(row)) for row in rows]
@@ -128,7 +128,7 @@ def test_a_row_of_weight_two_is_that_row_twice(name, tmp_path):
 
 
 def test_the_start_is_read_once_and_kept(tmp_path, monkeypatch):
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     objective = OBJECTIVES.parse("dpo")
     rows = objective.encode([pair(at) for at in range(6)], model, Events())
     model.module.train()
@@ -165,7 +165,7 @@ def test_another_answer_is_cut_to_fit():
 
 
 def test_kto_measures_how_far_the_model_moved_over_the_whole_step(tmp_path):
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     objective = OBJECTIVES.parse("kto")
     rows = objective.encode([verdict(at) for at in range(6)], model, Events())
     rows = objective.refer(rows, model, Events(), tmp_path)
@@ -192,7 +192,7 @@ def test_kto_measures_how_far_the_model_moved_over_the_whole_step(tmp_path):
 
 
 def test_kto_takes_z_over_the_rows_of_all_processes(tmp_path):
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     objective = OBJECTIVES.parse("kto")
     rows = objective.encode([verdict(at) for at in range(6)], model, Events())
     rows = objective.refer(rows, model, Events(), tmp_path)
@@ -213,7 +213,7 @@ def test_kto_takes_z_over_the_rows_of_all_processes(tmp_path):
 
 
 def test_rows_with_one_prompt_say_that_z_is_nothing(tmp_path):
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     events, objective = Events(), OBJECTIVES.parse("kto")
     rows = [
         Feedback(f"t:{at}", (Message("user", "Hi"),), (Message("assistant", WORDS[at]),), at > 0) for at in range(2)
@@ -232,7 +232,7 @@ def test_validation_counts_pairs_that_stand_right():
 
 
 def test_models_that_cannot_are_refused():
-    bert = load_model(str(tiny_model("bert")))
+    bert = tiny_loaded("bert")
     with pytest.raises(ConfigError, match="objective 'dpo' needs a decoder-only model"):
         OBJECTIVES.parse("dpo").check_model(bert.spec)
     reward = OBJECTIVES.parse("reward")

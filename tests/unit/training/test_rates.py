@@ -5,14 +5,13 @@ import re
 import pytest
 
 from luthier.core.errors import ConfigError, TrainingError
-from luthier.models.load import load_model
 from luthier.training.rates import combine, layer_scales
-from tiny import ALL_FAMILIES, kind_of, tiny_model
+from tiny import ALL_FAMILIES, kind_of, tiny_loaded
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_layers_learn_slower_the_lower_they_are(family):
-    model = load_model(str(tiny_model(family)))
+    model = tiny_loaded(family)
     names = [name for name, _ in model.module.named_parameters()]
     scales = layer_scales(names, 0.5)
     assert scales.keys() == set(names)

@@ -23,11 +23,11 @@ from luthier.training.sharded_checkpoints import ShardedCheckpoints
 from luthier.training.sharding import _widen
 from luthier.training.validation import validate
 from luthier.training.world import World
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 
 
 def half(adapter: dict):
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     ADAPTERS.parse(adapter).apply(model)
     cast_weights(model, "bfloat16")
     return model
@@ -46,7 +46,7 @@ def test_what_learns_in_fp32_beside_a_base_in_bf16_computes_in_fp32():
 
 def test_a_copy_with_virtual_tokens_has_its_own():
     pytest.importorskip("peft")
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     ADAPTERS.parse({"kind": "peft", "method": "prompt_tuning", "options": {"num_virtual_tokens": 3}}).apply(model)
     other = copy.deepcopy(model.network)
     with torch.no_grad():
@@ -108,7 +108,7 @@ class Telling(World):
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "bert", "modernbert", "deberta-v2", "t5", "marian"])
 def test_a_shape_filled_with_the_leaders_weights_is_the_leaders_model(family):
     host = torch.device("cpu")
-    real, shape = load_model(str(tiny_model(family))), load_model(str(tiny_model(family)), device="meta")
+    real, shape = tiny_loaded(family), load_model(str(tiny_model(family)), device="meta")
     lora = ADAPTERS.parse({"kind": "lora", "rank": 2})
     for model in (real, shape):
         lora.apply(model)
@@ -131,7 +131,7 @@ def test_a_shape_filled_with_the_leaders_weights_is_the_leaders_model(family):
 
 def test_a_shape_that_differs_is_refused():
     shape = load_model(str(tiny_model("llama")), device="meta")
-    told = describe(load_model(str(tiny_model("qwen2"))))
+    told = describe(tiny_loaded("qwen2"))
     with pytest.raises(ModelError, match="built from its config alone"):
         believe(shape, told)
 
@@ -141,14 +141,14 @@ def test_what_looks_at_weights_is_read_by_every_process(tmp_path):
     assert fits == {"full": True, "freeze": True, "lora": True, "dora": True, "pissa": False, "peft": False}
     assert not can_be_hollow(ADAPTERS.parse("lora"), "nf4")
     assert not can_be_hollow(ADAPTERS.parse({"kind": "lora", "tokens": ["x"]}), "none")
-    model = load_model(str(tiny_model("llama")))
+    model = tiny_loaded("llama")
     ADAPTERS.parse("lora").apply(model)
     save_model(model, tmp_path / "adapter")
     assert is_whole(str(tiny_model("llama"))) and not is_whole(str(tmp_path / "adapter"))
 
 
 def test_a_tensor_that_the_leader_has_not_is_refused():
-    real, shape = load_model(str(tiny_model("llama"))), load_model(str(tiny_model("llama")), device="meta")
+    real, shape = tiny_loaded("llama"), load_model(str(tiny_model("llama")), device="meta")
     shape.network.register_buffer("own", torch.empty(3, device="meta"))
     leader = Telling()
     fill_buffers(real.module, leader, torch.device("cpu"), given=True)
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_another_process_finds_damaged_is_passed_over(tmp_path
 
 def test_processes_agree_on_the_passes_of_a_validation_before_the_first():
     """One that asked only when it is through would wait for another that waits for it in a layer."""
-    model, asked = load_model(str(tiny_model("llama"))), []
+    model, asked = tiny_loaded("llama"), []
     objective = OBJECTIVES.parse("sft")
 
     class Second(World):

@@ -55,7 +55,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_stopped_run_goes_on_to_the_same_end(case, folder):
     family = "bert" if case == "masked" else "llama"
-    values = {"model": str(tiny_model(family)), "steps": 20, **QUICK, **CASES[case]}
+    values = {"model": str(tiny_model(family)), "steps": 14, **QUICK, **CASES[case]}
     one: list[dict] = []
     tune(resolve(Tune, values={**values, "name": "straight"}), sinks=[one.append])
 
@@ -70,7 +70,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(case, folder):
     assert record.state == "finished"
     losses = [event["loss"] for event in one if event["event"] == "step"]
     again = [event["loss"] for event in other if event["event"] == "step"]
-    assert len(losses) == 20 and again == losses[9:]
+    assert len(losses) == 14 and again == losses[9:]
     straight, broken = load_model("run:straight"), load_model("run:broken")
     for (name, mine), theirs in zip(straight.module.state_dict().items(), broken.module.state_dict().values()):
         assert torch.equal(mine, theirs), name

@@ -28,7 +28,7 @@ VERDICTS = [
     for at, text in enumerate(PROMPTS)
 ]
 # Held-out rows are those of training: what is asked here is whether it is learned at all.
-QUICK = {"steps": 25, "learning_rate": 5e-3, "batch_size": 6, "schedule": "constant"}
+QUICK = {"steps": 12, "learning_rate": 1e-2, "batch_size": 6, "schedule": "constant"}
 
 
 def tuned(objective, rows=PAIRS, **more):
@@ -107,7 +107,7 @@ def test_a_stopped_run_goes_on_with_the_reference_it_has(objective, tmp_path, mo
     made = VERDICTS if objective == "kto" else PAIRS
     file.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
     rows = str(file)
-    more = {"steps": 12, "checkpoint_every": 4, "batch_size": 2, "adapter": "lora"}
+    more = {"steps": 8, "checkpoint_every": 4, "batch_size": 2, "adapter": "lora"}
     tuned(objective, rows, name="straight", **more)
     from luthier.training import loop
 

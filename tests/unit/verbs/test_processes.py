@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -108,6 +109,24 @@ def test_a_process_that_dies_ends_the_run(runs):
     record = read_record(runs / "dies")
     assert record.state == "failed" and "SIGKILL" in (record.error or "")
     assert not [child for child in children() if b"luthier.verbs.launch" in command(child)]
+
+
+# Whether a started process still can import little: the parts of its request import transformers whole.
+FOLLOW = """
+import sys
+import luthier.models.lean as lean
+import_lean = lean.import_lean
+lean.import_lean = lambda: sys.exit(0 if import_lean() else 7)
+from luthier.verbs.launch import follow
+follow()
+"""
+
+
+def test_a_started_process_imports_as_little_as_a_command():
+    asked = resolve(Tune, values={"model": "mini", "data": "sms_spam", "adapter": {"kind": "lora"}})
+    request, paths = pickle.dumps((asked, None)), {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", FOLLOW], input=request, env={**os.environ, **paths}, check=False)
+    assert done.returncode == 0
 
 
 def test_a_sharded_model_is_read_once_and_made_whole_to_write(runs):

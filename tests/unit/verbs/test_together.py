@@ -26,9 +26,9 @@ TEXTS = [
 ]
 WHOLE = {"raw": True, "batch_size": 3, "execution": "model"}
 CASES = {
-    **{family: {"model": family, "sampling": {"max_tokens": 20}} for family in FAMILIES},
-    "drawn": {"model": "qwen3", "sampling": {"max_tokens": 12, "temperature": 1.3, "seed": 5, "n": 2}},
-    "beams": {"model": "llama", "sampling": {"max_tokens": 8, "beams": 3}},
+    **{family: {"model": family, "sampling": {"max_tokens": 10}} for family in FAMILIES},
+    "drawn": {"model": "qwen3", "sampling": {"max_tokens": 8, "temperature": 1.3, "seed": 5, "n": 2}},
+    "beams": {"model": "llama", "sampling": {"max_tokens": 6, "beams": 3}},
     "logs": {"model": "llama", "sampling": {"max_tokens": 6, "logprobs": 2, "repetition_penalty": 1.3}},
 }
 # Each is refused in both processes.
@@ -57,7 +57,7 @@ for name, case in work["cases"].items():
     found[name] = generate(input=work["input"], **made(case))
 found["output"] = generate(input=work["input"], output=str(place / "out.jsonl"), **made(work["cases"]["llama"]))
 found["again"] = generate(input=work["input"], output=str(place / "out.jsonl"), **made(work["cases"]["llama"]))
-chance = {"model": "llama", "sampling": {"max_tokens": 12, "temperature": 1.5}}
+chance = {"model": "llama", "sampling": {"max_tokens": 8, "temperature": 1.5}}
 found["chance"] = [generate(input=work["input"], **made(chance)) for _ in range(2)]
 pieces = []
 found["prompt"] = generate(prompt="One two", on_text=pieces.append, **made(work["cases"]["llama"]))
@@ -96,7 +96,7 @@ def found(tmp_path_factory, places):
     """What each of two processes found, and where."""
     place = tmp_path_factory.mktemp("together")
     rows = place / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"id": f"row {at}", "text": text}) + "\n" for at, text in enumerate(TEXTS * 2)))
+    rows.write_text("".join(json.dumps({"id": f"row {at}", "text": text}) + "\n" for at, text in enumerate(TEXTS)))
     refused = {name: case for name, (case, _) in REFUSED.items()}
     work = {
         "places": places, "cases": CASES, "refused": refused, "input": str(rows), "whole": WHOLE, "texts": TEXTS,
@@ -150,7 +150,7 @@ def test_chance_is_the_same_in_both_and_another_each_time(found):
 
 def test_prompts_pipes_and_choices(found, places):
     _, _, (first, second) = found
-    whole = {**WHOLE, "model": places["llama"], "sampling": {"max_tokens": 20}}
+    whole = {**WHOLE, "model": places["llama"], "sampling": CASES["llama"]["sampling"]}
     right = generate(prompt="One two", **whole)[0]["output"]
     assert first["prompt"] == second["prompt"] == [{"id": "prompt", "output": right}]
     assert "".join(first["pieces"]) == first["prompt"][0]["output"]

@@ -28,7 +28,7 @@ PAIRS = [{"source": text, "target": text[::-1][:10]} for text in SPAM + HAM]
 TEXTS = [{"text": text} for text in SPAM + HAM]
 SCORED = [{"text": text, "score": len(text) / 7} for text in SPAM + HAM]
 NO_SPLIT = {"split": {"validation": 0.0}}
-QUICK = {"steps": 40, "learning_rate": 5e-3, "batch_size": 8, "baselines": False, "schedule": "constant"}
+QUICK = {"steps": 20, "learning_rate": 1e-2, "batch_size": 8, "baselines": False, "schedule": "constant"}
 
 
 def losses(events: list[dict]) -> list[float]:
@@ -56,7 +56,7 @@ def test_every_family_learns_its_natural_task_and_reloads(family, runs):
     )
     record, model = tune_model(asked, sinks=[events.append])
     seen = losses(events)
-    assert record.state == "finished" and len(seen) == 40
+    assert record.state == "finished" and len(seen) == QUICK["steps"]
     assert seen[-1] < (0.9 if kind == "encoder" else 0.6) * seen[0]
     again = load_model("run:one")
     ids = {"input_ids": torch.arange(5, 15)[None]}
@@ -161,6 +161,8 @@ def test_early_stopping_keeps_the_best(runs):
 
 SLOW = """
 import sys, time
+from luthier.models.lean import import_lean
+import_lean()
 from luthier.core.config import resolve
 from luthier.verbs.tune import Tune, tune
 import torch
@@ -176,13 +178,16 @@ except KeyboardInterrupt:
 """
 
 
+STEPS = 24
+
+
 def write_config(folder: Path, name: str) -> Path:
     data = folder / "chats.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in CHATS * 3))
     config = folder / f"{name}.yaml"
     model = tiny_model("llama")
     config.write_text(
-        f"model: {model}\ndata: {{train: {data}, split: {{validation: 0.25}}}}\nobjective: sft\nsteps: 30\nname: {name}\n"
+        f"model: {model}\ndata: {{train: {data}, split: {{validation: 0.25}}}}\nobjective: sft\nsteps: {STEPS}\nname: {name}\n"
         "learning_rate: 0.003\nbatch_size: 4\nvalidate_every: 6\ncheckpoint_every: 3\nbaselines: false\nlog: x\n".replace(
             "log: x\n", ""
         )
@@ -190,9 +195,18 @@ def write_config(folder: Path, name: str) -> Path:
     return config
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The weights of a run that nothing stops."""
+    place = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LUTHIER_RUNS", str(place / "runs"))
+        tune(resolve(Tune, file=write_config(place, "straight")))
+        return load_model("run:straight").module.state_dict()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_run_goes_on_to_the_same_end(number, runs, tmp_path):
-    tune(resolve(Tune, file=write_config(tmp_path, "straight")))
+def test_a_stopped_run_goes_on_to_the_same_end(number, straight, runs, tmp_path):
     config = write_config(tmp_path, "broken")
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, str(config)], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
@@ -207,10 +221,11 @@ def test_a_stopped_run_goes_on_to_the_same_end(number, runs, tmp_path):
     state = read_record(runs / "broken").state
     assert state == ("running" if number == signal.SIGKILL else "interrupted")
     record = tune(resume="run:broken")
-    assert record.state == "finished" and record.numbers["steps"] == 30
-    one, other = load_model("run:straight"), load_model("run:broken")
-    for (name, mine), theirs in zip(one.module.state_dict().items(), other.module.state_dict().values()):
-        assert torch.equal(mine, theirs), name
+    assert record.state == "finished" and record.numbers["steps"] == STEPS
+    found = load_model("run:broken").module.state_dict()
+    assert found.keys() == straight.keys()
+    for name, mine in straight.items():
+        assert torch.equal(mine, found[name]), name
     with pytest.raises(RunError, match="finished"):
         tune(resume="run:broken")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -69,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(say(f"luthier: there is no command {name!r}; {did_you_mean(name, COMMANDS)}"), file=sys.stderr)
             return 2
         if argv is None and name in WORKING and not {"-h", "--help"} & set(rest) and not _shares(name):
-            _import()
+            from luthier.models.lean import import_lean
+
+            import_lean()  # the process is ours alone
         code = import_module(COMMANDS[name]).run(rest)
         sys.stdout.flush()
         return int(code)
@@ -118,17 +119,6 @@ def _shares(name: str) -> bool:
     from luthier.verbs.launch import is_started
 
     return name == "generate" and is_started()
-
-
-def _import() -> None:
-    """What a command that runs a model needs; the process is ours alone."""
-    from luthier.models.lean import import_lean
-
-    gc.disable()  # nothing of it goes away, and looking through it takes a fifth of the time
-    try:
-        import_lean()
-    finally:
-        gc.enable()
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.core.errors import ConfigError
 from luthier.models.adapters import ADAPTERS
 from luthier.models.adapters.magnitude import DoraLinear
-from luthier.models.load import load_model
-from tiny import tiny_model
+from tiny import tiny_loaded
 
 
 def naive(layer, x):
@@ -82,11 +81,11 @@ def test_small_magnitudes_are_felt_in_bf16():
 
 def test_not_for_embeddings():
     with pytest.raises(ConfigError, match="no linear layer is called 'embed_tokens'"):
-        ADAPTERS.parse({"kind": "dora", "targets": ["embed_tokens"]}).apply(load_model(str(tiny_model("llama"))))
+        ADAPTERS.parse({"kind": "dora", "targets": ["embed_tokens"]}).apply(tiny_loaded("llama"))
 
 
 def test_for_the_output_layer():
-    loaded = load_model(str(tiny_model("llama")))
+    loaded = tiny_loaded("llama")
     ADAPTERS.parse({"kind": "dora", "targets": ["lm_head"]}).apply(loaded)
     assert isinstance(loaded.network.lm_head, DoraLinear)
 

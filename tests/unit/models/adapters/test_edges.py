@@ -14,7 +14,7 @@ from luthier.models.load import load_model
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
 from luthier.models.save import save_model
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 
 TIED, UNTIED = "qwen2", "llama"
 
@@ -72,7 +72,7 @@ def test_tied_layers_stay_tied_where_they_learn_as_one(adapter, tmp_path):
 
 @pytest.mark.parametrize("family", [TIED, UNTIED])
 def test_only_the_rows_of_tokens_learn(family):
-    plain = load_model(str(tiny_model(family)))
+    plain = tiny_loaded(family)
     loaded, part = tuned(family, {"tokens": TOKENS})
     names = [name for name, _ in part.trainable(loaded) if "lora_rows" in name]
     assert len(names) == (1 if family == TIED else 2)

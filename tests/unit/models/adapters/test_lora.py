@@ -13,7 +13,7 @@ from luthier.models.adapters import ADAPTERS
 from luthier.models.adapters.inject import LoraLinear, lora_layers, shape_of
 from luthier.models.load import load_model
 from luthier.models.save import save_model
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
 
@@ -187,15 +187,15 @@ def test_settings_that_are_none(tmp_path, damage, words):
 
 
 def test_it_starts_equal_to_the_last_bit():
-    base = load_model(str(tiny_model("gpt2")))
-    loaded = load_model(str(tiny_model("gpt2")))
+    base = tiny_loaded("gpt2")
+    loaded = tiny_loaded("gpt2")
     ADAPTERS.parse(LORA).apply(loaded)
     assert torch.equal(logits(loaded), logits(base))
 
 
 def test_lora_plus_is_a_rate_for_each_b():
     for kind in ("lora", "dora", "pissa"):
-        loaded = load_model(str(tiny_model("llama")))
+        loaded = tiny_loaded("llama")
         adapter = ADAPTERS.parse({"kind": kind, "rank": 4, "ratio": 16, "tokens": ["<tool>"]})
         adapter.apply(loaded)
         names = [name for name, _ in adapter.trainable(loaded)]
@@ -205,7 +205,7 @@ def test_lora_plus_is_a_rate_for_each_b():
 
 
 def test_the_rate_of_an_embedding_is_left_alone():
-    loaded = load_model(str(tiny_model("llama")))
+    loaded = tiny_loaded("llama")
     adapter = ADAPTERS.parse({**LORA, "ratio": 16, "targets": ["embed_tokens", "lm_head"]})
     adapter.apply(loaded)
     assert adapter.scales(loaded) == {"lm_head.lora_b": 16.0}

@@ -10,7 +10,7 @@ from luthier.models.load import load_model
 from luthier.models.precision import cast_weights
 from luthier.models.save import save_model
 from luthier.verbs.merge import merge
-from tiny import tiny_model
+from tiny import tiny_loaded, tiny_model
 
 IDS = torch.tensor([[5, 30, 31, 32, 33, 34]])
 
@@ -45,7 +45,7 @@ def test_full_tuning_of_a_rounded_adapter_starts_from_the_full_precision(tmp_pat
 
 
 def test_a_base_that_is_gone_or_changed(tmp_path):
-    base = load_model(str(tiny_model("llama")))
+    base = tiny_loaded("llama")
     save_model(base, tmp_path / "base")
     loaded, part = tuned("lora", tmp_path / "base")
     other, _ = tuned("lora", tmp_path / "base")
@@ -71,7 +71,7 @@ def test_verb(tmp_path):
 
 
 def test_verb_keeps_the_precision_of_the_bases_files(tmp_path):
-    save_model(load_model(str(tiny_model("llama"))), tmp_path / "base", dtype="bfloat16")
+    save_model(tiny_loaded("llama"), tmp_path / "base", dtype="bfloat16")
     loaded, _ = tuned("lora", tmp_path / "base")
     save_model(loaded, tmp_path / "adapter")
     made = merge(model=str(tmp_path / "adapter"), output=tmp_path / "whole")

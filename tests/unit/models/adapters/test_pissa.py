@@ -12,7 +12,7 @@ from luthier.models.adapters.principal import EXACT, PissaLinear, principal
 from luthier.models.load import load_model
 from luthier.models.precision import cast_weights
 from luthier.models.save import save_model
-from tiny import tiny_model
+from tiny import tiny_loaded
 
 PISSA = {"kind": "pissa", "rank": 4, "alpha": 8}
 
@@ -58,7 +58,7 @@ def test_the_base_keeps_the_rest(base, rslora):
 
 
 def tuned(precision="float32"):
-    loaded = load_model(str(tiny_model("llama")))
+    loaded = tiny_loaded("llama")
     ADAPTERS.parse(PISSA).apply(loaded)
     cast_weights(loaded, precision)
     with torch.no_grad():
@@ -92,12 +92,12 @@ def test_a_resumed_run_starts_from_the_same_rest():
 
 def test_more_directions_than_there_are():
     with pytest.raises(ConfigError, match="is 16 x 32, and has no 20 principal directions"):
-        ADAPTERS.parse({**PISSA, "rank": 20}).apply(load_model(str(tiny_model("llama"))))
+        ADAPTERS.parse({**PISSA, "rank": 20}).apply(tiny_loaded("llama"))
 
 
 def test_a_shared_weight_is_left_whole():
     with pytest.raises(ConfigError, match="lm_head shares its weight with another layer"):
-        ADAPTERS.parse({**PISSA, "targets": ["lm_head"]}).apply(load_model(str(tiny_model("qwen2"))))
+        ADAPTERS.parse({**PISSA, "targets": ["lm_head"]}).apply(tiny_loaded("qwen2"))
 
 
 def test_another_kind_on_top_is_refused(tmp_path):

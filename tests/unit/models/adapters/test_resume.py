@@ -24,7 +24,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(kind, precision, tmp_path):
         "objective": "sft",
         "adapter": {"kind": kind, "rank": 4, "tokens": ["<tool>"], "also": ["norm"]},
         "precision": precision,
-        "steps": 8,
+        "steps": 5,
         "batch_size": 4,
         "baselines": False,
     }

@@ -20,7 +20,7 @@ from luthier.models.quantised.linear import QuantisedLinear
 from luthier.models.quantised.network import quantised_layers
 from luthier.models.save import save_model
 from luthier.verbs.tune import Tune, tune_model
-from tiny import ALL_FAMILIES, tiny_model
+from tiny import ALL_FAMILIES, tiny_loaded, tiny_model
 
 FORMS = ("int8", "nf4")
 
@@ -188,7 +188,7 @@ def test_an_output_layer_beside_quantised_ones(precision, tmp_path):
 
 
 def test_pissa_of_a_base_in_bfloat16_files(tmp_path):
-    plain = load_model(str(tiny_model("llama")))
+    plain = tiny_loaded("llama")
     save_model(plain, tmp_path / "base", dtype="bfloat16")
     part = ADAPTERS.parse({"kind": "pissa", "rank": 4})
     loaded = load_model(str(tmp_path / "base"), quantize="nf4", unquantised=True)
@@ -233,6 +233,6 @@ def test_tuning(kind, precision, form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_model_given_is_quantised_by_pissa(form):
-    loaded = load_model(str(tiny_model("qwen2")))
+    loaded = tiny_loaded("qwen2")
     _, tuned = tune_model(ask(quantize=form, adapter={"kind": "pissa", "rank": 4}, steps=1), model=loaded)
     assert {layer.form for _, layer in quantised_layers(tuned.network)} == {form}

@@ -21,7 +21,7 @@ from luthier.models.quantised.linear import QuantisedLinear
 from luthier.models.quantised.network import quantise, quantise_loaded, quantised_layers
 from luthier.models.save import save_model
 from luthier.verbs.tune import Tune, tune_model
-from tiny import ALL_FAMILIES, kind_of, tiny_model
+from tiny import ALL_FAMILIES, kind_of, tiny_loaded, tiny_model
 
 FORMS = ("int8", "nf4")
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
@@ -97,7 +97,7 @@ def test_scales_stay_in_fp32_when_a_model_is_rounded():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_family(family, form):
-    whole, held = load_model(str(tiny_model(family))), load_model(str(tiny_model(family)), quantize=form)
+    whole, held = tiny_loaded(family), load_model(str(tiny_model(family)), quantize=form)
     away = float((logits(held) - logits(whole)).norm() / logits(whole).norm())
     assert 0 < away < (0.02 if form == "int8" else 0.25)
     assert fingerprint(held.network) == fingerprint(whole.network)
@@ -112,7 +112,7 @@ def test_every_family(family, form):
 
 
 def test_loading_gives_what_quantising_after_gives(tmp_path):
-    whole = load_model(str(tiny_model("llama")))
+    whole = tiny_loaded("llama")
     whole.network.to(torch.bfloat16).save_pretrained(tmp_path)
     whole.tokenizer.save_pretrained(tmp_path)
     after = load_model(str(tmp_path))
@@ -177,7 +177,7 @@ def test_two_forms_at_once_are_refused():
 
 
 def test_a_model_without_linear_layers():
-    loaded = load_model(str(tiny_model("llama")))
+    loaded = tiny_loaded("llama")
     loaded.network.model.layers = nn.ModuleList()
     with pytest.raises(ModelError, match="has no linear layers to hold in int8"):
         quantise(loaded.network, "int8")
@@ -209,7 +209,7 @@ def test_tuning_over_a_quantised_base(form, precision):
 
 
 def test_a_model_given_is_quantised_too():
-    loaded = load_model(str(tiny_model("qwen2")))
+    loaded = tiny_loaded("qwen2")
     _, tuned_one = tune_model(ask(quantize="int8", steps=1), model=loaded)
     assert tuned_one.spec.quantize == "int8" and list(quantised_layers(tuned_one.network))
 
