@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from luthier.native.build import NoLibrary, load_library
 from luthier.native.forms import BITS, GROUP, Form, filled, to_int4, to_int8
 from luthier.native.shape import ACTIVATIONS, PRODUCTS, Decoder, Linear, Low, Norm
+from luthier.native.tokens import Tokens, address, lay
 
 # Tokens of a block of keys and values (TOKENS in the C files), and what rows are filled up to: the most numbers that any
 # processor works on at once (LANE there).
@@ -372,33 +372,25 @@ class Cached:
         where the largest logit is not finite, or with `states` the last hidden states there [R, E].
 
         Raises IndexError for what is not there: tokens, places or blocks."""
-        packed, count = self.packed, len(ids)
-        sizes = np.asarray(lengths)
-        starts = np.cumsum(sizes) - sizes
-        places_N = np.repeat(np.asarray(before) - starts, sizes) + np.arange(count)
-        widths = np.asarray([len(table) for table in tables])
-        first_N = np.repeat(np.cumsum(widths) - widths, sizes)
-        adapter_N = np.repeat(np.asarray(adapters if adapters and packed.adapters else [-1] * len(sizes)), sizes)
-        numbers = [
-            np.ascontiguousarray(one, dtype=np.int32)
-            for one in (ids, places_N, first_N, [block for table in tables for block in table], rows, adapter_N)
-        ]
-        self._check(numbers[0], numbers[3], np.asarray(before) + sizes, widths)
+        packed = self.packed
+        chosen = adapters if adapters and packed.adapters else [-1] * len(lengths)
+        tokens = lay(ids, tables, before, lengths, rows, chosen, TOKENS)
+        self._check(tokens)
         logits_RV = None if likeliest or states else torch.empty(len(rows), packed.c.head.n)
         states_RE = torch.empty(len(rows), packed.decoder.width) if states else None
         best_R = torch.zeros(len(rows), dtype=torch.int32) if likeliest else None
         # An adapter more in the middle would make the room for what they give too small.
         with packed.lock:
-            if int(adapter_N.max()) >= len(packed.adapters):
-                raise IndexError(f"adapter {adapter_N.max()}, and there are {len(packed.adapters)}")
+            if max(chosen) >= len(packed.adapters):
+                raise IndexError(f"adapter {max(chosen)}, and there are {len(packed.adapters)}")
             step = CStep(
-                count, len(rows), torch.get_num_threads(),
+                len(ids), len(rows), torch.get_num_threads(),
                 max((one.width for one in packed.adapters if one is not None), default=0),
-                *(one.ctypes.data for one in numbers[:-1]), None if logits_RV is None else logits_RV.data_ptr(),
-                None if best_R is None else best_R.data_ptr(), numbers[-1].ctypes.data if packed.adapters else None,
-                None if states_RE is None else states_RE.data_ptr(),
+                address(tokens.ids), address(tokens.places), address(tokens.first), address(tokens.tables), address(tokens.rows),
+                None if logits_RV is None else logits_RV.data_ptr(), None if best_R is None else best_R.data_ptr(),
+                address(tokens.adapters) if packed.adapters else None, None if states_RE is None else states_RE.data_ptr(),
             )  # fmt: skip
-            packed.reach(int(places_N.max()) + 1)
+            packed.reach(tokens.longest)
             told = self._pages.at, self.blocks, self.kept
             if packed.told != told:
                 packed.told, packed.c.kept = told, BITS[self.kept]
@@ -406,7 +398,7 @@ class Cached:
                     layer.keys = self._pages.at + at * self._layer
                     layer.values = layer.keys + self.blocks * self._keys
             if _library().decoder_step(ctypes.byref(packed.c), ctypes.byref(step)):
-                raise MemoryError(f"no memory for a step of {count} tokens")
+                raise MemoryError(f"no memory for a step of {len(ids)} tokens")
         if states_RE is not None:
             return states_RE
         if best_R is not None:
@@ -414,15 +406,15 @@ class Cached:
         assert logits_RV is not None
         return logits_RV[:, : packed.vocabulary]
 
-    def _check(self, ids_N: np.ndarray, blocks: np.ndarray, lengths: np.ndarray, widths: np.ndarray) -> None:
+    def _check(self, tokens: Tokens) -> None:
         """The C code looks no number up."""
         decoder = self.packed.decoder
-        tokens, longest = decoder.embedding_VE.shape[0], int(lengths.max())
-        if ids_N.min() < 0 or ids_N.max() >= tokens:
-            raise IndexError(f"tokens from {ids_N.min()} to {ids_N.max()}, and the model has {tokens}")
-        if decoder.places_PE is not None and longest > len(decoder.places_PE):
-            raise IndexError(f"a text of {longest} places, and the model has {len(decoder.places_PE)}")
-        if (lengths > widths * TOKENS).any() or blocks.min() < 0 or blocks.max() >= self.blocks:
+        known, low, high = decoder.embedding_VE.shape[0], min(tokens.ids), max(tokens.ids)
+        if low < 0 or high >= known:
+            raise IndexError(f"tokens from {low} to {high}, and the model has {known}")
+        if decoder.places_PE is not None and tokens.longest > len(decoder.places_PE):
+            raise IndexError(f"a text of {tokens.longest} places, and the model has {len(decoder.places_PE)}")
+        if not tokens.held or min(tokens.tables) < 0 or max(tokens.tables) >= self.blocks:
             raise IndexError(f"blocks that are not there: {self.blocks} of {TOKENS} tokens are")
 
     def put_adapter(self, lows: Sequence[Lows]) -> int:
