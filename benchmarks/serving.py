@@ -36,6 +36,8 @@ import httpx
 from peers.environment import llama_server, peer_python
 from shapes import WORDS, make_model
 
+from luthier.native.decoder import kernels
+
 HERE = Path(__file__).parent
 FORMS = ("Q8_0", "Q4_0")
 # Seconds after which a server is taken to give no figure.
@@ -269,7 +271,8 @@ def main() -> None:
         if name != "luthier" and not isinstance(one, str)
     }
     result = {
-        "benchmark": "serving", "shape": "135m", "threads": os.cpu_count(), "repeats": found.repeats, "systems": medians,
+        "benchmark": "serving", "shape": "135m", "kernels": kernels(), "threads": os.cpu_count(), "repeats": found.repeats,
+        "systems": medians,
         "ours": ours, "peer": peer, "ratio": {name: round(ours / value, 2) for name, value in peer.items()},
     }  # fmt: skip
     if not found.quick:
