@@ -166,7 +166,8 @@ def test_pain_06_what_was_trained_is_what_every_verb_reads(family, read, monkeyp
         read.clear()
         monkeypatch.setattr("sys.stdin", io.StringIO("say a\n"))
         ask()
-        assert prompt in read
+        # What comes after it may be guessed, and read with its end.
+        assert any(ids[: len(prompt)] == prompt for ids in read)
 
 
 def changes(path):
