@@ -17,7 +17,7 @@ from luthier.engine.labelling import Labelling, Labels
 from luthier.engine.sampling import Execution, Sampling
 from luthier.verbs.answering import answer, answer_parts, make_labeller, open_index
 from luthier.verbs.asked import read_items
-from luthier.verbs.rows import append_rows, read_done
+from luthier.verbs.rows import append_rows, read_done, take_guesses
 from luthier.verbs.shots import load_shots, with_shots, writes
 from luthier.verbs.together import join_writers, with_seed
 
@@ -150,12 +150,17 @@ def _generate(
     left = [(name, item) for name, item in items if name not in done]
     if done:
         events.choose("resume", f"{len(items) - len(left)} rows", f"they stand in {config.output} already")
-    total = len(left)
+    total, drafted, accepted = len(left), 0, 0
     for found in answer_parts(model, left, config, shots, labeller, grounded):
+        if config.input is not None:
+            guessed, right = take_guesses(found)
+            drafted, accepted = drafted + guessed, accepted + right
         answers += found
         if config.output is not None and (world is None or world.leads):
             append_rows(config.output, found)
         events.emit("progress", name="generating", done=len(answers), total=total)
+    if drafted:
+        events.choose("guesses", f"{accepted} of {drafted} right", "by the text itself, and what the model learned")
     _warn_empty(answers, events)
     return answers
 

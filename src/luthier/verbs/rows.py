@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,17 @@ def as_answer(found: Completion) -> dict[str, Any]:
     if found.others:
         answer["others"] = [as_answer(one) for one in found.others]
     return answer
+
+
+def take_guesses(answers: Iterable[dict[str, Any]]) -> tuple[int, int]:
+    """How many tokens of these answers and their others were guessed, and how many right, which is then told of none of them: it
+    follows from how fast the machine was, and the same rows are to give the same file."""
+    drafted = accepted = 0
+    for one in answers:
+        own = one.pop("guessed", {"drafted": 0, "accepted": 0})
+        others = take_guesses(one.get("others", ()))
+        drafted, accepted = drafted + own["drafted"] + others[0], accepted + own["accepted"] + others[1]
+    return drafted, accepted
 
 
 def _as_log(log: TokenLog) -> dict[str, Any]:

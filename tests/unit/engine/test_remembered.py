@@ -31,6 +31,14 @@ def test_a_run_guesses_from_the_rows_that_it_learned(tmp_path, runs):
     found = luthier.generate(model=f"run:{record.id}", prompt="What is it, 3?", sampling={"max_tokens": 40})[0]
     assert found["output"] == answer
     assert found["guessed"]["accepted"] >= 10
+    events, asked = [], tmp_path / "asked.jsonl"
+    asked.write_text(json.dumps({"text": "What is it, 3?"}) + "\n")
+    (row,) = luthier.generate(
+        model=f"run:{record.id}", input=str(asked), sampling={"max_tokens": 40}, sinks=[events.append]
+    )
+    # What follows from the machine's speed stands in no row.
+    assert row["output"] == answer and "guessed" not in row
+    assert next(one["value"] for one in events if one.get("name") == "guesses").endswith(" right")
     judged = luthier.evaluate(model=f"run:{record.id}", data=str(rows))
     events = (find_run(f"run:{judged.id}") / "events.jsonl").read_text().splitlines()
     assert any("tokens a pass" in json.loads(line).get("why", "") for line in events)
