@@ -22,6 +22,8 @@ from luthier.faces.server.server import make_server
 from luthier.faces.server.settings import Limits, Serve
 from running import Running
 
+# Long enough to be met in the middle: drawn, or what repeats itself is guessed and soon done.
+LONG = {"n": 8, "temperature": 1.5, "stream": True, "extra_body": {"ignore_eos": True}}
 ASK = {
     "model": "mini",
     "messages": [{"role": "user", "content": "Once upon a time"}],
@@ -212,8 +214,8 @@ def test_keys_do_what_their_scopes_say(keyed):
 def test_a_key_takes_no_more_at_once_than_it_may(keyed, asking):
     running, keys = keyed
     client = asking(running, keys)
-    ask = {name: value for name, value in ASK.items() if name != "ignore_eos"} | {"extra_body": {"ignore_eos": True}}
-    streams = [client.chat.completions.create(**ask, stream=True) for _ in range(2)]
+    ask = {name: value for name, value in ASK.items() if name != "ignore_eos"} | LONG
+    streams = [client.chat.completions.create(**ask) for _ in range(2)]
     with pytest.raises(openai.RateLimitError, match="2 requests of this key") as caught:
         client.chat.completions.create(**ask)
     assert int(caught.value.response.headers["retry-after"]) >= 1
@@ -227,9 +229,7 @@ def test_an_engine_that_is_killed_comes_back(keyed, asking):
     until(
         lambda: httpx.get(f"{running.url}/health/ready", timeout=60, headers=with_key(keys["boss"])).status_code == 200
     )
-    stream = client.chat.completions.create(
-        model="mini", messages=ASK["messages"], max_tokens=400, stream=True, extra_body={"ignore_eos": True}
-    )
+    stream = client.chat.completions.create(model="mini", messages=ASK["messages"], max_tokens=400, **LONG)
     next(stream)
     os.kill(engine_of(running.process.pid), signal.SIGKILL)
     with pytest.raises(openai.APIError, match="the engine ended while this was written"):
@@ -252,9 +252,7 @@ def engine_of(pid):
 def test_a_signal_lets_answers_end(keyed, asking):
     running, keys = keyed
     client = asking(running, keys)
-    stream = client.chat.completions.create(
-        model="mini", messages=ASK["messages"], max_tokens=300, stream=True, extra_body={"ignore_eos": True}
-    )
+    stream = client.chat.completions.create(model="mini", messages=ASK["messages"], max_tokens=300, **LONG)
     next(stream)
     running.process.terminate()
     until(

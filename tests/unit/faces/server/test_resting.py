@@ -67,7 +67,7 @@ def test_an_answer_that_is_stopped_is_not_said_to_be_started_again():
     async def work():
         shelf = Shelf(Serve(), lambda event: None)
         served = await shelf.load("mini")
-        sampling = {"max_tokens": 400, "ignore_stop": True}
+        sampling = {"max_tokens": 400, "ignore_stop": True, "n": 8, "temperature": 1.5}
         parts = served.stream("write", text="Once", sampling=sampling, stream=True)
         await anext(parts)
         await shelf.close()
