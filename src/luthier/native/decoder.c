@@ -87,7 +87,7 @@ static void *room(Room *held, size_t bytes) {
     return held->at;
 }
 
-static __thread Room wide_room, made_room, branch_room, halves_room, bytes_room, scale_room, sums_room, query_room,
+static __thread Room wide_room, made_room, branch_room, halves_room, bytes_room, scale_room, shift_room, query_room,
     span_room, score_room, share_room, best_room, place_room, low_room, own_room;
 
 /* Tokens of a text that follow one another and are attended together. */
@@ -292,7 +292,7 @@ int decoder_step(const Decoder *d, const Step *step) {
     Half *halves = room(&halves_room, rows * (size_t)deepest * sizeof(Half));
     Byte *bytes = room(&bytes_room, rows * (size_t)deepest * sizeof(Byte));
     float *scales = room(&scale_room, rows * 4);
-    int32_t *sums = room(&sums_room, rows * (size_t)(deepest / GROUP + 2) * 4);
+    int32_t *shifts = room(&shift_room, rows * (size_t)(deepest / GROUP + 2) * 4);
     Half *queries = room(&query_room, (size_t)(count * mixed) * sizeof(Half));
     Span *spans = room(&span_room, (size_t)count * sizeof(Span));
     float *score = room(&score_room, (size_t)(threads * QUERIES * blocks * TOKENS) * 4);
@@ -301,7 +301,7 @@ int decoder_step(const Decoder *d, const Step *step) {
     int32_t *most_at = room(&place_room, (size_t)(threads * wanted * LANE) * 4 + 64);
     Half *inners = room(&low_room, (size_t)(count * step->low) * sizeof(Half) + 64);
     int32_t *own_adapters = room(&own_room, (size_t)wanted * 4 + 64);
-    if (!inners || !x || !made || !branch || !halves || !bytes || !scales || !sums || !queries || !spans || !score || !share ||
+    if (!inners || !x || !made || !branch || !halves || !bytes || !scales || !shifts || !queries || !spans || !score || !share ||
         !most || !most_at || !own_adapters)
         return 1;
     /* What is not wanted ends with its keys and values in the last layer. */
@@ -314,7 +314,7 @@ int decoder_step(const Decoder *d, const Step *step) {
     Best best = {most, most_at};
     Gate gate = {0};
     for (int64_t i = 0; i < threads * wanted * LANE; i++) { most[i] = -INFINITY; most_at[i] = 0; }
-#define ROWS(product) (Rows){(product).k, halves, bytes, scales, sums}
+#define ROWS(product) (Rows){(product).k, halves, bytes, scales, shifts}
 #pragma omp parallel num_threads((int)threads)
     {
         int thread = omp_get_thread_num(), all_threads = omp_get_num_threads();

@@ -107,13 +107,14 @@ INLINE void store_bytes(Byte *to, vi x) { *(vs_any *)to = __builtin_convertvecto
 #endif
 
 /* Four numbers from 0 to 15 a lane with signed bytes: their sums are small enough for 16 bits, RUN of them. `small` begins such
- * a run over what there is, and `taken` ends it. */
+ * a run over what there is, `first_small` with a first product, and `taken` ends it. */
 #if VNNI
 #define RUN 16
 typedef vi Small;
 
 INLINE Small small(vi c) { return c; }
 INLINE Small dot_small(Small c, vi w, vi a) { return dot_fours(c, (Fours){w}, (Fours){a}); }
+INLINE Small first_small(vi c, vi w, vi a) { return dot_small(small(c), w, a); }
 INLINE vi taken(vi c, Small run) { (void)c; return run; }
 #elif defined(X86) && (LANE == 8 || defined(__AVX512BW__) || defined(__SSSE3__))
 #define RUN 8
@@ -130,6 +131,7 @@ INLINE Small dot_small(Small c, vi w, vi a) {
     return c + (Small)X86(maddubs_epi16)((xi)w, (xi)a);
 #endif
 }
+INLINE Small first_small(vi c, vi w, vi a) { (void)c; return (Small)X86(maddubs_epi16)((xi)w, (xi)a); }
 INLINE vi taken(vi c, Small run) { return c + (vi)X86(madd_epi16)((xi)run, X86(set1_epi16)(1)); }
 #else
 #define RUN 8
@@ -141,6 +143,7 @@ INLINE Small dot_small(Small c, vi w, vi a) {
         c += (vi)(((vu)w >> shift) & 255) * ((vi)((vu)a << (24 - shift)) >> 24);
     return c;
 }
+INLINE Small first_small(vi c, vi w, vi a) { return dot_small(small(c), w, a); }
 INLINE vi taken(vi c, Small run) { (void)c; return run; }
 #endif
 INLINE vi same_small(const int8_t *from) {

@@ -71,14 +71,14 @@ static void prepare(const Rows *rows, int64_t bits, int64_t m, const float *y, i
     Byte *to = rows->bytes + m * rows->k;
     int8_t *own = (int8_t *)rows->bytes + m * rows->k;
     int64_t groups = rows->k / GROUP;
-    int32_t *sums = rows->sums + m * (groups + 1), total = 0;
+    int32_t *shifts = rows->shifts + m * (groups + 1), total = 0;
     float scale = scale_of(y, width);
     rows->scale[m] = scale;
     if (!(scale < INFINITY)) {
         /* Bytes have no such number; the scale makes the row's results none. */
         if (bits == 8) memset(to, 0, (size_t)rows->k * sizeof(Byte));
         else memset(own, 0, (size_t)rows->k);
-        memset(sums, 0, (size_t)(groups + 1) * 4);
+        memset(shifts, 0, (size_t)(groups + 1) * 4);
         return;
     }
     float inverse = 1.0f / scale;
@@ -90,10 +90,11 @@ static void prepare(const Rows *rows, int64_t bits, int64_t m, const float *y, i
             if (bits == 8) store_bytes(to + i, whole);
             else *(vb_any *)(own + i) = __builtin_convertvector(whole, vb);
         }
-        sums[g] = total_of(sum);
-        total += sums[g];
+        int32_t own_sum = total_of(sum);
+        shifts[g] = -8 * own_sum;
+        total += own_sum;
     }
-    sums[groups] = total;
+    shifts[groups] = -128 * total;
 }
 
 /* erf by Abramowitz and Stegun 7.1.26: within 1.5e-7. */
