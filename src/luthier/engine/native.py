@@ -41,6 +41,8 @@ SHORT = "memory ran out while the weights were packed, so the module itself read
 VOCABULARY = 8192
 # What bf16 and int8 change of the logits at most, relative to their size; a model that computes anything else is far beyond.
 MOST_APART = 0.1
+# By how much int8 keys and values may multiply the KL divergence of int4 weights.
+MOST_ADDED = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
 
     auto: int8 if the model is not small and stays what it is within the limits above, else bf16 if that does, else as it is. A
     form that is asked for is taken, and what it changes is said. Beside int8, keys and values are int8 too within the same
-    limits, else bf16. Where memory runs out, auto leaves the model as it is, and warns. Raises ConfigError for a form that this
+    limits, else bf16; beside int4 where they add next to nothing to what its weights change. Where memory runs out, auto leaves the model as it is, and warns. Raises ConfigError for a form that this
     model or machine cannot take.
     """
     if execution == "model" or model.native is not None:
@@ -143,7 +145,7 @@ def say_packed(packed: Packed, events: Events) -> None:
 
 def limits() -> list[float]:
     """By what it is decided how a model is read."""
-    return [SMALL, MOST_KL, MOST_PERPLEXITY, MOST_APART]
+    return [SMALL, MOST_KL, MOST_PERPLEXITY, MOST_APART, MOST_ADDED]
 
 
 def calibration_ids(model: LoadedModel) -> list[int]:
@@ -285,7 +287,7 @@ def _choose(model: LoadedModel, decoder: Decoder, own: Own, execution: Execution
     packed, quality = _try(model, decoder, "int8", own)
     if execution == "int4":
         packed = Packed(decoder, "int4", letting_go(model.network))
-        return packed, measure(packed, own)
+        return packed, _keep(packed, own)
     if quality.close:
         return packed, quality
     whole, other = _try(model, decoder, "bfloat16", own)
@@ -300,16 +302,27 @@ def _try(model: LoadedModel, decoder: Decoder, form: Form, own: Own) -> tuple[Pa
     let_go = letting_go(model.network)
     let_go()
     packed = Packed(decoder, form, let_go)
-    quality = measure(packed, own)
-    if packed.kept == "int8" and not quality.close:
-        packed.kept = "bfloat16"
-        quality = measure(packed, own)
+    quality = _keep(packed, own)
     let_go()
     if not quality.apart <= MOST_APART:
         raise Unlike(
             f"a {model.spec.family} model gives other logits than its parts in {form} ({quality.apart:.2f} apart)"
         )
     return packed, quality
+
+
+def _keep(packed: Packed, own: Own) -> Quality:
+    """What a packed model changes; its keys and values are bytes where it stays within the limits with them, or where they add
+    next to nothing to what int4 changes."""
+    quality = measure(packed, own)
+    if packed.kept == "bfloat16" or quality.close:
+        return quality
+    in_bytes, packed.kept = quality, "bfloat16"
+    quality = measure(packed, own)
+    if packed.form == "int4" and in_bytes.kl <= MOST_ADDED * quality.kl:
+        packed.kept = "int8"
+        return in_bytes
+    return quality
 
 
 @torch.inference_mode()

@@ -137,11 +137,11 @@ def kernels() -> str:
 class Packed:
     """The weights of a decoder in one form, as the C code reads them. Takes what it needs besides the decoder's own tensors;
     the head of int4 is int8, since it decides every token. `let_go` is called whenever a part of those was packed. Keys and
-    values are `kept` in bytes beside weights in bytes, else in bf16, until that is set otherwise."""
+    values are `kept` in bytes beside whole numbers, else in bf16, until that is set otherwise."""
 
     def __init__(self, decoder: Decoder, form: Form, let_go: Callable[[], None] = lambda: None):
         self.decoder, self.form = decoder, form
-        self.kept: Kept = "int8" if form == "int8" else "bfloat16"
+        self.kept: Kept = "bfloat16" if form == "bfloat16" else "int8"
         self.nbytes = 0
         self._let_go, self._unasked = let_go, 0
         # What it changes of the model's predictions, once that was measured (`engine.native.Quality`).

@@ -99,6 +99,23 @@ def test_keys_and_values_are_measured_as_they_are_kept_and_in_bytes_only_within_
     assert reader_for(model, 2).kept == "bfloat16"
 
 
+@pytest.mark.parametrize(("added", "kept"), [(1.05, "int8"), (1.2, "bfloat16"), (float("nan"), "bfloat16")])
+def test_beside_int4_keys_and_values_are_bytes_where_they_add_next_to_nothing(added, kept, monkeypatch):
+    model, said = made(execution="int4")
+    assert said["engine"][0] == "native int4" and "keys and values in int8" in said["engine"][1]
+    quality = native.measure
+
+    def measured(packed, own):
+        # Beyond the limits, as int4 is for larger models.
+        times = added if packed.kept == "int8" else 1.0
+        return native.Quality(0.5 * times, 0.1, 0.05) if packed.form == "int4" else quality(packed, own)
+
+    monkeypatch.setattr(native, "measure", measured)
+    model, said = made(execution="int4")
+    assert (model.native.form, model.native.kept) == ("int4", kept)
+    assert f"KL {0.5 * (added if kept == 'int8' else 1.0):.4f}" in said["engine"][1]
+
+
 def test_where_both_change_too_much_the_module_reads(monkeypatch):
     monkeypatch.setattr(native, "MOST_KL", 0.0)
     model, said = made()

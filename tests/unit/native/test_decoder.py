@@ -79,7 +79,8 @@ def test_the_c_code_follows_the_plain_one_with_the_same_rounded_weights(family, 
 
 
 @pytest.mark.parametrize(
-    ("form", "kept"), [("bfloat16", "bfloat16"), ("int8", "bfloat16"), ("int8", "int8"), ("int4", "bfloat16")]
+    ("form", "kept"),
+    [("bfloat16", "bfloat16"), ("int8", "bfloat16"), ("int8", "int8"), ("int4", "bfloat16"), ("int4", "int8")],
 )
 @pytest.mark.parametrize("family", ["qwen3", "gpt2", "mistral"])
 def test_a_token_is_the_same_bits_whatever_is_beside_it(family, form, kept):
