@@ -8,7 +8,7 @@ Ours in each way it can execute: the native decoder with weights in int8, int4 a
 A model of a known shape with random weights in bf16, 32 prompts of 64 to 256 tokens, 64 to 192 tokens to write for
 each, greedy, no stop tokens. Tokens are those that were asked for: what `generate` writes beyond a request, because
 another one of its batch is longer, counts for nothing. The peer gets all 32 at once, padded, as its batches are made.
-In turn in one process, medians of the repeats, after one that warms up. `alone` is one request of 128 + 128 tokens,
+In turn in one process, medians of the repeats, after four of the requests to warm up. `alone` is one request of 128 + 128 tokens,
 tokens a second while writing, without guesses; `prefill` is tokens a second of a prompt of 1,024, `share` what part
 of the machine's bandwidth one request moves in weights, `arithmetic` what part of the multiply-adds that the processor
 does from registers (benchmarks/arithmetic.py) the matrix products of the 32 requests and of the prompt are, attention
@@ -145,13 +145,16 @@ def main() -> None:
     rates: dict[str, dict[str, list[float]]] = {name: {"many": [], "alone": [], "prefill": []} for name in systems}
     for at in range(repeats + 1):
         for name, (model, run) in systems.items():
+            if not at:
+                run(model, asked[:4])
+                run(model, long)
+                continue
             found = {"many": wanted / run(model, asked), "prefill": 1024 / run(model, long)}
             begun = run(model, [(alone[0][0], 1)])
             found["alone"] = 127 / (run(model, alone) - begun)
             print(name, {key: round(one) for key, one in found.items()}, file=sys.stderr, flush=True)
-            if at:
-                for key, one in found.items():
-                    rates[name][key].append(one)
+            for key, one in found.items():
+                rates[name][key].append(one)
     medians = {
         name: {key: round(statistics.median(one), 1) for key, one in found.items()} for name, found in rates.items()
     }

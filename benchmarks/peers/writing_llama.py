@@ -3,7 +3,7 @@
 One JSON argument: `model` (a directory of transformers), `folder` for GGUF files, `asked` [[prompt, tokens], ...], `repeats`,
 `threads`. Prompts are read as they fit into a batch, then all texts that are not finished go on together; greedy, by the
 likeliest of llama.cpp's logits; end tokens are not looked at. Prints JSON: for each form many, alone and prefill in tokens a
-second (medians after one that warms up), peak_gb. Two sizes of a batch are tried, the better is kept.
+second (medians, after four requests to warm up), peak_gb. With several repeats two sizes of a batch are tried, the better is kept.
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ def main() -> None:
         if not path.exists():
             convert(Path(options["model"]), path, form)
         best, kept = 0.0, SETTINGS[0]
-        for settings in SETTINGS if options["repeats"] > 1 else SETTINGS[:1]:
+        for settings in SETTINGS if options["repeats"] > 1 else ():
             running = Running(path, longest, len(asked), *settings, options["threads"])
-            running.write(asked)
+            running.write(asked[-4:])
             rate = wanted / running.write(asked)[1]
             running.close()
             if rate > best:
@@ -175,13 +175,13 @@ def main() -> None:
         running = Running(path, longest, len(asked), *kept, options["threads"])
         single = Running(path, 1280, 1, *kept, options["threads"])
         rates: dict[str, list[float]] = {"many": [], "alone": [], "prefill": []}
-        for at in range(options["repeats"] + 1):
-            many = wanted / running.write(asked)[1]
+        running.write(asked[-4:])
+        single.write(long)
+        for _ in range(options["repeats"]):
+            rates["many"].append(wanted / running.write(asked)[1])
             begun, whole = single.write(alone)
-            prefill = 1024 / single.write(long)[0]
-            if at:
-                for name, one in (("many", many), ("alone", 127 / (whole - begun)), ("prefill", prefill)):
-                    rates[name].append(one)
+            rates["alone"].append(127 / (whole - begun))
+            rates["prefill"].append(1024 / single.write(long)[0])
         running.close()
         single.close()
         found[form] = {name: round(statistics.median(one), 1) for name, one in rates.items()}
