@@ -39,7 +39,7 @@ from luthier.engine.numbers import numbers_of
 from luthier.engine.sampling import Sampling
 from luthier.models.load import load_model
 from luthier.models.spec import LoadedModel
-from luthier.native.decoder import kernels
+from luthier.native.library import kernels
 
 HERE = Path(__file__).parent
 VERDICTS = {

@@ -35,7 +35,7 @@ from luthier.engine.sampling import Execution, Sampling
 from luthier.models.load import load_model
 from luthier.models.memory import keep_freed_memory
 from luthier.models.spec import LoadedModel
-from luthier.native.decoder import Packed
+from luthier.native.packed import Packed
 from luthier.text.labels import Ask, LabelRenderer, Shots
 
 HERE = Path(__file__).parent

@@ -33,7 +33,7 @@ from typing import Any
 
 import httpx
 
-from luthier.native.decoder import kernels
+from luthier.native.library import kernels
 from serving import HERE, make_load, make_spoken, requests, running
 
 REQUESTS, CLIENTS = 96, 32

@@ -36,7 +36,7 @@ import httpx
 from peers.environment import llama_server, peer_python
 from shapes import WORDS, make_model
 
-from luthier.native.decoder import kernels
+from luthier.native.library import kernels
 
 HERE = Path(__file__).parent
 FORMS = ("Q8_0", "Q4_0")

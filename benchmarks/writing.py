@@ -45,7 +45,8 @@ from luthier.models.load import load_model
 from luthier.models.memory import keep_freed_memory
 from luthier.models.pages import BLOCK
 from luthier.models.spec import LoadedModel
-from luthier.native.decoder import Packed, kernels
+from luthier.native.library import kernels
+from luthier.native.packed import Packed
 
 HERE = Path(__file__).parent
 FORMS = ("int8", "int4", "bfloat16")

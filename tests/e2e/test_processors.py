@@ -23,7 +23,7 @@ def test_the_decoder_holds_on_a_processor_that_has_less(tmp_path, processor, ins
     compiler.write_text(f'#!/bin/bash\nexec gcc "${{@/-march=native/-march={processor}}}"\n')
     compiler.chmod(0o755)
     told = {**os.environ, "CC": str(compiler), "LUTHIER_CACHE": str(tmp_path / "cache")}
-    said = "from luthier.native.decoder import kernels; print(kernels())"
+    said = "from luthier.native.library import kernels; print(kernels())"
     found = subprocess.run([sys.executable, "-c", said], env=told, capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == instructions
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *TESTS]

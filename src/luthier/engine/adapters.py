@@ -21,7 +21,8 @@ from luthier.models.adapters.additions import Additions, Line, read_additions
 from luthier.models.decoder import lows_of
 from luthier.models.rules import Unlike
 from luthier.models.spec import LoadedModel
-from luthier.native.decoder import Cached, Packed
+from luthier.native.cached import Cached
+from luthier.native.packed import Packed
 
 if TYPE_CHECKING:
     from luthier.engine.pooler import Reading

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,12 +14,12 @@ from luthier.core.errors import ConfigError, ModelError
 from luthier.core.events import Events
 from luthier.engine.adapters import NONE, Adapters, Loaded
 from luthier.engine.blocks import Blocks, names_of
-from luthier.engine.choose import choose, takes_likeliest
+from luthier.engine.choose import choose
 from luthier.engine.crossed import never_of, opening_of
 from luthier.engine.draft_model import DraftModel
+from luthier.engine.forward import Forward
 from luthier.engine.guessing import Guessing, rows_of
 from luthier.engine.likeliest import not_numbers
-from luthier.engine.logs import prompt_logs, tops
 from luthier.engine.numbers import numbers_of
 from luthier.engine.pieces import stops_here
 from luthier.engine.pooler import Embedding, Pooler, Reading
@@ -31,9 +30,7 @@ from luthier.engine.scoring import Asked, Score, Scorer
 from luthier.engine.searching import Searching
 from luthier.engine.structure import masks_made, matcher_for
 from luthier.engine.terms import banned_of, check_terms, ends_of, room_of
-from luthier.engine.tide import Tide, first_whole, halved
 from luthier.models.adapters.additions import Additions
-from luthier.models.memory import out_of_memory, return_freed_memory
 from luthier.models.pages import page_size
 from luthier.models.spec import LoadedModel
 
@@ -64,8 +61,8 @@ class Engine:
         blocks = -(-room // size)
         self._reader, self.blocks = reader_for(model, blocks), Blocks(blocks, size=size)
         self.schedule = schedule_for(self._reader, self.blocks, streams, tokens)
-        self.tide = Tide(tokens)
         self._apart = model.spec.kind == "encoder-decoder"
+        self._forward = Forward(model, self._reader, self.schedule)
         self._scorer = None if self._apart else Scorer(model)
         self._pooler: Pooler | None = None
         self._beside = Adapters(model, self._reader)
@@ -217,7 +214,7 @@ class Engine:
                 self._guessing.give(self.schedule.running, self._fail)
             planned = self.schedule.plan(None if self._guessing is None else self._begin)
             rows = rows_of(planned)
-            ready = self._commit(*self._read(planned)) if planned else []
+            ready = self._commit(*self._forward.read(planned, self._fail)) if planned else []
             # Processes that read together must guess alike, and their clocks differ.
             if self._guessing is not None and rows and self.model.parts == 1:
                 self._guessing.time(rows, time.perf_counter() - began)
@@ -258,87 +255,6 @@ class Engine:
         if self._scorer is None:
             raise ModelError(f"{self.model.spec.source}: only a decoder scores what follows a prompt; use one")
         return Scorer(self.model, self._beside.lend(adapter), self._reader) if adapter else self._scorer
-
-    def _read(self, planned: list[tuple[Request, int]]) -> tuple[torch.Tensor, dict[Request, int]]:
-        """Read a step: the logits (or the likeliest tokens) of the texts that are read to their end, and the first row of each.
-
-        Where memory runs out, the first half of it is read, and from then on no more than that at once, until memory was enough
-        for long (`tide.Tide`).
-        """
-        size = sum(count for _, count in planned)
-        try:
-            found = self._put_through(planned)
-            self._rise()
-            return found
-        except Exception as err:
-            traceback.clear_frames(err.__traceback__)
-            error, again = err, out_of_memory(err) and size > 1
-        # Where several processes read, the others wait for this one in the middle of a step.
-        again = again and not (self._apart and len(planned) == 1) and self.model.parts == 1
-        if again:
-            return_freed_memory(self.model.device)
-            planned = first_whole(planned, size // 2) if self._apart else halved(planned, size // 2)
-            self.tide.fall(size // 2)
-            self.schedule.tokens = self.tide.tokens
-            warnings.warn(
-                f"memory ran out, so {size // 2} tokens go through the model at once from now on; the result is the same",
-                stacklevel=3,
-            )
-            try:
-                return self._put_through(planned)
-            except Exception as err:
-                error = err
-        for request, _ in planned:
-            self._fail(request, error)
-        return torch.empty(0), {}
-
-    def _rise(self) -> None:
-        """After many steps for which memory was enough, let more go through the model at once, up to what was asked for."""
-        calm = self.tide.hold()
-        if calm:
-            self.schedule.tokens = self.tide.tokens
-            warnings.warn(
-                f"memory was enough for {calm} steps, so {self.tide.tokens} tokens go through the model at once again; the "
-                "result is the same",
-                stacklevel=4,
-            )
-
-    def _put_through(self, planned: Sequence[tuple[Request, int]]) -> tuple[torch.Tensor, dict[Request, int]]:
-        """Put a step through the model. Where no setting changes what is likeliest and that is asked for, the likeliest tokens
-        alone."""
-        ids: list[int] = []
-        rows, told, first = list[int](), list[int](), dict[Request, int]()
-        for request, count in planned:
-            if request.sampling.prompt_logprobs:
-                told += [len(ids) + place - request.read for place in request.telling(count)]
-            drafts = len(request.drafts)
-            end = request.read + count - drafts
-            ids += request.ids(request.read, end)
-            ids += request.drafts
-            if end == request.length:
-                first[request] = len(rows)
-                rows += range(len(ids) - 1 - drafts, len(ids))
-        requests = [request for request, _ in planned]
-        likeliest = not told and all(takes_likeliest(one) for one in first)
-        with masks_made(first):
-            found = self._reader.read(
-                ids, [one.table for one in requests], [one.read for one in requests], [count for _, count in planned],
-                [*rows, *told], likeliest=likeliest, adapters=[one.adapter for one in requests],
-            )  # fmt: skip
-        at = len(rows)
-        for request, count in planned:
-            places = request.telling(count) if request.sampling.prompt_logprobs else range(0)
-            start, at = at, at + len(places)
-            try:
-                if places:
-                    following = request.prompt[places.start + 1 : places.stop + 1]
-                    request.prompt_logs += prompt_logs(found[start:at], following)
-                    if request.sampling.logprobs:
-                        request.prompt_tops += tops(found[start:at], request.sampling.logprobs)
-                self.schedule.advance(request, count - len(request.drafts))
-            except Exception as err:
-                self._fail(request, err)
-        return found[: len(rows)], first
 
     def _commit(self, found: torch.Tensor, first: dict[Request, int]) -> list[Request]:
         """Give each text its next token, and those after it as long as they were guessed; end those that are complete.

@@ -17,8 +17,9 @@ from luthier.engine.blocks import Blocks
 from luthier.engine.planted import Planted
 from luthier.models.pages import BLOCK
 from luthier.models.trees import shared_length
-from luthier.native.decoder import Cached, Packed
+from luthier.native.cached import Cached
 from luthier.native.likely import log_shares
+from luthier.native.packed import Packed
 
 # Tokens of a step, and logits that are made in one: with more it takes memory, and is no faster.
 TOKENS, LOGITS = 512, 2**24

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from luthier.models.mapped import Files, Place, Region, Twin, place_of
-from luthier.native.decoder import TOKENS
+from luthier.native.library import TOKENS
 from luthier.native.shape import PRODUCTS, Block, Decoder, Linear, Norm, Turns
 
 NORMS = ("before_attention", "query", "key", "after_attention", "before_mlp", "after_mlp")

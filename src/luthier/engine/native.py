@@ -26,8 +26,10 @@ from luthier.models.packed import hidden_states
 from luthier.models.quantised.network import quantised_layers
 from luthier.models.rules import Unlike
 from luthier.models.spec import LoadedModel
-from luthier.native.decoder import TOKENS, Cached, Packed, why_no_decoder
+from luthier.native.cached import Cached
 from luthier.native.forms import Form
+from luthier.native.library import TOKENS, why_no_decoder
+from luthier.native.packed import Packed
 from luthier.native.shape import Decoder
 
 # Smaller models are read as they are: their products are too small to gain much.
@@ -94,8 +96,8 @@ def prepare(model: LoadedModel, execution: Execution, events: Events) -> None:
 
     auto: int8 if the model is not small and stays what it is within the limits above, else bf16 if that does, else as it is. A
     form that is asked for is taken, and what it changes is said. Beside int8, keys and values are int8 too within the same
-    limits, else bf16; beside int4 where they add next to nothing to what its weights change. Where memory runs out, auto leaves the model as it is, and warns. Raises ConfigError for a form that this
-    model or machine cannot take.
+    limits, else bf16; beside int4 where they add next to nothing to what its weights change. Where memory runs out, auto leaves
+    the model as it is, and warns. Raises ConfigError for a form that this model or machine cannot take.
     """
     if execution == "model" or model.native is not None:
         return

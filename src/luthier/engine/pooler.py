@@ -29,7 +29,7 @@ from luthier.models.heads import pool_flat, width_of
 from luthier.models.packed import hidden_states, packs
 from luthier.models.pages import BLOCK
 from luthier.models.spec import LoadedModel, Pooling
-from luthier.native.decoder import Cached
+from luthier.native.cached import Cached
 
 
 class Embedding(Config):

@@ -13,7 +13,7 @@ from luthier.models.mapped import by_layers
 from luthier.models.pages import writes_by_pages
 from luthier.models.slots import slot_bytes
 from luthier.models.spec import LoadedModel
-from luthier.native.decoder import Cached
+from luthier.native.cached import Cached
 
 
 def reader_for(model: LoadedModel, blocks: int) -> Reader:

@@ -37,7 +37,9 @@ from luthier.models.sources import cached_snapshot, current_snapshot, resolve_so
 from luthier.models.spec import LoadedModel, ModelSpec, read_spec
 from luthier.models.stored import find_twins
 from luthier.native.build import NoLibrary, cache_directory, library_path
-from luthier.native.decoder import TOKENS, Cached, Packed
+from luthier.native.cached import Cached
+from luthier.native.library import TOKENS
+from luthier.native.packed import Packed
 
 # Rows of logits that are kept, the last ones, and of each so many numbers.
 ROWS, NUMBERS = 4, 512

@@ -1,4 +1,4 @@
-"""A decoder in plain torch: the reference for `native.decoder`, one text at a time and with nothing kept."""
+"""A decoder in plain torch: the reference for `native.cached`, one text at a time and with nothing kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decoder computes, as weights and numbers: what `native.decoder` packs and `native.plain` follows in torch."""
+"""What a decoder computes, as weights and numbers: what `native.packed` packs and `native.plain` follows in torch."""
 
 from __future__ import annotations
 

@@ -25,7 +25,9 @@ from luthier.models.adapters.merge import merge_adapter
 from luthier.models.decoder import describe
 from luthier.models.load import load_model
 from luthier.models.save import save_model
-from luthier.native.decoder import Cached, Packed, why_no_decoder
+from luthier.native.cached import Cached
+from luthier.native.library import why_no_decoder
+from luthier.native.packed import Packed
 from tiny import tiny_loaded, tiny_model
 from writing import endless, prompts
 

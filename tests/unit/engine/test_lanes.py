@@ -18,7 +18,8 @@ from luthier.engine.scoring import Scorer
 from luthier.models.adapters import ADAPTERS
 from luthier.models.load import load_model
 from luthier.models.precision import cast_weights
-from luthier.native.decoder import Cached, why_no_decoder
+from luthier.native.cached import Cached
+from luthier.native.library import why_no_decoder
 from luthier.native.plain import read_plainly
 
 pytestmark = pytest.mark.skipif(why_no_decoder() is not None, reason=str(why_no_decoder()))

@@ -23,7 +23,8 @@ from luthier.models.adapters.inject import lora_layers
 from luthier.models.adapters.merge import merge_adapter
 from luthier.models.decoder import describe
 from luthier.models.pages import BLOCK
-from luthier.native.decoder import Packed, why_no_decoder
+from luthier.native.library import why_no_decoder
+from luthier.native.packed import Packed
 from writing import endless, prompts
 
 needs_decoder = pytest.mark.skipif(why_no_decoder() is not None, reason=str(why_no_decoder()))

@@ -25,7 +25,9 @@ from luthier.models.pages import BLOCK, writes_by_pages
 from luthier.models.precision import cast_weights
 from luthier.models.quantised.network import quantise
 from luthier.models.save import save_model
-from luthier.native.decoder import TOKENS, Cached, Packed, why_no_decoder
+from luthier.native.cached import Cached
+from luthier.native.library import TOKENS, why_no_decoder
+from luthier.native.packed import Packed
 from tiny import tiny_model
 
 pytestmark = pytest.mark.skipif(why_no_decoder() is not None, reason=str(why_no_decoder()))

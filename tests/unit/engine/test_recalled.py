@@ -30,7 +30,7 @@ from luthier.models.adapters import ADAPTERS
 from luthier.models.adapters.inject import lora_layers
 from luthier.models.precision import cast_weights
 from luthier.models.save import save_model
-from luthier.native.decoder import why_no_decoder
+from luthier.native.library import why_no_decoder
 from luthier.verbs.generate import Generate, _load
 
 pytestmark = [

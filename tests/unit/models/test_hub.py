@@ -13,7 +13,7 @@ import pytest
 
 from decoders import MADE, decoder_model
 from luthier.native.build import library_path
-from luthier.native.decoder import why_no_decoder
+from luthier.native.library import why_no_decoder
 from tiny import tiny_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

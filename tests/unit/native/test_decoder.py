@@ -11,8 +11,10 @@ from luthier.models.decoder import describe
 from luthier.models.output import head_of
 from luthier.models.packed import hidden_states
 from luthier.models.rules import Unlike
-from luthier.native.decoder import TOKENS, Cached, Packed, why_no_decoder
+from luthier.native.cached import Cached
 from luthier.native.forms import filled, rounded, to_int4, to_int8
+from luthier.native.library import TOKENS, why_no_decoder
+from luthier.native.packed import Packed
 from luthier.native.plain import read_plainly
 
 pytestmark = pytest.mark.skipif(why_no_decoder() is not None, reason=str(why_no_decoder()))

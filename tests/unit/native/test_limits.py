@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from luthier.native.decoder import Cached, Packed, why_no_decoder
+from luthier.native.cached import Cached
 from luthier.native.forms import to_int4
+from luthier.native.library import why_no_decoder
+from luthier.native.packed import Packed
 from luthier.native.shape import ACTIVATIONS, Block, Decoder, Linear, Norm
 
 pytestmark = pytest.mark.skipif(why_no_decoder() is not None, reason=str(why_no_decoder()))

@@ -5,8 +5,9 @@ import ctypes
 import pytest
 import torch
 
-from luthier.native.decoder import LANE, Pages, _pack, _round, why_no_decoder
 from luthier.native.forms import filled, to_int8
+from luthier.native.library import LANE, Pages, why_no_decoder
+from luthier.native.packed import pack_rounded, pack_tiles
 
 pytestmark = pytest.mark.skipif(why_no_decoder() is not None, reason=str(why_no_decoder()))
 
@@ -33,7 +34,7 @@ def test_rows_are_rounded_and_laid_out_to_the_last_bit(name):
     whole_NK = filled(weight_NK, "int8")
     (n, k), size = whole_NK.shape, whole_NK.numel()
     one, other = Pages(size), Pages(size)
-    expected, scale = _pack(whole_NK, "int8", one.at), _round(weight_NK, other.at, k)
+    expected, scale = pack_tiles(whole_NK, "int8", one.at), pack_rounded(weight_NK, other.at, k)
     assert n % LANE == 0 and torch.equal(to_int8(whole_NK)[1].nan_to_num(7), expected.nan_to_num(7))
     assert torch.equal(scale.nan_to_num(7), expected.nan_to_num(7))
     assert bytes_at(one, size) == bytes_at(other, size)
@@ -43,5 +44,5 @@ def test_rows_of_a_wider_matrix_are_found():
     wide = torch.randn(32, 300, generator=torch.Generator().manual_seed(1)).bfloat16()
     part_NK = wide[:, 100:228]
     one, other = Pages(32 * 128), Pages(32 * 128)
-    expected, scale = _pack(part_NK.contiguous(), "int8", one.at), _round(part_NK, other.at, 128)
+    expected, scale = pack_tiles(part_NK.contiguous(), "int8", one.at), pack_rounded(part_NK, other.at, 128)
     assert torch.equal(scale, expected) and bytes_at(one, 32 * 128) == bytes_at(other, 32 * 128)

@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from luthier.native.decoder import TOKENS, Cached, Packed, why_no_decoder
+from luthier.native.cached import Cached
+from luthier.native.library import TOKENS, why_no_decoder
+from luthier.native.packed import Packed
 from luthier.native.plain import read_plainly
 from luthier.native.shape import ACTIVATIONS, Block, Decoder, Linear, Norm, Turns
 

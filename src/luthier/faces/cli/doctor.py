@@ -140,7 +140,7 @@ def _kernels() -> str:
 def _decoder() -> str:
     """By what language models are read while they write, where they can be."""
     from luthier.native.build import NoLibrary
-    from luthier.native.decoder import kernels
+    from luthier.native.library import kernels
 
     try:
         return f"native, by {kernels()}"

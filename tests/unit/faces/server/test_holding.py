@@ -12,7 +12,8 @@ from luthier.models.adapters import ADAPTERS
 from luthier.models.load import load_model
 from luthier.models.pages import BLOCK
 from luthier.models.save import save_model
-from luthier.native.decoder import Cached, why_no_decoder
+from luthier.native.cached import Cached
+from luthier.native.library import why_no_decoder
 
 ORDER = {"source": "mini", "streams": 64, "waiting": 256}
 

@@ -1,96 +1,42 @@
-"""A decoder packed for this processor, and its keys and values in blocks: the C of decoder.c behind a class."""
+"""A decoder packed for this processor: its weights, and what adapters add, as decoder.c reads them."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.native.build import NoLibrary, load_library
 from luthier.native.forms import BITS, GROUP, Form, filled, to_int4, to_int8
+from luthier.native.library import (
+    LANE,
+    TOKENS,
+    CDecoder,
+    CLayer,
+    CLow,
+    CLowSet,
+    CNorm,
+    CProduct,
+    Pages,
+    decoder_library,
+)
 from luthier.native.shape import ACTIVATIONS, PRODUCTS, Decoder, Linear, Low, Norm
-from luthier.native.tokens import Tokens, address, lay
 
-# Tokens of a block of keys and values (TOKENS in the C files), and what rows are filled up to: the most numbers that any
-# processor works on at once (LANE there).
-TOKENS, LANE = 32, 16
 # Rows of a weight that are packed at once, so that what is between takes little; whole tiles.
 AT_ONCE = 1024
 # Bytes of weights that are asked for at once.
 CHUNK = 2**23
-LONG, FLOAT, POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 Kept: TypeAlias = Literal["bfloat16", "int8"]
 NORMS = {None: 0, "rms": 1, "layer": 2}
 
 
-class CNorm(ctypes.Structure):
-    _fields_ = (("kind", LONG), ("eps", FLOAT), ("weight", POINTER), ("bias", POINTER))
-
-
-class CProduct(ctypes.Structure):
-    _fields_ = (("n", LONG), ("k", LONG), ("bits", LONG),
-                ("weight", POINTER), ("scale", POINTER), ("scales", POINTER), ("bias", POINTER))  # fmt: skip
-
-
-class CLow(ctypes.Structure):
-    _fields_ = (("from", LONG), ("to", LONG), ("rank", LONG), ("a", POINTER), ("b", POINTER))
-
-
-class CLowSet(ctypes.Structure):
-    _fields_ = (("parts", LONG), ("part", CLow * 3))
-
-
-class CLayer(ctypes.Structure):
-    _fields_ = (
-        *((name, CNorm) for name in ("before_attention", "query", "key", "after_attention", "before_mlp", "after_mlp")),
-        *((name, CProduct) for name in PRODUCTS),
-        ("cosine", POINTER), ("sine", POINTER), ("window", LONG), ("keys", POINTER), ("values", POINTER),
-        *((f"low_{name}", POINTER) for name in PRODUCTS),
-    )  # fmt: skip
-
-
-class CDecoder(ctypes.Structure):
-    _fields_ = (
-        *((name, LONG) for name in ("width", "heads", "kv", "size", "turned", "inner", "layers", "gated", "activation",
-                                    "parallel", "kept")),
-        *((name, FLOAT) for name in ("scale", "softcap", "residual", "embedding_scale")),
-        ("embedding", POINTER), ("places", POINTER), ("last", CNorm), ("head", CProduct),
-        ("head_scale", FLOAT), ("head_softcap", FLOAT), ("layer", ctypes.POINTER(CLayer)),
-    )  # fmt: skip
-
-
-class CStep(ctypes.Structure):
-    _fields_ = (
-        *((name, LONG) for name in ("count", "wanted", "threads", "low")),
-        *(
-            (name, POINTER)
-            for name in ("ids", "places", "first", "tables", "rows", "logits", "best", "adapters", "states")
-        ),
-    )
-
-
-@cache
-def _library() -> Any:
-    library = load_library("decoder")
-    library.take_pages.restype, library.take_pages.argtypes = POINTER, (ctypes.c_size_t,)
-    library.give_pages.argtypes = (POINTER, ctypes.c_size_t)
-    for name in ("pack_halves", "pack_bytes", "pack_nibbles"):
-        getattr(library, name).argtypes = (POINTER, POINTER, LONG, LONG)
-    library.pack_rounded.argtypes = (POINTER, POINTER, POINTER, *(LONG,) * 5)
-    library.decoder_step.argtypes = (ctypes.POINTER(CDecoder), ctypes.POINTER(CStep))
-    return library
-
-
-def _pack(weight_NK: Tensor, form: Form, to: int) -> Tensor | None:
+def pack_tiles(weight_NK: Tensor, form: Form, to: int) -> Tensor | None:
     """Write whole tiles of a weight to an address; their scales, where the form has any."""
-    library, (n, k) = _library(), weight_NK.shape
+    library, (n, k) = decoder_library(), weight_NK.shape
     if form == "bfloat16":
         made_NK, pack, scale = weight_NK.bfloat16(), library.pack_halves, None
     elif form == "int8":
@@ -105,33 +51,16 @@ def _pack(weight_NK: Tensor, form: Form, to: int) -> Tensor | None:
     return scale
 
 
-def _round(weight_NK: Tensor, to: int, k: int) -> Tensor:
+def pack_rounded(weight_NK: Tensor, to: int, k: int) -> Tensor:
     """Write rows in bf16 as whole tiles of bytes to an address, filled up to `k` columns, without anything between; their
     scales."""
     rows, given = weight_NK.shape
     scale = torch.empty(rows + -rows % LANE)
-    if _library().pack_rounded(
+    if decoder_library().pack_rounded(
         weight_NK.data_ptr(), to, scale.data_ptr(), rows, given, weight_NK.stride(0), len(scale), k
     ):
         raise MemoryError("no memory for the rows that are packed")
     return scale
-
-
-@cache
-def why_no_decoder() -> str | None:
-    """Why no decoder can be packed here, as a sentence; None where it can."""
-    try:
-        _library()
-    except NoLibrary as why:
-        return str(why)
-    return None
-
-
-def kernels() -> str:
-    """By which instructions of this processor the decoder multiplies. Raises NoLibrary."""
-    library = _library()
-    library.decoder_kernels.restype = ctypes.c_char_p
-    return str(library.decoder_kernels().decode())
 
 
 class Packed:
@@ -224,9 +153,9 @@ class Packed:
             for some_NK in torch.split(weight_NK, AT_ONCE):
                 at = made + done * k * bits // 8
                 if form == "int8" and some_NK.dtype == torch.bfloat16 and some_NK.stride(1) == 1:
-                    scales.append(_round(some_NK, at, k))
+                    scales.append(pack_rounded(some_NK, at, k))
                 else:
-                    scale = _pack(filled(some_NK, form), form, at)
+                    scale = pack_tiles(filled(some_NK, form), form, at)
                     if scale is not None:
                         scales.append(scale)
                 done += len(some_NK)
@@ -333,7 +262,7 @@ class Adapter:
     def _pack(self, weight_NK: Tensor) -> int:
         weight_NK = weight_NK.contiguous()
         packed = torch.empty_like(weight_NK)
-        _library().pack_halves(weight_NK.data_ptr(), packed.data_ptr(), *weight_NK.shape)
+        decoder_library().pack_halves(weight_NK.data_ptr(), packed.data_ptr(), *weight_NK.shape)
         self._held.append(packed)
         return packed.data_ptr()
 
@@ -342,106 +271,3 @@ def block_bytes(decoder: Decoder, kept: Kept) -> tuple[int, int]:
     """Bytes that the keys and the values of a block take in one layer. In bytes, the scales of both lie behind the keys."""
     numbers = TOKENS * decoder.kv * decoder.size * BITS[kept] // 8
     return numbers + (2 * TOKENS * decoder.kv * 4 if kept == "int8" else 0), numbers
-
-
-class Cached:
-    """Keys and values of `blocks` blocks of tokens, for a packed decoder and in the form that it keeps them in, and the steps
-    over them."""
-
-    def __init__(self, packed: Packed, blocks: int):
-        self.packed, self.blocks, self.kept = packed, blocks, packed.kept
-        self._keys, self._values = block_bytes(packed.decoder, self.kept)
-        self._layer = blocks * (self._keys + self._values)
-        self._pages = Pages(self._layer * len(packed.decoder.blocks))
-
-    def read(
-        self,
-        ids: Sequence[int],
-        tables: Sequence[Sequence[int]],
-        before: Sequence[int],
-        lengths: Sequence[int],
-        rows: Sequence[int],
-        *,
-        likeliest: bool = False,
-        adapters: Sequence[int] | None = None,
-        states: bool = False,
-    ) -> Tensor:
-        """Read `lengths` new tokens of each text, end to end in `ids`, of which `before` lie in the blocks of its table, with
-        the adapter of that number for each text, or without one (-1).
-        The logits after those at `rows` [R, V] in fp32, or with `likeliest` the likeliest token after each [R], -1
-        where the largest logit is not finite, or with `states` the last hidden states there [R, E].
-
-        Raises IndexError for what is not there: tokens, places or blocks."""
-        packed = self.packed
-        chosen = adapters if adapters and packed.adapters else [-1] * len(lengths)
-        tokens = lay(ids, tables, before, lengths, rows, chosen, TOKENS)
-        self._check(tokens)
-        logits_RV = None if likeliest or states else torch.empty(len(rows), packed.c.head.n)
-        states_RE = torch.empty(len(rows), packed.decoder.width) if states else None
-        best_R = torch.zeros(len(rows), dtype=torch.int32) if likeliest else None
-        # An adapter more in the middle would make the room for what they give too small.
-        with packed.lock:
-            if max(chosen) >= len(packed.adapters):
-                raise IndexError(f"adapter {max(chosen)}, and there are {len(packed.adapters)}")
-            step = CStep(
-                len(ids), len(rows), torch.get_num_threads(),
-                max((one.width for one in packed.adapters if one is not None), default=0),
-                address(tokens.ids), address(tokens.places), address(tokens.first), address(tokens.tables), address(tokens.rows),
-                None if logits_RV is None else logits_RV.data_ptr(), None if best_R is None else best_R.data_ptr(),
-                address(tokens.adapters) if packed.adapters else None, None if states_RE is None else states_RE.data_ptr(),
-            )  # fmt: skip
-            packed.reach(tokens.longest)
-            told = self._pages.at, self.blocks, self.kept
-            if packed.told != told:
-                packed.told, packed.c.kept = told, BITS[self.kept]
-                for at, layer in enumerate(packed._layers):
-                    layer.keys = self._pages.at + at * self._layer
-                    layer.values = layer.keys + self.blocks * self._keys
-            if _library().decoder_step(ctypes.byref(packed.c), ctypes.byref(step)):
-                raise MemoryError(f"no memory for a step of {len(ids)} tokens")
-        if states_RE is not None:
-            return states_RE
-        if best_R is not None:
-            return best_R
-        assert logits_RV is not None
-        return logits_RV[:, : packed.vocabulary]
-
-    def _check(self, tokens: Tokens) -> None:
-        """The C code looks no number up."""
-        decoder = self.packed.decoder
-        known, low, high = decoder.embedding_VE.shape[0], min(tokens.ids), max(tokens.ids)
-        if low < 0 or high >= known:
-            raise IndexError(f"tokens from {low} to {high}, and the model has {known}")
-        if decoder.places_PE is not None and tokens.longest > len(decoder.places_PE):
-            raise IndexError(f"a text of {tokens.longest} places, and the model has {len(decoder.places_PE)}")
-        if not tokens.held or min(tokens.tables) < 0 or max(tokens.tables) >= self.blocks:
-            raise IndexError(f"blocks that are not there: {self.blocks} of {TOKENS} tokens are")
-
-    def put_adapter(self, lows: Sequence[Lows]) -> int:
-        """One adapter more that texts can be read with, by what it adds to the products of each layer; its number."""
-        return self.packed.put_adapter(lows)
-
-    def drop_adapter(self, number: int) -> None:
-        """Take one out."""
-        self.packed.drop_adapter(number)
-
-    def drop(self, block: int) -> None:
-        """Nothing is to be done: what is read next lies over it."""
-
-    def copy(self, source: int, target: int) -> None:
-        """The keys and values of one block to another."""
-        for at in range(len(self.packed.decoder.blocks)):
-            keys = self._pages.at + at * self._layer
-            for start, size in ((keys, self._keys), (keys + self.blocks * self._keys, self._values)):
-                ctypes.memmove(start + target * size, start + source * size, size)
-
-
-class Pages:
-    """Memory in large pages, given back when nobody holds it."""
-
-    def __init__(self, size: int):
-        self.bytes = -(-size // 2**21) * 2**21
-        self.at = _library().take_pages(self.bytes)
-        if not self.at:
-            raise MemoryError(f"no memory for {self.bytes:,} bytes")
-        weakref.finalize(self, _library().give_pages, self.at, self.bytes)
