@@ -3,7 +3,8 @@
 One JSON argument: `model` (a directory of transformers), `folder` for GGUF files, `asked` [[prompt, tokens], ...], `repeats`,
 `threads`. Prompts are read as they fit into a batch, then all texts that are not finished go on together; greedy, by the
 likeliest of llama.cpp's logits; end tokens are not looked at. Prints JSON: for each form many, alone and prefill in tokens a
-second (medians, after four requests to warm up), peak_gb. With several repeats two sizes of a batch are tried, the better is kept.
+second (medians, after four requests to warm up), peak_gb. With several repeats two sizes of a batch are
+tried, the better is kept.
 """
 
 from __future__ import annotations

@@ -326,8 +326,8 @@ def test_where_memory_runs_out_fewer_are_read_at_once_and_all_is_written(calls):
     given = prompts((30, 4, 22, 9, 15, 40))
     right = alone(model, given, sampling)
     engine = Engine(model, 4096, tokens=64)
-    engine._reader = Failing(engine._reader, calls, MemoryError("none"))
-    engine.schedule._drop = engine._reader.drop
+    engine._forward._reader = Failing(engine._reader, calls, MemoryError("none"))
+    engine.schedule._drop = engine._forward._reader.drop
     requests = [engine.add(one, sampling) for one in given]
     with pytest.warns(UserWarning, match="memory ran out"):
         drained(engine)
@@ -338,7 +338,7 @@ def test_what_cannot_be_read_ends_those_that_were_read_and_no_others():
     model, sampling = crossed("t5", ends=False), Sampling(max_tokens=12)
     given = prompts((30, 4, 22, 9))
     engine = Engine(model, 4096, streams=2)
-    engine._reader = Failing(engine._reader, {3}, RuntimeError("broken"))
+    engine._forward._reader = Failing(engine._reader, {3}, RuntimeError("broken"))
     requests = [engine.add(one, sampling) for one in given]
     drained(engine)
     assert [one.finish for one in requests] == ["error", "error", "length", "length"]

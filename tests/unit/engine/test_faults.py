@@ -135,8 +135,8 @@ def test_likelihoods_of_a_prompt_that_fail_are_that_texts_alone(monkeypatch):
     right = alone(model, [sampling] * 5)
     engine = Engine(model, 4096)
     requests = added(engine, [sampling] * 5)
-    whole = "luthier.engine.engine.prompt_logs"
-    from luthier.engine.engine import prompt_logs
+    whole = "luthier.engine.forward.prompt_logs"
+    from luthier.engine.forward import prompt_logs
 
     bad = list(requests[2].prompt[1:])
     monkeypatch.setattr(whole, lambda rows, ids: fail() if list(ids) == bad else prompt_logs(rows, ids))
@@ -161,8 +161,8 @@ class Failing:
 
 
 def failing(engine, error, *calls):
-    engine._reader = Failing(engine._reader, error, calls)
-    return engine._reader
+    engine._forward._reader = Failing(engine._forward._reader, error, calls)
+    return engine._forward._reader
 
 
 @pytest.mark.parametrize("error", [Fault("reading"), RuntimeError("CUDA error: unspecified launch failure")], ids=repr)
@@ -198,7 +198,7 @@ def test_where_memory_runs_out_half_is_read_at_once_and_all_is_written(error, ca
 
 
 def test_after_many_steps_more_is_read_at_once_again(monkeypatch):
-    monkeypatch.setattr("luthier.engine.tide.CALM", 4)
+    monkeypatch.setattr("luthier.engine._forward._tide.CALM", 4)
     model = endless("qwen3")
     right = alone(model, [DRAWN] * 5)
     engine = Engine(model, 4096, tokens=64, guessed=0)
@@ -210,7 +210,7 @@ def test_after_many_steps_more_is_read_at_once_again(monkeypatch):
     assert ["32 tokens go through" in told[0], told[1]] == [
         True, "memory was enough for 4 steps, so 64 tokens go through the model at once again; the result is the same",
     ]  # fmt: skip
-    assert len(told) == 2 and (engine.tide.fallen, engine.tide.risen) == (1, 1) and engine.schedule.tokens == 64
+    assert len(told) == 2 and (engine._forward._tide.fallen, engine.tide.risen) == (1, 1) and engine.schedule.tokens == 64
     assert [one.written for one in requests] == [one[0] for one in right] and max(reader.sizes[1:5]) <= 32
     # What ran out again waits twice as long.
     reader.calls, reader.sizes = {0}, []
