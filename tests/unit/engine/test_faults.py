@@ -210,7 +210,11 @@ def test_after_many_steps_more_is_read_at_once_again(monkeypatch):
     assert ["32 tokens go through" in told[0], told[1]] == [
         True, "memory was enough for 4 steps, so 64 tokens go through the model at once again; the result is the same",
     ]  # fmt: skip
-    assert len(told) == 2 and (engine._forward._tide.fallen, engine.tide.risen) == (1, 1) and engine.schedule.tokens == 64
+    assert (
+        len(told) == 2
+        and (engine._forward._tide.fallen, engine._forward._tide.risen) == (1, 1)
+        and engine.schedule.tokens == 64
+    )
     assert [one.written for one in requests] == [one[0] for one in right] and max(reader.sizes[1:5]) <= 32
     # What ran out again waits twice as long.
     reader.calls, reader.sizes = {0}, []
