@@ -198,7 +198,7 @@ def test_where_memory_runs_out_half_is_read_at_once_and_all_is_written(error, ca
 
 
 def test_after_many_steps_more_is_read_at_once_again(monkeypatch):
-    monkeypatch.setattr("luthier.engine._forward._tide.CALM", 4)
+    monkeypatch.setattr("luthier.engine.tide.CALM", 4)
     model = endless("qwen3")
     right = alone(model, [DRAWN] * 5)
     engine = Engine(model, 4096, tokens=64, guessed=0)
