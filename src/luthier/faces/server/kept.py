@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, JsonValue, TypeAdapter
 
 from luthier.faces.server.answering import new_id
-from luthier.faces.server.inputs import InputItem, InputMessage, InputText, ResponsesRequest
+from luthier.faces.server.inputs import InputCallOutput, InputItem, InputMessage, InputText, ResponsesRequest
 from luthier.faces.server.keys import Key
 from luthier.faces.server.pages import page_of
 from luthier.faces.server.refusals import RESPONSES, Refusal
@@ -95,11 +95,12 @@ def keeps(server: Server, body: ResponsesRequest) -> bool:
 
 
 def continued(server: Server, key: Key, body: ResponsesRequest) -> ResponsesRequest:
-    """The request with the whole conversation that it goes on with."""
+    """The request with the whole conversation that it goes on with. A call that was cut off was none where nobody answers it."""
     if body.previous_response_id is None:
         return body
     kept = find_kept(server, key, body.previous_response_id, "previous_response_id").content
-    output = [_as_input(one) for one in kept["response"]["output"]]
+    answered = {one.call_id for one in items_of(body) if isinstance(one, InputCallOutput)}
+    output = [_as_input(one) for one in kept["response"]["output"] if not _cut_off(one) or one["call_id"] in answered]
     return body.model_copy(update={"input": ITEMS.validate_python([*kept["input"], *output]) + items_of(body)})
 
 
@@ -139,6 +140,10 @@ def _shown(item: InputItem) -> dict[str, Any]:
         item = item.model_copy(update={"content": [InputText(type=kind, text=item.content)]})
     found = item.model_dump(mode="json", exclude_none=True)
     return {**found, "id": item.id or new_id("item")}
+
+
+def _cut_off(item: dict[str, Any]) -> bool:
+    return bool(item["type"] == "function_call" and item["status"] == "incomplete")
 
 
 def _as_input(item: dict[str, Any]) -> dict[str, Any]:

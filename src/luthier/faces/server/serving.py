@@ -137,7 +137,9 @@ def _Web(config: Any, server: Any, say: Say) -> Any:
                 return
             server.draining = True
             if server.going:
-                say(f"ending: {server.going} requests have {server.settings.drain:g} s (again: at once)")
+                say(
+                    f"ending within {server.settings.drain:g} s; requests still answered: {server.going} (again: at once)"
+                )
             asyncio.get_running_loop().create_task(self._drain())
 
         async def _drain(self) -> None:

@@ -99,9 +99,9 @@ def test_items_whose_calls_and_outputs_do_not_fit_are_refused(client, items, pla
 
 
 def test_an_output_answers_a_call_that_was_kept(client):
-    parameters = {"type": "object", "properties": {"city": {"enum": ["Oslo"]}}, "required": ["city"]}
-    tools = [{"type": "function", "name": "look", "parameters": parameters}]
-    asked = PLAIN | {"max_output_tokens": 60, "tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+    city = {"properties": {"city": {"enum": ["Oslo"]}}, "required": ["city"], "additionalProperties": False}
+    tools = [{"type": "function", "name": "look", "parameters": {"type": "object", **city}}]
+    asked = PLAIN | {"max_output_tokens": 200, "tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
     first = client.responses.create(**asked, input="Where?", store=True)
     (call,) = first.output
     with pytest.raises(openai.BadRequestError) as caught:

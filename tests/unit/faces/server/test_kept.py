@@ -82,6 +82,20 @@ def test_calls_go_on_too(client):
     assert second.output_text == client.responses.create(**PLAIN, input=sent, tools=tools).output_text
 
 
+def test_a_call_that_was_cut_off_is_none(client):
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Oslo"]}}, "required": ["city"]}
+    tools = [{"type": "function", "name": "look", "parameters": parameters}]
+    asked = {"input": "Where?", "tools": tools, "tool_choice": "required", "store": True}
+    whole = client.responses.create(**PLAIN | {"max_output_tokens": 60}, **asked)
+    room = whole.usage.output_tokens - 2
+    first = client.responses.create(**PLAIN | {"max_output_tokens": room}, **asked)
+    assert first.status == "incomplete" and [one.status for one in first.output] == ["incomplete"]
+    assert first.output[0].type == "function_call"
+    second = client.responses.create(**PLAIN, input="And now?", previous_response_id=first.id)
+    sent = [{"role": "user", "content": "Where?"}, {"role": "user", "content": "And now?"}]
+    assert second.output_text == client.responses.create(**PLAIN, input=sent).output_text
+
+
 def test_nothing_is_kept_that_nobody_asked_for(client, store):
     before = store.count("response", "app")
     for settings in ({}, {"store": False}):
