@@ -144,12 +144,11 @@ def main() -> None:
     wanted = sum(room for _, room in asked)
     systems = {**{name: (model, run_ours) for name, model in ways.items()}, "peer": (plain, run_padded)}
     rates: dict[str, dict[str, list[float]]] = {name: {"many": [], "alone": [], "prefill": []} for name in systems}
-    for at in range(repeats + 1):
+    for model, run in systems.values():
+        run(model, asked[:4])
+        run(model, long)
+    for _ in range(repeats):
         for name, (model, run) in systems.items():
-            if not at:
-                run(model, asked[:4])
-                run(model, long)
-                continue
             found = {"many": wanted / run(model, asked), "prefill": 1024 / run(model, long)}
             begun = run(model, [(alone[0][0], 1)])
             found["alone"] = 127 / (run(model, alone) - begun)

@@ -64,7 +64,7 @@ class CStep(ctypes.Structure):
 
 @cache
 def decoder_library() -> Any:
-    """Raises NoLibrary."""
+    """The compiled decoder.c, its functions told what they take. Raises NoLibrary."""
     library = load_library("decoder")
     library.take_pages.restype, library.take_pages.argtypes = POINTER, (ctypes.c_size_t,)
     library.give_pages.argtypes = (POINTER, ctypes.c_size_t)
