@@ -330,7 +330,7 @@ def values(teacher, **other):
 
 def test_a_classifier_comes_near_and_is_judged(tmp_path, runs):
     teacher = scorer(tmp_path / "teacher", family="llama")
-    record, model = tune_model(resolve(Tune, values=values(teacher, pooling="first")))
+    record, model = tune_model(resolve(Tune, values=values(teacher, pooling="first", steps=120)))
     events = list(read_events(runs / "one" / "events.jsonl"))
     looks = [event for event in events if event["event"] == "validate"]
     assert looks[-1]["agreement"] == 1.0 and looks[-1]["loss"] < looks[0]["loss"] and "macro_f1" in looks[-1]
